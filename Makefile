@@ -1,0 +1,27 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: train test lint clean help
+
+CONF ?= conf/digits.toml
+ARGS ?=
+SETUP := source .ci/setup.sh
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):  ## /make \1\t/p' Makefile
+
+train:  ## set up, then train CONF (conf/digits.toml) with spark-submit; ARGS="--set fit.epochs=3"
+	@$(SETUP)
+	spark-submit --conf spark.driver.host=localhost jobs/train.py "$(CONF)" $(ARGS)
+
+test:  ## set up, then format, lint, types and the three tiers of tests, each timed
+	@$(SETUP)
+	bash .ci/test.sh
+
+lint:  ## set up, then format, lint and types only
+	@$(SETUP)
+	bash .ci/test.sh lint
+
+clean:  ## remove what the other commands made
+	@rm -rf .venv build dist runs spark-warehouse metastore_db derby.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,304 @@
+"""What a job's TOML file may say: sections, `--set` overrides, unknown keys refused with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparkdeep.errors import ConfigError
+
+__all__ = [
+    "METRICS",
+    "DataSection",
+    "JobConfig",
+    "ObjectSection",
+    "OutputSection",
+    "SparkSection",
+    "check_keys",
+    "load_config",
+]
+
+METRICS = ("accuracy", "mae", "rmse")
+"""Test metrics by name; the first of a job's list is the one that train.py prints first."""
+
+_SECTIONS = (
+    "data",
+    "model",
+    "loss",
+    "optimizer",
+    "lr_scheduler",
+    "outer_optimizer",
+    "fit",
+    "metrics",
+    "output",
+    "spark",
+)
+_REQUIRED = ("data", "model", "loss", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Where rows come from, and which of them are held out."""
+
+    source: str
+    """"parquet", "csv", "table", "digits", or "module:function" called with the session and `options`."""
+    path: str | None = None
+    """Folder or file of a parquet or csv source; relative paths are relative to the working directory."""
+    table: str | None = None
+    """Catalog name of a table source."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Reader options of the source, or keyword arguments of its function."""
+    columns: tuple[str, ...] = ()
+    """Columns and SQL expressions to keep, as `selectExpr` takes them; empty keeps every column."""
+    test: float | str = 0.2
+    """Fraction of the rows held out (by a hash of each row), or the path of a second source of the same kind."""
+    seed: int = 0
+    """Seed of the hash that holds rows out; the same seed and rows give the same split on any cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectSection:
+    """Something made from a name and arguments: a model, a loss, an optimizer, a scheduler."""
+
+    name: str
+    """"package.module:name" of a class or function."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSection:
+    """Where a job writes."""
+
+    dir: str
+    """Folder of model/, predictions/, rounds.jsonl and result.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparkSection:
+    """The session of a job; what spark-submit was given outranks all of it."""
+
+    master: str = "local[2]"
+    """Master URL when spark-submit is not given one."""
+    conf: dict[str, str] = field(default_factory=dict)
+    """Spark properties, "spark.sql.shuffle.partitions" and the like."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One job's configuration, checked."""
+
+    path: Path
+    """The TOML file; its folder is searched for the modules that the file names."""
+    data: DataSection
+    """`[data]`"""
+    model: ObjectSection
+    """`[model]`: factory = "package.module:factory" and args"""
+    loss: ObjectSection
+    """`[loss]`"""
+    optimizer: ObjectSection
+    """`[optimizer]`, of each replica"""
+    lr_scheduler: ObjectSection | None
+    """`[lr_scheduler]`, of each replica's optimizer"""
+    outer_optimizer: ObjectSection | None
+    """`[outer_optimizer]`, of the driver"""
+    fit: dict[str, Any]
+    """`[fit]`: the other arguments of TorchEstimator"""
+    metrics: tuple[str, ...]
+    """`metrics = [...]`: names from METRICS"""
+    output: OutputSection
+    """`[output]`"""
+    spark: SparkSection
+    """`[spark]`"""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads a job's TOML file.
+
+    Args:
+        path: the file.
+        overrides: "dotted.key=value" texts, applied in order; values are TOML, and text that is no TOML value
+            counts as a string.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or has an unknown key, a missing one, or a wrong type.
+    """
+    return parse_config(with_overrides(read_toml(path), overrides), Path(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Reads a TOML file as a dictionary; ConfigError names the file and, for bad TOML, the line."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read ({error}): give a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not TOML: {error}") from error
+
+
+def with_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the document with each "dotted.key=value" applied; tables of the document are not changed."""
+    result = dict(document)
+    for text in overrides:
+        keys, value = _parse_override(text)
+        result = _with_value(result, keys, value, text)
+    return result
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    rule = "--set takes dotted.key=value, as in fit.epochs=5 or 'model.args.hidden=64'"
+    key, equals, value_text = text.partition("=")
+    if not equals or "\n" in text:
+        raise ConfigError(f"--set {text!r}: {rule}")
+    try:
+        node: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--set {text!r} has no TOML key before '=': {rule}") from error
+    keys: list[str] = []
+    while isinstance(node, dict):
+        name, node = next(iter(node.items()))
+        keys.append(name)
+    try:
+        return keys, tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        # A bare word is a string, for the shell's sake; what opens like another TOML value is a slip.
+        if value_text.strip()[:1] in {"[", "{", '"', "'"}:
+            raise ConfigError(f"--set {text!r}: the value is not TOML ({error})") from error
+        return keys, value_text.strip()
+
+
+def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any, text: str) -> dict[str, Any]:
+    head, rest = keys[0], keys[1:]
+    if rest:
+        inner = table.get(head, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {text!r}: {head!r} holds {inner!r}, which has no keys: set {head!r} itself")
+        value = _with_value(inner, rest, value, text)
+    return {**table, head: value}
+
+
+def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
+    """Checks a document's sections, keys and types, and returns it as a JobConfig; ConfigError otherwise."""
+    check_keys(document, _SECTIONS, "the configuration")
+    for name in _REQUIRED:
+        if name not in document:
+            raise ConfigError(f"{str(path)!r} has no [{name}]: a job needs {_bracketed(_REQUIRED)}")
+    model = dict(_table(document, "model"))
+    check_keys(model, ("factory", "args"), "[model]")
+    if "factory" in model:
+        model["name"] = model.pop("factory")
+    else:
+        raise ConfigError('[model] has no factory: give factory = "package.module:factory"')
+    return JobConfig(
+        path=path,
+        data=_data(_table(document, "data")),
+        model=_object(model, "model"),
+        loss=_object(_table(document, "loss"), "loss"),
+        optimizer=_object(_table(document, "optimizer"), "optimizer"),
+        lr_scheduler=_optional_object(document, "lr_scheduler"),
+        outer_optimizer=_optional_object(document, "outer_optimizer"),
+        fit=dict(_table(document, "fit")),
+        metrics=_metrics(document.get("metrics", [])),
+        output=_output(_table(document, "output"), path),
+        spark=_spark(_table(document, "spark")),
+    )
+
+
+def check_keys(given: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
+    """Raises ConfigError for the first key that is not allowed, with the nearest allowed one."""
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it may hold {', '.join(sorted(allowed))}"
+            raise ConfigError(f"{where} has the unknown key {key!r}: {hint}")
+
+
+def _data(table: Mapping[str, Any]) -> DataSection:
+    check_keys(table, DataSection.__dataclass_fields__, "[data]")
+    _typed(table, "data", source=str, path=str, table=str, options=dict, columns=list, test=(int, float, str), seed=int)
+    if "source" not in table:
+        raise ConfigError('[data] has no source: give "parquet", "csv", "table" or "module:function"')
+    test = table.get("test", DataSection.test)
+    if not isinstance(test, str) and not 0.0 < test < 1.0:
+        raise ConfigError(f"[data] test = {test!r} must be a fraction between 0 and 1, or the path of held-out rows")
+    return DataSection(**{**table, "columns": _strings(table.get("columns", []), "[data] columns")})
+
+
+def _object(table: Mapping[str, Any], name: str) -> ObjectSection:
+    check_keys(table, ("name", "args"), f"[{name}]")
+    _typed(table, name, name=str, args=dict)
+    spec = table.get("name", "")
+    module, colon, attribute = spec.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f'[{name}] names {spec!r}: write "package.module:name"')
+    return ObjectSection(**table)
+
+
+def _optional_object(document: Mapping[str, Any], name: str) -> ObjectSection | None:
+    return _object(_table(document, name), name) if name in document else None
+
+
+def _output(table: Mapping[str, Any], path: Path) -> OutputSection:
+    check_keys(table, ("dir",), "[output]")
+    _typed(table, "output", dir=str)
+    return OutputSection(dir=table.get("dir", f"runs/{path.stem}"))
+
+
+def _metrics(names: Any) -> tuple[str, ...]:
+    for name in _strings(names, "metrics"):
+        check_keys({name: None}, METRICS, "metrics")
+    return tuple(names)
+
+
+def _spark(table: Mapping[str, Any]) -> SparkSection:
+    _typed(table, "spark", master=str)
+    conf: dict[str, str] = {}
+
+    def flatten(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                flatten(value, f"{prefix}{key}.")
+            else:
+                conf[f"{prefix}{key}"] = str(value).lower() if isinstance(value, bool) else str(value)
+
+    flatten({key: value for key, value in table.items() if key != "master"}, "")
+    for key in conf:
+        if not key.startswith("spark."):
+            raise ConfigError(
+                f"[spark] has the unknown key {key!r}: it may hold master, and Spark properties in quotes, "
+                '"spark.sql.shuffle.partitions" = 4'
+            )
+    return SparkSection(master=table.get("master", SparkSection.master), conf=conf)
+
+
+def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = document.get(name, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r} must be a table: write [{name}] and its keys below")
+    return value
+
+
+def _typed(table: Mapping[str, Any], where: str, **types: type | tuple[type, ...]) -> None:
+    for key, kind in types.items():
+        # bool is an int to isinstance, and never what a number is meant to be.
+        if key in table and (not isinstance(table[key], kind) or isinstance(table[key], bool)):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(_TOML_NAMES[one] for one in kinds)
+            raise ConfigError(f"[{where}] {key} = {table[key]!r} must be {names}")
+
+
+_TOML_NAMES = {str: "a string", int: "an integer", float: "a number", dict: "a table", list: "an array"}
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f'{where} = {value!r} must be an array of strings, ["a", "b"]')
+    return tuple(value)
+
+
+def _bracketed(names: Sequence[str]) -> str:
+    return ", ".join(f"[{name}]" for name in names)
