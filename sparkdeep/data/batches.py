@@ -1,0 +1,113 @@
+"""Fields to tensors: what a model, a loss and a metric are given."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkdeep.data.arrow import Array, FieldValues, Ragged
+from sparkdeep.data.schema import Callables, Field, Schema, callable_for
+from sparkdeep.errors import UserCodeError
+
+__all__ = ["Batch", "make_batch"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rows as tensors, all on one device; dim 0 is the row."""
+
+    features: Any
+    """A tensor, or a dict from argument of `forward` to tensor. With `collate`, what that returned."""
+    labels: Any
+    """A tensor, a dict of them, or None."""
+    weights: Tensor | None
+    """(rows,) as stored, float32 or float64: sums of weights must not be rounded to bfloat16."""
+    rows: int
+    """Number of rows."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
+        return Batch(
+            features=_move(self.features, device, non_blocking),
+            labels=_move(self.labels, device, non_blocking),
+            weights=_move(self.weights, device, non_blocking),
+            rows=self.rows,
+        )
+
+
+def make_batch(
+    fields: Mapping[str, FieldValues],
+    schema: Schema,
+    *,
+    float_dtype: torch.dtype,
+    collate: Callables = None,
+) -> Batch:
+    """Turn fields into tensors, sharing the memory of writable arrays.
+
+    Args:
+        fields: those of the schema; label and weight fields may be left out, as they are when predicting.
+        schema: says which field is what.
+        float_dtype: for floating-point features and labels; integers and booleans stay what they are.
+        collate: for ragged fields, a list of 1-d tensors to a tensor: one callable, or one a column.
+
+    Raises:
+        UserCodeError: `collate` raised.
+    """
+    values: dict[str, Any] = {}
+    for field in schema.fields:
+        if field.name in fields:
+            values[field.name] = _tensor(fields[field.name], field, float_dtype, collate)
+    first = fields[schema.fields[0].name]
+    return Batch(
+        features=_by_argument("features", schema, values),
+        labels=_by_argument("label", schema, values),
+        weights=values.get("weight"),
+        rows=len(first.lengths) if isinstance(first, Ragged) else len(first),
+    )
+
+
+def _by_argument(role: str, schema: Schema, values: Mapping[str, Any]) -> Any:
+    named = {
+        field.argument: values[field.name] for field in schema.fields if field.role == role and field.name in values
+    }
+    if not named:
+        return None
+    return named.get(None, named)
+
+
+def _tensor(value: FieldValues, field: Field, float_dtype: torch.dtype, collate: Callables) -> Any:
+    if not isinstance(value, Ragged):
+        tensor = _as_tensor(value)
+        return tensor.to(float_dtype) if tensor.is_floating_point() and field.role != "weight" else tensor
+    flat = _as_tensor(value.values)
+    flat = flat.to(float_dtype) if flat.is_floating_point() else flat
+    function = callable_for(field.columns[0], collate)
+    assert function is not None, "build_schema makes a field ragged only when collate= is given for it"
+    try:
+        return function(list(torch.split(flat, value.lengths.tolist())))
+    except Exception as error:
+        raise UserCodeError(
+            f"collate= raised {type(error).__name__} on column {field.columns[0]!r}, {len(value.lengths)} rows of "
+            f"{field.dtype}: {error}. It is given a list of 1-d tensors and must return one tensor",
+            traceback_text=traceback.format_exc(),
+        ) from error
+
+
+def _as_tensor(array: Array) -> Tensor:
+    # A read-only array is a view of Arrow's memory or of a file; a model that works in place must not write there.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _move(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    if isinstance(value, dict):
+        return {key: _move(item, device, non_blocking) for key, item in value.items()}
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_move(item, device, non_blocking) for item in value)
+    if isinstance(value, list):
+        return [_move(item, device, non_blocking) for item in value]
+    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
