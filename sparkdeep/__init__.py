@@ -1,0 +1,65 @@
+"""Train PyTorch networks on Apache Spark DataFrames: `TorchEstimator(...).fit(df)`, `model.transform(df)`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparkdeep.config import EarlyStopping
+from sparkdeep.errors import (
+    CheckpointError,
+    ConfigError,
+    CoordinatorUnreachableError,
+    DataError,
+    ModelLoadError,
+    NonFiniteError,
+    PreflightError,
+    ReplicaLostError,
+    ShardMismatchError,
+    SparkdeepError,
+    UserCodeError,
+    VersionMismatchError,
+)
+
+if TYPE_CHECKING:
+    from sparkdeep.registry import register
+    from sparkdeep.spark.estimator import TorchEstimator
+    from sparkdeep.spark.model import TorchModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CoordinatorUnreachableError",
+    "DataError",
+    "EarlyStopping",
+    "ModelLoadError",
+    "NonFiniteError",
+    "PreflightError",
+    "ReplicaLostError",
+    "ShardMismatchError",
+    "SparkdeepError",
+    "TorchEstimator",
+    "TorchModel",
+    "UserCodeError",
+    "VersionMismatchError",
+    "register",
+]
+
+# pyspark is imported when these are first used, and not by a replica that only trains.
+_LAZY = {
+    "TorchEstimator": "sparkdeep.spark.estimator",
+    "TorchModel": "sparkdeep.spark.model",
+    "register": "sparkdeep.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sparkdeep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

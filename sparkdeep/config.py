@@ -1,0 +1,171 @@
+"""Settings of a fit as frozen values, checked when they are made; unknown names are refused with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from sparkdeep.errors import ConfigError
+
+__all__ = ["EarlyStopping", "LocalSettings", "RunSettings", "refuse_unknown"]
+
+InnerState = Literal["keep", "average", "reset"]
+ReplicaState = Literal["local", "durable"]
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse the first unknown name, with the nearest known one.
+
+    Raises:
+        ConfigError: with "did you mean".
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown {where} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}.")
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: must be a positive number.")
+
+
+def _one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    if value not in (listed := list(choices)):
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, listed))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSettings:
+    """What every replica needs to know about its local work; travels to the executors."""
+
+    batch_size: int = 32
+    """Rows per batch and replica; the global batch is `num_workers` times as large."""
+    accumulate_batches: int = 1
+    """Batches per local step; their gradients add up to that of one batch of all their rows."""
+    clip_grad_norm: float | None = None
+    """Largest 2-norm of the whole gradient in a local step (`torch.nn.utils.clip_grad_norm_`)."""
+    precision: Literal["bf16"] | None = None
+    """"bf16": forward and loss under `torch.autocast` in bfloat16; parameters keep their dtype."""
+    inner_state: InnerState = "keep"
+    """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round."""
+    seed: int = 0
+    """Of the order of rows and of each replica's random numbers (`seed + replica`)."""
+    block_rows: int = 4096
+    """Contiguous rows read together when a shard exceeds `window_rows`."""
+    window_rows: int = 1 << 20
+    """Rows shuffled together; a shard of at most this many is shuffled as a whole."""
+    device: str = "auto"
+    """"auto" (the GPU that Spark gave the task, else the CPU), "cpu" or a torch device such as "cuda:0"."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("accumulate_batches", self.accumulate_batches, 1)
+        _at_least("block_rows", self.block_rows, 1)
+        _at_least("window_rows", self.window_rows, 1)
+        _at_least("seed", self.seed, 0)
+        if self.clip_grad_norm is not None:
+            _positive("clip_grad_norm", self.clip_grad_norm)
+        _one_of("precision", self.precision, (None, "bf16"))
+        _one_of("inner_state", self.inner_state, ("keep", "average", "reset"))
+        if self.window_rows < self.block_rows:
+            raise ConfigError(
+                f"window_rows={self.window_rows} is smaller than block_rows={self.block_rows}: a window holds whole "
+                "blocks. Raise window_rows or lower block_rows."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Stop when the validation score has not improved; the best round's parameters are returned.
+
+    Args:
+        patience: validations without improvement before stopping.
+        monitor: "loss" or the name of a metric, of the validation rows.
+        mode: whether less or more is better.
+        min_delta: the least change that counts as an improvement.
+    """
+
+    patience: int = 3
+    monitor: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("early_stopping.patience", self.patience, 1)
+        _one_of("early_stopping.mode", self.mode, ("min", "max"))
+        if self.min_delta < 0:
+            raise ConfigError(f"early_stopping.min_delta={self.min_delta!r}: must not be negative.")
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether `value` beats `best`; NaN never does."""
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What the driver needs to know about the run."""
+
+    num_workers: int = 2
+    """Replicas; one barrier task each."""
+    epochs: int = 1
+    """Passes over the data."""
+    sync_every: int | Literal["epoch"] = 10
+    """Local steps between averages."""
+    validate_every: int | Literal["epoch"] = "epoch"
+    """Rounds between validations, or the end of each epoch."""
+    early_stopping: EarlyStopping | None = None
+    """When to stop before `epochs` are over."""
+    rounds_per_stage: int | Literal["auto"] = "auto"
+    """Rounds run in one barrier stage; "auto": as many as keep launching under 5 % of the time."""
+    max_stage_s: float = 60.0
+    """No stage stays open longer, except for a single round that is longer itself."""
+    replica_state: ReplicaState = "local"
+    """"local": state lies on the executor's disk after every round; "durable": with the driver or the checkpoint."""
+    checkpoint_every: int = 10
+    """Rounds between checkpoints (with `checkpoint_dir`) or durable snapshots (`replica_state="durable"`)."""
+    max_retries: int = 3
+    """Attempts to repeat a failed round before the fit fails."""
+    retry_backoff_s: float = 1.0
+    """Wait before the first repetition; doubles with each further one."""
+    open_timeout_s: float = 300.0
+    """For slots, executors and replicas to be ready when a stage opens."""
+    stall_timeout_s: float = 300.0
+    """A replica that has not finished a single batch for this long counts as lost."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "epochs", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name, word in (("sync_every", "epoch"), ("validate_every", "epoch"), ("rounds_per_stage", "auto")):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _one_of(name, value, (word, "a whole number"))
+            else:
+                _at_least(name, value, 1)
+        _at_least("max_retries", self.max_retries, 0)
+        for name in ("max_stage_s", "retry_backoff_s", "open_timeout_s", "stall_timeout_s"):
+            _positive(name, getattr(self, name))
+        _one_of("replica_state", self.replica_state, ("local", "durable"))
+
+
+_S = TypeVar("_S")
+
+
+def from_mapping(cls: type[_S], values: Mapping[str, Any]) -> _S:
+    """Build a settings class from names and values, refusing unknown names."""
+    refuse_unknown(values, [f.name for f in fields(cls)], f"{cls.__name__} setting")  # type: ignore[arg-type]
+    return cls(**values)

@@ -1,0 +1,147 @@
+"""The driver's end of the parameter plane: a port that admits this run's replicas and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from typing import Final, final
+
+from sparkdeep.channel import Address
+from sparkdeep.errors import ConfigError, ProtocolError
+from sparkdeep.messages import Hello, parse
+from sparkdeep.wire import TOKEN_BYTES, Connection
+
+__all__ = ["Coordinator", "parse_ports"]
+
+_HANDSHAKE_S: Final = 20.0
+_MAX_HANDSHAKES: Final = 256
+
+
+def parse_ports(value: int | tuple[int, int] | str | None) -> range:
+    """The ports to try: None or 0 any free one, a number that one, `(first, last)` or "first-last" a range.
+
+    Raises:
+        ConfigError: not a port or a range of ports.
+    """
+    if value is None or value == 0:
+        return range(1)
+    if isinstance(value, str):
+        pieces = value.split("-")
+        if all(p.strip().isdigit() for p in pieces) and len(pieces) in {1, 2}:
+            value = (int(pieces[0]), int(pieces[-1]))
+    if isinstance(value, int):
+        value = (value, value)
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(p, int) for p in value):
+        first, last = value
+        if 1 <= first <= last <= 65535:
+            return range(first, last + 1)
+    raise ConfigError(f"coordinator_port={value!r}: must be a port from 1 to 65535, a pair (first, last) or 'a-b'.")
+
+
+@final
+class Coordinator:
+    """Listens on the driver for the whole of a fit; stages come and go behind it.
+
+    Args:
+        bind_host: the address to listen on.
+        advertised_host: what replicas are told to dial.
+        ports: tried in order; `range(1)` means any free port.
+
+    Raises:
+        ConfigError: no port of the range is free, or the address is not this machine's.
+    """
+
+    def __init__(self, *, bind_host: str, advertised_host: str, ports: range) -> None:
+        self.token: Final = secrets.token_bytes(TOKEN_BYTES)
+        self._listener = _listen(bind_host, ports)
+        self.address = Address(host=advertised_host, port=self._listener.getsockname()[1])
+        self._admit: Callable[[Hello, Connection], None] | None = None
+        self._lock = threading.Lock()
+        self._handshakes = threading.Semaphore(_MAX_HANDSHAKES)
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="sparkdeep-coordinator", daemon=True)
+        self._thread.start()
+
+    def route(self, admit: Callable[[Hello, Connection], None] | None) -> None:
+        """Hand the hellos of new replicas to `admit` (called in a thread of its own); None refuses them all."""
+        with self._lock:
+            self._admit = admit
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._listener.close()
+        self._thread.join(timeout=5.0)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                if self._closed:
+                    return
+                continue
+            except OSError as error:
+                if self._closed or error.errno in {errno.EBADF, errno.EINVAL}:
+                    return
+                continue  # a connection that was reset before it was accepted
+            if not self._handshakes.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._welcome, args=(sock,), name="sparkdeep-hello", daemon=True).start()
+
+    def _welcome(self, sock: socket.socket) -> None:
+        connection: Connection | None = None
+        authenticated = False
+        try:
+            connection = Connection(sock, self.token)
+            frame = connection.receive(timeout_s=_HANDSHAKE_S)
+            authenticated = True
+            if frame.kind != "hello" or frame.body_bytes:
+                raise ProtocolError(f"expected a hello, got {frame.kind!r} with {frame.body_bytes} bytes.")
+            hello = parse(Hello, frame.header)
+            with self._lock:
+                admit = self._admit
+            if admit is None:
+                raise ProtocolError("no stage is open.")
+            admit(hello, connection)
+        except (ProtocolError, OSError) as error:
+            # A stranger hears nothing (a frame would show it the token); a zombie of an earlier stage hears why.
+            if connection is None:
+                sock.close()
+                return
+            if authenticated:
+                with contextlib.suppress(ProtocolError, OSError):  # it may have hung up already
+                    connection.send("refused", {"reason": str(error)}, timeout_s=2.0)
+            connection.close()
+        finally:
+            self._handshakes.release()
+
+
+def _listen(host: str, ports: range) -> socket.socket:
+    problem: OSError | None = None
+    for port in ports:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            problem = error
+            continue
+        listener.settimeout(0.25)
+        return listener
+    raise ConfigError(
+        f"the coordinator cannot listen on {host} port {ports.start}"
+        f"{f'-{ports[-1]}' if len(ports) > 1 else ''}: {problem}. Set coordinator_port= to a free port or range, and "
+        "spark.driver.bindAddress to an address of the driver's machine."
+    )

@@ -1,0 +1,173 @@
+"""One fit: from a program and its shards to trained parameters. It knows neither Spark nor where replicas run."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.coordinator import Coordinator
+from sparkdeep.errors import CheckpointError, ConfigError
+from sparkdeep.launch import Launcher, ReplicaPlan
+from sparkdeep.metrics import RoundRecord
+from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
+from sparkdeep.parameters import Layout, named_tensors
+from sparkdeep.program import Program, pack_program
+from sparkdeep.replica import steps_per_epoch
+from sparkdeep.rounds import Run, run_rounds
+from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
+from sparkdeep.schedule import Schedule
+from sparkdeep.stages import ShardFacts, Stages
+from sparkdeep.trees import pack_tensors
+
+__all__ = ["CheckpointSnapshots", "Fit", "new_run_id"]
+
+
+def new_run_id() -> str:
+    """A name for a run that no other run has."""
+    return secrets.token_hex(8)
+
+
+@final
+class CheckpointSnapshots:
+    """Snapshots in a checkpoint directory: as durable as what lies beneath it."""
+
+    def __init__(self, directory: CheckpointDirectory) -> None:
+        self._directory = directory
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Commit a checkpoint."""
+        self._directory.save(snapshot.round, snapshot.files, {"round": snapshot.round})
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint that verifies."""
+        loaded = self._directory.latest()
+        return None if loaded is None else Snapshot(round=loaded.round_number, files=loaded.files)
+
+
+@final
+@dataclass(kw_only=True)
+class Fit:
+    """What a fit is made of; `rounds()` runs it.
+
+    The program's model holds the starting parameters, and the trained ones after `load_result`.
+    """
+
+    program: Program
+    local: LocalSettings
+    settings: RunSettings
+    plan: ReplicaPlan
+    shards: Sequence[ShardFacts]
+    """The ledger of rows and digests, one a replica."""
+    launcher: Launcher
+    coordinator: Coordinator
+    run: str
+    """The run's id."""
+    outer_optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    checkpoints: CheckpointDirectory | None = None
+    resume: bool = True
+    on_beat: Callable[[int, int], None] = lambda _replica, _rows: None
+    on_log: Callable[[int, str], None] = lambda _replica, _line: None
+
+    def __post_init__(self) -> None:
+        self.layout = Layout.of(self.program.model)
+        steps = [steps_per_epoch(shard.rows["train"], self.local) for shard in self.shards]
+        if max(steps) == 0:
+            raise ConfigError("no training rows are left: every row went to validation. Lower validation=.")
+        self.schedule = Schedule.over(steps, epochs=self.settings.epochs, sync_every=self.settings.sync_every)
+        self.state = RunState(
+            parameters=self.layout.read(self.program.model, self.layout.empty()),
+            buffers=self.layout.read_buffers(self.program.model),
+            inner=self.layout.empty(0),
+        )
+        self.outer = self._outer()
+        self.snapshots = self._snapshots()
+        self.resumed_from = self._begin()
+
+    def _outer(self) -> OuterOptimizer:
+        if self.outer_optimizer is None:
+            return Assign()
+        return TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
+
+    def _snapshots(self) -> Snapshots | None:
+        if self.checkpoints is not None:
+            return CheckpointSnapshots(self.checkpoints)
+        return MemorySnapshots() if self.settings.replica_state == "durable" else None
+
+    def _begin(self) -> int:
+        """Go on from the newest checkpoint, or keep the start as snapshot 0; returns the committed rounds."""
+        latest = self.snapshots.latest() if self.snapshots is not None else None
+        if latest is not None:
+            if not self.resume:
+                raise CheckpointError(
+                    f"checkpoint_dir holds a run that has committed round {latest.round}, and resume=False. Use resume='auto' "
+                    "to go on with it, or another checkpoint_dir."
+                )
+            self.outer.load_state_dict(self.state.restore(self.layout, latest.files))
+        elif self.snapshots is not None and self.settings.replica_state == "durable":
+            files = self.state.to_files(self.layout, self.outer.state_dict(), [])
+            self.snapshots.save(Snapshot(round=0, files=files))
+        return self.state.committed
+
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Train, yielding each round's record; see `run_rounds` for what it raises."""
+        stages = Stages(
+            launcher=self.launcher,
+            coordinator=self.coordinator,
+            run=self.run,
+            settings=self.settings,
+            schedule=self.schedule,
+            layout=self.layout,
+            tensors=self._tensors,
+            shards=self.shards,
+            keep=self.settings.replica_state == "local",
+            on_beat=self.on_beat,
+            on_log=self.on_log,
+        )
+        run = Run(
+            settings=self.settings,
+            schedule=self.schedule,
+            layout=self.layout,
+            state=self.state,
+            outer=self.outer,
+            stages=stages,
+            metrics=self.program.metrics or {},
+            validate=any(shard.rows["validation"] for shard in self.shards),
+            snapshots=self.snapshots,
+            furthest=self.state.committed,
+        )
+        self._stages = stages
+        with closing(run_rounds(run)) as records:
+            yield from records
+
+    def close_stage(self) -> None:
+        """Close the open stage: its slots are free for other Spark jobs until the next round."""
+        self._stages.close(self.state.committed)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the round that was just yielded."""
+        self.state.stopped = self.state.stopped or reason
+
+    def load_result(self) -> None:
+        """Put the best validated round's parameters (with early stopping) or the last ones into the program's model."""
+        best = self.state.best
+        parameters = best.parameters if best is not None else self.state.parameters.detach()
+        buffers = best.buffers if best is not None else self.state.buffers
+        self.layout.write(self.program.model, parameters)
+        self.layout.write_buffers(self.program.model, buffers)
+
+    def _tensors(self) -> bytes:
+        tensors: dict[str, Tensor] = dict(named_tensors(self.program.model))
+        return pack_tensors(tensors)
+
+
+def plan_of(program: Program, local: LocalSettings, schema: Any) -> ReplicaPlan:
+    """What every replica is made from; refuses what cannot be pickled."""
+    return ReplicaPlan(program=pack_program(program), settings=local, schema=schema)

@@ -1,0 +1,118 @@
+"""One record a round: what was learned, from how many rows, and where the time went."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ReplicaRecord", "RoundRecord", "read_jsonl", "write_jsonl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaRecord:
+    """One replica's part of a round."""
+
+    replica: int
+    host: str
+    rows: int
+    """Rows trained on."""
+    weight: float
+    """Its weight in the mean, before normalisation: rows, or their summed weights."""
+    steps: int
+    """Local steps."""
+    compute_seconds: float
+    """Local work, batches included."""
+    input_seconds: float
+    """Part of it spent on getting batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """What one committed round was; fields can be read as attributes or as `record["loss"]`."""
+
+    round: int
+    """From 1."""
+    epoch: int
+    """From 1."""
+    rows: int
+    """Rows trained on by all replicas in this round."""
+    loss: float
+    """Training loss: the mean over the round's rows of the loss at the time each was seen."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Scores of the averaged model on the validation rows ("loss" and each metric); empty when not validated."""
+    seconds: float = 0.0
+    """Wall time of the round, stage opening and validation included."""
+    compute_seconds: float = 0.0
+    """Local work of the slowest replica."""
+    exchange_seconds: float = 0.0
+    """From sending parameters to holding the mean, less `compute_seconds`."""
+    outer_seconds: float = 0.0
+    """The outer step."""
+    stage_seconds: float = 0.0
+    """Opening the barrier stage, when this round was its first; else 0."""
+    validation_seconds: float = 0.0
+    """Scoring the validation rows."""
+    checkpoint_seconds: float = 0.0
+    """Collecting replica states and writing the checkpoint or snapshot."""
+    checkpoint_bytes: int = 0
+    """What that moved."""
+    retries: int = 0
+    """Failed attempts before this round was committed."""
+    state_reset: list[int] = field(default_factory=list)
+    """Replicas whose optimizer state was lost with their executor and began anew (`replica_state="local"`)."""
+    replicas: list[ReplicaRecord] = field(default_factory=list)
+    """Each replica's part."""
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by name."""
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """The fields' names, so that `dict(record)` works."""
+        return [f.name for f in dataclasses.fields(self)]
+
+    @property
+    def rows_per_second(self) -> float:
+        """Training rows a second, all replicas together."""
+        return self.rows / self.seconds if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
+        """Read back what `to_dict` gave."""
+        parts = [ReplicaRecord(**r) for r in values.get("replicas", [])]
+        return cls(**{**values, "replicas": parts})
+
+
+def write_jsonl(records: Iterable[RoundRecord], path: Path) -> None:
+    """Write one JSON object a line; NaN becomes null, which every JSON reader takes."""
+    lines = [json.dumps(_plain(record.to_dict()), allow_nan=False) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[RoundRecord]:
+    """Read the records that `write_jsonl` wrote."""
+    return [RoundRecord.from_dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value

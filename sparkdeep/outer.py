@@ -1,0 +1,111 @@
+"""The outer step, on the driver: assign the mean, or drive any torch optimizer with minus the mean delta.
+
+This is the one file that negates: `grad = start - mean`, the pseudo-gradient of Reddi et al. (2021, "Adaptive
+Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minimiser moves towards the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.errors import ConfigError
+from sparkdeep.parameters import Layout
+
+__all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter"]
+
+
+class RoundMean(Protocol):
+    """What one round gives to the outer step."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean of the replicas' parameters, shape (numel,) float64."""
+
+    @property
+    def loss(self) -> float:
+        """Training loss of the round, the row-weighted mean over its local steps."""
+
+
+class OuterOptimizer(Protocol):
+    """Moves the global parameters once a round."""
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+        """Run one round and move `parameters`, shape (numel,), in place.
+
+        If the round raises, neither the parameters nor the optimizer's state have changed.
+        """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What must be restored, beside the parameters, for the run to go on exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+@final
+class Assign:
+    """Plain parameter averaging: the mean itself is written, bit for bit (delta arithmetic would round)."""
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+        """Write the round's mean into `parameters`, rounded once to their dtype."""
+        parameters.copy_(round_().mean)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Nothing: averaging has no memory."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept the empty state only."""
+        if state:
+            raise ValueError(f"plain averaging has no state, got keys {sorted(state)}")
+
+
+@final
+class TorchOuter:
+    """Drives a `torch.optim` optimizer over the global parameters, seen in their shapes.
+
+    Args:
+        factory: called with the list of parameters; e.g. `partial(torch.optim.SGD, lr=0.7, momentum=0.9,
+            nesterov=True)` for DiLoCo.
+        parameters: the flat vector the optimizer moves, shape (numel,); the optimizer holds views of it.
+        layout: where each parameter lies in it.
+    """
+
+    def __init__(self, factory: Callable[..., torch.optim.Optimizer], parameters: Tensor, layout: Layout) -> None:
+        self._parameters = parameters
+        self._grad = torch.zeros_like(parameters)
+        leaves = [view.requires_grad_() for view in layout.views(parameters)]
+        for leaf, grad in zip(leaves, layout.views(self._grad), strict=True):
+            leaf.grad = grad
+        optimizer = factory(leaves)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"outer_optimizer returned {type(optimizer).__name__}; it must be a callable that takes parameters "
+                "and returns a torch.optim.Optimizer, such as partial(torch.optim.SGD, lr=0.7, momentum=0.9)."
+            )
+        self._optimizer = optimizer
+        self._leaves = leaves
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+        """One `optimizer.step(closure)`; the closure runs the round and sets `.grad = start - mean`."""
+        assert parameters is self._parameters, "the outer optimizer holds views of another vector"
+
+        def closure() -> float:
+            result = round_()
+            with torch.no_grad():
+                self._grad.copy_(parameters.detach().to(torch.float64) - result.mean)
+            return result.loss
+
+        self._optimizer.step(closure)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The optimizer's own state dict."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimizer's state dict."""
+        self._optimizer.load_state_dict(dict(state))

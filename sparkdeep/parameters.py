@@ -1,0 +1,161 @@
+"""Module <-> flat vector: where each trainable parameter lies, and what the other tensors of a module are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedTensorMixin
+
+from sparkdeep.errors import ConfigError
+
+__all__ = ["Entry", "Layout", "named_tensors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One trainable parameter's place in the flat vector."""
+
+    name: str
+    """Its first name in `named_parameters()`; a tied parameter has one entry."""
+    shape: tuple[int, ...]
+    """Shape in the module."""
+    dtype: torch.dtype
+    """Dtype in the module; the vector may be wider (bfloat16 parameters lie in a float32 vector)."""
+    offset: int
+    """First element in the vector."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of `module`, tied ones once, non-persistent buffers included."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a module's trainable parameters lie in one flat vector, and how its buffers are averaged.
+
+    The vector's dtype is float64 if any trainable parameter is, else float32, so every supported parameter
+    (float16, bfloat16, float32, float64) is held exactly.
+    """
+
+    entries: tuple[Entry, ...]
+    """Trainable parameters in `named_parameters()` order; frozen ones do not travel."""
+    dtype: torch.dtype
+    """torch.float32 or torch.float64."""
+    buffers: tuple[str, ...]
+    """Names of the buffers that are pooled each round."""
+    variance_of: Mapping[str, str]
+    """Names of running variances -> the running mean they belong to (BatchNorm and its kin)."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """Read the layout off `module`.
+
+        Raises:
+            ConfigError: no trainable parameter, an uninitialised lazy one, or a dtype that cannot be averaged.
+        """
+        entries: list[Entry] = []
+        offset = 0
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, UninitializedTensorMixin):
+                raise ConfigError(
+                    f"parameter {name!r} is not initialised yet: run one batch through the lazy module first."
+                )
+            if not parameter.requires_grad:
+                continue
+            if not parameter.is_floating_point():
+                raise ConfigError(
+                    f"trainable parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters "
+                    "can be averaged. Freeze it (requires_grad=False) or store real and imaginary parts apart."
+                )
+            entry = Entry(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, offset=offset)
+            entries.append(entry)
+            offset += entry.numel
+        if not entries:
+            raise ConfigError(
+                f"model {type(module).__name__} has no trainable parameter; set requires_grad=True on what should learn."
+            )
+        wide = any(entry.dtype == torch.float64 for entry in entries)
+        variance_of: dict[str, str] = {}
+        for name, child in module.named_modules():
+            if isinstance(child, _NormBase) and child.running_var is not None:
+                prefix = f"{name}." if name else ""
+                variance_of[f"{prefix}running_var"] = f"{prefix}running_mean"
+        names = tuple(name for name, _ in module.named_buffers())
+        return cls(
+            entries=tuple(entries),
+            dtype=torch.float64 if wide else torch.float32,
+            buffers=names,
+            variance_of={var: mean for var, mean in variance_of.items() if var in names and mean in names},
+        )
+
+    @property
+    def numel(self) -> int:
+        """Length of the vector."""
+        last = self.entries[-1]
+        return last.offset + last.numel
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the vector in bytes: the P of the cost model."""
+        return self.numel * self.dtype.itemsize
+
+    def empty(self, sections: int = 1) -> Tensor:
+        """An uninitialised vector, shape (sections * numel,), on the CPU."""
+        return torch.empty(sections * self.numel, dtype=self.dtype)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The vector's parameters in their own shapes, sharing its memory."""
+        return [vector[e.offset : e.offset + e.numel].view(e.shape) for e in self.entries]
+
+    @torch.no_grad()
+    def read(self, module: nn.Module, out: Tensor) -> Tensor:
+        """Copy the module's trainable parameters into `out`, shape (numel,)."""
+        parameters = dict(module.named_parameters())
+        for entry, view in zip(self.entries, self.views(out), strict=True):
+            view.copy_(parameters[entry.name])
+        return out
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, vector: Tensor) -> None:
+        """Copy `vector`, shape (numel,), into the module's trainable parameters, rounding once to their dtype."""
+        parameters = dict(module.named_parameters())
+        for entry, view in zip(self.entries, self.views(vector), strict=True):
+            parameters[entry.name].copy_(view)
+
+    def read_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of the module's buffers, on the CPU and contiguous, by name."""
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.named_buffers()}
+
+    @torch.no_grad()
+    def write_buffers(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+        """Copy `buffers` into the module's buffers of the same names."""
+        own = dict(module.named_buffers())
+        for name, value in buffers.items():
+            own[name].copy_(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Names, shapes and dtypes, for fingerprints and for a checkpoint's identity."""
+        return {
+            "dtype": str(self.dtype),
+            "parameters": [[e.name, list(e.shape), str(e.dtype)] for e in self.entries],
+            "buffers": list(self.buffers),
+        }
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change whenever a name, shape, dtype or the order does."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,138 @@
+"""The user's objects on their way to replicas: one cloudpickled field, with the model's tensors left out.
+
+The module's parameters and buffers travel over the wire of the coordinator (and again with every round), so the
+pickle holds the module's structure only: each tensor is replaced by its name (`persistent_id`), which also keeps
+tied tensors tied. The bytes go out inside Spark's own task closure and nowhere else; nothing that comes back from an
+executor, or lies in a file, is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from sparkdeep.errors import PreflightError
+from sparkdeep.parameters import named_tensors
+
+__all__ = ["Program", "pack_program", "unpack_program"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Everything of the user's that a replica runs."""
+
+    model: nn.Module
+    """The module; on the driver with its values, on a replica with empty tensors until the first message."""
+    loss: Callable[..., Tensor] | None
+    """`loss(output, label)`, or None with `training_step`."""
+    optimizer: Callable[..., torch.optim.Optimizer]
+    """Called with the list of trainable parameters."""
+    lr_scheduler: Callable[..., Any] | None = None
+    """Called with the optimizer; stepped once a local step."""
+    training_step: Callable[..., Tensor] | None = None
+    """`training_step(model, batch) -> loss`, in place of `loss`."""
+    preprocess: Callable[[Any], Any] | None = None
+    """Applied to a batch's features in training, validation and `transform`."""
+    augment: Callable[[Any], Any] | None = None
+    """Applied to a batch's features in training only, after `preprocess`."""
+    collate: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None
+    """For ragged columns: list of 1-d tensors -> tensor."""
+    metrics: Mapping[str, Any] | None = None
+    """Name -> `f(output, label)` or a torchmetrics Metric; scored on the validation rows."""
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Writes the module's tensors as their names."""
+
+    def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:
+        super().__init__(file)
+        self._names = names
+
+    def persistent_id(self, obj: Any) -> Any:
+        return self._names.get(id(obj)) if isinstance(obj, Tensor) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Gives each name one empty tensor of the recorded shape."""
+
+    def __init__(self, file: io.BytesIO, table: Mapping[str, tuple[str, tuple[int, ...], bool, bool]]) -> None:
+        super().__init__(file)
+        self._table = table
+        self._made: dict[str, Tensor] = {}
+
+    def persistent_load(self, pid: str) -> Tensor:
+        if pid not in self._made:
+            dtype, shape, is_parameter, requires_grad = self._table[pid]
+            tensor = torch.zeros(shape, dtype=getattr(torch, dtype))
+            self._made[pid] = nn.Parameter(tensor, requires_grad=requires_grad) if is_parameter else tensor
+        return self._made[pid]
+
+
+def pack_program(program: Program) -> bytes:
+    """Serialise `program` for the task closure.
+
+    Raises:
+        PreflightError: a part cannot be pickled; the message names the attribute.
+    """
+    named = dict(named_tensors(program.model))
+    names = {id(tensor): name for name, tensor in named.items()}
+    table = {
+        name: (
+            str(t.dtype).removeprefix("torch."),
+            tuple(t.shape),
+            isinstance(t, nn.Parameter),
+            t.requires_grad,
+        )
+        for name, t in named.items()
+    }
+    parts = {}
+    for field in fields(program):
+        value = getattr(program, field.name)
+        buffer = io.BytesIO()
+        try:
+            _Pickler(buffer, names).dump(value)
+        except Exception as error:
+            where = _culprit(value, field.name, names)
+            raise PreflightError(
+                f"{where} cannot be pickled and so cannot be sent to the executors: {type(error).__name__}: {error}. "
+                "Open files, locks, sockets and sessions must be made inside the model (lazily, on the executor), "
+                "not kept as attributes."
+            ) from error
+        parts[field.name] = buffer.getvalue()
+    return bytes(cloudpickle.dumps((table, parts)))
+
+
+def unpack_program(data: bytes) -> Program:
+    """Rebuild a program on a replica; its module's tensors are zeros until they are loaded."""
+    table, parts = pickle.loads(data)  # noqa: S301 (the user's own program, from Spark's task closure)
+    loader = _Unpickler(io.BytesIO(parts.pop("model")), table)
+    model = loader.load()
+    return Program(
+        model=model,
+        **{name: pickle.loads(part) for name, part in parts.items()},  # noqa: S301 (as above)
+    )
+
+
+def _culprit(value: Any, path: str, names: Mapping[int, str]) -> str:
+    """The longest attribute path below `value` whose pickling fails."""
+    children: list[tuple[str, Any]] = []
+    if isinstance(value, nn.Module):
+        children = [(f"{path}.{k}", v) for k, v in value._modules.items()]
+        children += [(f"{path}.{k}", v) for k, v in vars(value).items() if not k.startswith("_")]
+    elif isinstance(value, Mapping):
+        children = [(f"{path}[{k!r}]", v) for k, v in value.items()]
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        children = [(f"{path}.{k}", v) for k, v in vars(value).items()]
+    for child_path, child in children:
+        try:
+            _Pickler(io.BytesIO(), names).dump(child)
+        except Exception:  # noqa: BLE001 (looking for the part that fails; the failure itself is raised by the caller)
+            return _culprit(child, child_path, names)
+    return path

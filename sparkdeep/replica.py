@@ -1,0 +1,354 @@
+"""One replica: local steps on its shard. It knows neither Spark nor sockets."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparkdeep.config import LocalSettings
+from sparkdeep.data.batches import Batch, make_batch
+from sparkdeep.data.schema import Schema
+from sparkdeep.data.order import EpochOrder, batch_range, num_batches
+from sparkdeep.data.shards import Shard
+from sparkdeep.errors import ConfigError
+from sparkdeep.losses import LossFunction
+from sparkdeep.messages import Update
+from sparkdeep.parameters import Layout, named_tensors
+from sparkdeep.program import Program
+from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
+from sparkdeep.schedule import RoundSpec
+from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
+from sparkdeep.validation import Evaluator
+
+__all__ = ["LocalResult", "Replica", "steps_per_epoch"]
+
+BEAT_S = 0.5
+
+
+def steps_per_epoch(rows: int, settings: LocalSettings) -> int:
+    """Local steps that `rows` training rows make in one epoch."""
+    return -(-num_batches(rows, settings.batch_size) // settings.accumulate_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalResult:
+    """What a round's local work gives: the header, and the body in two parts."""
+
+    update: Update
+    vector: Tensor
+    """(sections * numel,) in the layout's dtype: parameters, then optimizer state sections; empty at weight 0."""
+    buffers: bytes
+    """safetensors."""
+
+
+class Replica:
+    """A model, its inner optimizer and its place in the data.
+
+    Args:
+        program: the user's objects; the model's tensors are loaded by `load_tensors`.
+        settings: of the local work.
+        schema: of the shard.
+        shard: this replica's rows.
+        number: which replica this is, from 0.
+        device: where it computes.
+        beat: called with (rows, steps) of the round so far, at most every half second of local work.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        settings: LocalSettings,
+        schema: Schema,
+        shard: Shard,
+        *,
+        number: int,
+        device: torch.device,
+        beat: Callable[[int, int], None] = lambda _rows, _steps: None,
+    ) -> None:
+        self.number = number
+        self.shard = shard
+        self.model: nn.Module = program.model.to(device)
+        self.layout = Layout.of(self.model)
+        self._program = program
+        self._settings = settings
+        self._schema = schema
+        self._device = device
+        self._beat = beat
+        self._float_dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+        self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
+        self._random = RandomState(settings.seed + number, device)
+        self._parameters = [p for _, p in self.model.named_parameters() if p.requires_grad]
+        self._flat = self.layout.empty()
+        self._order: tuple[int, EpochOrder] | None = None
+        self.train_rows = shard.info.rows["train"]
+        self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
+        self._start_optimizer(0)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def load_tensors(self, data: bytes) -> None:
+        """Load every parameter and buffer of the module, frozen ones included."""
+        values = unpack_tensors(data)
+        with torch.no_grad():
+            for name, tensor in named_tensors(self.model):
+                tensor.copy_(values[name])
+
+    def restart(self, scheduler_steps: int) -> None:
+        """Begin with a fresh optimizer and random stream, the learning-rate clock at `scheduler_steps`."""
+        self._random = RandomState(self._settings.seed + self.number, self._device)
+        self._start_optimizer(scheduler_steps)
+
+    def save_state(self) -> bytes:
+        """Optimizer, learning-rate clock and random stream, without pickle."""
+        scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
+        return pack(
+            {
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": scheduler,
+                "random": self._random.state_dict(),
+            }
+        )
+
+    def load_state(self, data: bytes) -> None:
+        """Go on from `save_state`'s bytes.
+
+        Raises:
+            CheckpointError: the bytes are damaged.
+        """
+        state = unpack(data)
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._random.load_state_dict(state["random"])
+
+    def _start_optimizer(self, scheduler_steps: int) -> None:
+        optimizer = self._program.optimizer(self._parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer returned {type(optimizer).__name__}; give a callable that takes the parameters and returns "
+                "a torch.optim.Optimizer, such as partial(torch.optim.AdamW, lr=1e-3)."
+            )
+        self._optimizer = optimizer
+        self._scheduler: Any = None
+        if self._program.lr_scheduler is not None:
+            self._scheduler = self._program.lr_scheduler(optimizer)
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # the clock may run ahead of this replica
+            for _ in range(scheduler_steps):
+                self._scheduler.step()
+
+    # -- one round -----------------------------------------------------------------------------------------------
+
+    @property
+    def flat(self) -> Tensor:
+        """The vector that arriving parameters are written into, shape (numel,); `load_parameters` reads it."""
+        return self._flat
+
+    def load_parameters(self, buffers: bytes) -> None:
+        """Take over the global parameters that lie in `flat`, and the pooled buffers."""
+        self.layout.write(self.model, self._flat)
+        self.layout.write_buffers(self.model, unpack_tensors(buffers))
+
+    def load_inner_state(self, sections: list[str], values: Tensor) -> None:
+        """Take over averaged optimizer state, shape (len(sections) * numel,)."""
+        size = self.layout.numel
+        parts = [self.layout.views(values[i * size : (i + 1) * size]) for i in range(len(sections))]
+        write_inner_state(self._optimizer, self._parameters, sections, parts)
+
+    def train(self, spec: RoundSpec) -> LocalResult:
+        """Do this replica's part of a round, from the parameters it holds."""
+        began = time.perf_counter()
+        if self._settings.inner_state == "reset":
+            self._optimizer.state.clear()
+        last = min(spec.first_step + spec.num_steps, self.steps_per_epoch)
+        progress = _Progress(self._beat)
+        self.model.train()
+        with self._random.installed():
+            for step in range(spec.first_step, last):
+                self._local_step(self._batches(spec.epoch, step, progress), progress)
+            # A replica that is out of rows keeps the common clock of the learning rate all the same.
+            for _ in range(spec.num_steps - max(0, last - spec.first_step)):
+                if self._scheduler is not None:
+                    self._scheduler.step()
+        return self._result(spec, progress, began)
+
+    def _local_step(self, batches: list[Batch], progress: _Progress) -> None:
+        weights = [float(b.rows) if b.weights is None else float(b.weights.sum()) for b in batches]
+        total = sum(weights)
+        self._optimizer.zero_grad(set_to_none=True)
+        for batch, weight in zip(batches, weights, strict=True):
+            with self._autocast(), _single_row_norms(self.model, batch.rows, self.train_rows):
+                loss = self._loss(self.model, batch)
+            # One batch a step is left alone, so that the step is a plain torch loop's to the last bit.
+            share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
+            share.backward()
+            progress.add(batch.rows, weight, loss.detach())
+        if self._settings.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        progress.end_step()
+
+    def _batches(self, epoch: int, step: int, progress: _Progress) -> list[Batch]:
+        began = time.perf_counter()
+        if self._order is None or self._order[0] != epoch:
+            self._order = (
+                epoch,
+                EpochOrder(
+                    self.train_rows,
+                    seed=self._settings.seed,
+                    epoch=epoch,
+                    digest=self.shard.info.digest,
+                    block_rows=self._settings.block_rows,
+                    window_rows=self._settings.window_rows,
+                ),
+            )
+        order = self._order[1]
+        first = step * self._settings.accumulate_batches
+        count = num_batches(self.train_rows, self._settings.batch_size)
+        batches = []
+        for index in range(first, min(first + self._settings.accumulate_batches, count)):
+            start, stop = batch_range(self.train_rows, self._settings.batch_size, index)
+            batches.append(self._batch("train", order.indices(start, stop), augment=True))
+        progress.input_s += time.perf_counter() - began
+        return batches
+
+    def _batch(self, split: str, indices: Any, *, augment: bool) -> Batch:
+        fields = self.shard.take(split, indices)
+        batch = make_batch(fields, self._schema, float_dtype=self._float_dtype, collate=self._program.collate)
+        if self._device.type != "cpu":
+            batch = batch.to(self._device, non_blocking=True)
+        return prepared(batch, self._program, augment=augment)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._settings.precision is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def _result(self, spec: RoundSpec, progress: _Progress, began: float) -> LocalResult:
+        weight = progress.weight
+        sections: list[str] = []
+        vector, buffers, finite, loss_sum, crc = self.layout.empty(0), b"", True, 0.0, 0
+        if weight > 0:
+            if self._settings.inner_state == "average":
+                sections, state = read_inner_state(self._optimizer, self._parameters)
+                vector = self.layout.empty(1 + len(sections))
+                for i, tensors in enumerate(state):
+                    start = (i + 1) * self.layout.numel
+                    for view, tensor in zip(self.layout.views(vector[start:]), tensors, strict=True):
+                        view.copy_(tensor)
+            else:
+                vector = self._flat
+            self.layout.read(self.model, vector[: self.layout.numel])
+            buffers = pack_tensors(self.layout.read_buffers(self.model))
+            loss_sum = progress.loss_sum()
+            # A sum is finite unless an element is not, or it overflows; only then is every element looked at.
+            finite = math.isfinite(loss_sum) and (
+                math.isfinite(float(vector.sum())) or bool(torch.isfinite(vector).all())
+            )
+            crc = zlib.crc32(buffers, zlib.crc32(memoryview(vector.numpy()).cast("B")))
+        update = Update(
+            round=spec.round,
+            rows=progress.rows,
+            weight=weight,
+            steps=progress.steps,
+            loss_sum=loss_sum if math.isfinite(loss_sum) else 0.0,
+            finite=finite,
+            sections=sections,
+            buffer_bytes=len(buffers),
+            crc32=crc,
+            compute_s=time.perf_counter() - began,
+            input_s=progress.input_s,
+        )
+        return LocalResult(update=update, vector=vector, buffers=buffers)
+
+    # -- validation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the model as it is on this shard's validation rows, in eval mode; as `trees.pack` takes it."""
+        evaluator = Evaluator(self._loss, self._program.metrics or {}, has_step=self._program.training_step is not None)
+        self.model.eval()
+        progress = _Progress(self._beat)
+        with torch.no_grad(), self._random.installed():
+            for batch in self._validation_batches():
+                with self._autocast():
+                    evaluator.add(self.model, batch)
+                progress.add(batch.rows, 0.0, None)
+        return evaluator.scores()
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        rows = self.shard.info.rows["validation"]
+        size = self._settings.batch_size
+        for start in range(0, rows, size):
+            yield self._batch("validation", slice_indices(start, min(start + size, rows)), augment=False)
+
+
+class _Progress:
+    """Counts of a round as it goes on."""
+
+    def __init__(self, beat: Callable[[int, int], None]) -> None:
+        self.rows = 0
+        self.steps = 0
+        self.weight = 0.0
+        self.input_s = 0.0
+        self._losses: list[tuple[Tensor, float]] = []
+        self._beat = beat
+        self._last = time.monotonic()
+
+    def add(self, rows: int, weight: float, loss: Tensor | None) -> None:
+        self.rows += rows
+        self.weight += weight
+        if loss is not None:
+            self._losses.append((loss, weight))
+        if time.monotonic() - self._last > BEAT_S:
+            self._beat(self.rows, self.steps)
+            self._last = time.monotonic()
+
+    def end_step(self) -> None:
+        self.steps += 1
+
+    def loss_sum(self) -> float:
+        losses = torch.stack([loss.reshape(()) for loss, _ in self._losses]).to("cpu", torch.float64)
+        return float(losses @ torch.tensor([weight for _, weight in self._losses], dtype=torch.float64))
+
+
+def prepared(batch: Batch, program: Program, *, augment: bool) -> Batch:
+    """Apply `preprocess`, and in training `augment`, to a batch's features."""
+    features = batch.features
+    if program.preprocess is not None:
+        features = program.preprocess(features)
+    if augment and program.augment is not None:
+        features = program.augment(features)
+    if features is batch.features:
+        return batch
+    return Batch(features=features, labels=batch.labels, weights=batch.weights, rows=batch.rows)
+
+
+def slice_indices(start: int, stop: int) -> Any:
+    """Consecutive row numbers, int64."""
+    return torch.arange(start, stop).numpy()
+
+
+class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)
+    """Batch norms use their running statistics while a shard of one row trains: one row has no variance."""
+
+    def __init__(self, model: nn.Module, rows: int, shard_rows: int) -> None:
+        alone = rows == 1 and shard_rows == 1
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if alone else []
+
+    def __enter__(self) -> None:
+        for norm in self._norms:
+            norm.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for norm in self._norms:
+            norm.train()

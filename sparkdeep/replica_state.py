@@ -1,0 +1,125 @@
+"""What a replica keeps between rounds: inner optimizer, learning-rate clock, random generators."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["RandomState", "read_inner_state", "write_inner_state"]
+
+# The default generators of torch, numpy and Python are global to a process; in-process replicas take turns on them.
+_GENERATORS = threading.RLock()
+
+
+class RandomState:
+    """One replica's stream of random numbers, installed in the global generators while the replica computes.
+
+    A fresh stream equals what `torch.manual_seed(seed)`, `numpy.random.seed(seed)` and `random.seed(seed)` start, so
+    one replica draws the very numbers of a plain loop.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        with self._saved():
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            self._state = self._capture()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Run a block on this stream; the process's own generators are as before afterwards."""
+        with self._saved():
+            self._install(self._state)
+            yield
+            self._state = self._capture()
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        with _GENERATORS:
+            before = self._capture()
+            try:
+                yield
+            finally:
+                self._install(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's position, as tensors and numbers."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a stored position."""
+        self._state = state
+
+    def _capture(self) -> dict[str, Any]:
+        version, words, gauss = random.getstate()
+        name, keys, place, has_gauss, cached = np.random.get_state()
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
+            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        }
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def _install(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        name, keys, place, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+
+
+def read_inner_state(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], keys: list[str] | None = None
+) -> tuple[list[str], list[list[Tensor]]]:
+    """The optimizer's state tensors that have their parameter's shape, for `inner_state="average"`.
+
+    Args:
+        optimizer: the replica's.
+        parameters: the trainable parameters, in layout order.
+        keys: the names to read; None: every name that some parameter has.
+
+    Returns:
+        The names (such as `exp_avg`, `momentum_buffer`), sorted, and for each name one tensor a parameter; zeros
+        where a parameter has no state (it was never used).
+    """
+    if keys is None:
+        found = {
+            key
+            for p in parameters
+            for key, value in optimizer.state.get(p, {}).items()
+            if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point() and p.dim() > 0
+        }
+        keys = sorted(found)
+    return keys, [
+        [
+            value if isinstance(value := optimizer.state.get(p, {}).get(key), Tensor) else torch.zeros_like(p)
+            for p in parameters
+        ]
+        for key in keys
+    ]
+
+
+@torch.no_grad()
+def write_inner_state(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], keys: list[str], values: list[list[Tensor]]
+) -> None:
+    """Copy averaged state tensors, as `read_inner_state` gave them, into the optimizer."""
+    for key, tensors in zip(keys, values, strict=True):
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            own = optimizer.state[parameter]
+            if isinstance(own.get(key), Tensor):
+                own[key].copy_(tensor)
+            elif own:
+                own[key] = tensor.to(parameter.device, parameter.dtype, copy=True)

@@ -1,0 +1,235 @@
+"""The loop: rounds, validation, snapshots and stop rules, repeated where a replica was lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from sparkdeep.config import RunSettings
+from sparkdeep.errors import ReplicaLostError
+from sparkdeep.metrics import ReplicaRecord, RoundRecord
+from sparkdeep.outer import OuterOptimizer
+from sparkdeep.parameters import Layout
+from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
+from sparkdeep.schedule import RoundSpec, Schedule
+from sparkdeep.stage import RoundResult, Stage
+from sparkdeep.stages import Stages
+from sparkdeep.validation import merge_scores
+
+__all__ = ["Run", "run_rounds"]
+
+_LOG = logging.getLogger("sparkdeep")
+
+
+@final
+@dataclass(kw_only=True)
+class Run:
+    """What a fit is, for the loop."""
+
+    settings: RunSettings
+    schedule: Schedule
+    layout: Layout
+    state: RunState
+    outer: OuterOptimizer
+    stages: Stages
+    metrics: Mapping[str, Any]
+    validate: bool
+    """Whether there are validation rows."""
+    snapshots: Snapshots | None
+    """Where durable states go; None: `replica_state="local"` without a checkpoint."""
+    pending: RoundRecord | None = None
+    """A committed round that is not validated or kept yet."""
+    failures: int = 0
+    """Attempts that failed since the run last got further."""
+    furthest: int = 0
+    sleep: Callable[[float], None] = field(default=time.sleep)
+
+
+def run_rounds(run: Run) -> Iterator[RoundRecord]:
+    """Train round by round, yielding each one's record once it counts.
+
+    A round is a transaction: if a replica is lost in it, the stage is opened again and the round repeated, at most
+    `max_retries` times in a row. Closing the generator ends the open stage.
+
+    Raises:
+        UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError: not repeated.
+        ReplicaLostError: more failures in a row than `max_retries`.
+    """
+    try:
+        while run.pending is not None or not _over(run):
+            try:
+                stage = run.stages.current(run.state, lambda: _latest(run))
+                if run.pending is None:
+                    run.pending = _round(run, stage)
+                if _validation_due(run):
+                    _validate(run, stage)
+                if _snapshot_due(run):
+                    _keep(run, stage)
+            except ReplicaLostError as error:
+                _recover(run, error)
+                continue
+            record, run.pending = run.pending, None
+            run.state.records[-1] = record
+            yield record
+            if not _over(run) and run.stages.due(record.seconds - record.stage_seconds):
+                _close(run)
+        _close(run)
+    finally:
+        run.stages.discard()
+
+
+def _over(run: Run) -> bool:
+    return bool(run.state.stopped) or run.schedule.next(run.state.committed) is None
+
+
+def _latest(run: Run) -> Snapshot | None:
+    return run.snapshots.latest() if run.snapshots is not None else None
+
+
+def _round(run: Run, stage: Stage) -> RoundRecord:
+    """One round and its outer step: afterwards it is committed in the driver's memory."""
+    state = run.state
+    spec = run.schedule.next(state.committed)
+    assert spec is not None
+    began = time.perf_counter()
+    result: RoundResult | None = None
+
+    def closure() -> RoundResult:
+        nonlocal result
+        result = stage.train(spec, state.globals())
+        return result
+
+    run.outer.step(state.parameters, closure)
+    assert result is not None
+    state.buffers = result.buffers
+    state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype)
+    state.committed = spec.round
+    record = _record(run, stage, spec, result, time.perf_counter() - began)
+    state.records.append(record)
+    run.stages.committed_round()
+    if state.committed > run.furthest:
+        run.furthest, run.failures = state.committed, 0
+    return record
+
+
+def _record(run: Run, stage: Stage, spec: RoundSpec, result: RoundResult, seconds: float) -> RoundRecord:
+    compute_s = max(update.compute_s for update in result.updates)
+    return RoundRecord(
+        round=spec.round,
+        epoch=spec.epoch + 1,
+        rows=sum(update.rows for update in result.updates),
+        loss=result.loss,
+        seconds=seconds + run.stages.last_opening_s,
+        compute_seconds=compute_s,
+        exchange_seconds=max(0.0, result.seconds - compute_s),
+        outer_seconds=max(0.0, seconds - result.seconds),
+        stage_seconds=run.stages.last_opening_s,
+        retries=run.failures,
+        state_reset=run.stages.reset if run.stages.last_opening_s else [],
+        replicas=[
+            ReplicaRecord(
+                replica=i,
+                host=stage.hellos[i].host,
+                rows=update.rows,
+                weight=update.weight,
+                steps=update.steps,
+                compute_seconds=update.compute_s,
+                input_seconds=update.input_s,
+            )
+            for i, update in enumerate(result.updates)
+        ],
+    )
+
+
+def _validation_due(run: Run) -> bool:
+    if not run.validate or run.pending is None or run.pending.metrics:
+        return False
+    every = run.settings.validate_every
+    committed = run.state.committed
+    if committed == run.schedule.num_rounds:
+        return True
+    return committed % (run.schedule.rounds_per_epoch if every == "epoch" else every) == 0
+
+
+def _validate(run: Run, stage: Stage) -> None:
+    assert run.pending is not None
+    began = time.perf_counter()
+    state = run.state
+    scores = merge_scores(stage.evaluate(state.globals()), run.metrics)
+    seconds = time.perf_counter() - began
+    run.pending = dataclasses.replace(
+        run.pending, metrics=scores, validation_seconds=seconds, seconds=run.pending.seconds + seconds
+    )
+    state.records[-1] = run.pending
+    rule = run.settings.early_stopping
+    if rule is None:
+        return
+    score = scores[rule.monitor]
+    if rule.improves(score, state.best.score if state.best else None):
+        state.stale = 0
+        state.best = Best(
+            round=state.committed, score=score, parameters=state.parameters.detach().clone(), buffers=state.buffers
+        )
+        return
+    state.stale += 1
+    if state.stale >= rule.patience:
+        state.stopped = (
+            f"no better {rule.monitor} in {state.stale} validations; "
+            f"the best was round {state.best.round if state.best else 0}"
+        )
+
+
+def _snapshot_due(run: Run) -> bool:
+    if run.snapshots is None or run.pending is None or run.pending.checkpoint_bytes:
+        return False
+    committed = run.state.committed
+    return committed % run.settings.checkpoint_every == 0 or _over(run)
+
+
+def _keep(run: Run, stage: Stage) -> None:
+    assert run.pending is not None
+    assert run.snapshots is not None
+    began = time.perf_counter()
+    files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states())
+    run.snapshots.save(Snapshot(round=run.state.committed, files=files))
+    seconds = time.perf_counter() - began
+    run.pending = dataclasses.replace(
+        run.pending,
+        checkpoint_seconds=seconds,
+        checkpoint_bytes=sum(len(data) for data in files.values()),
+        seconds=run.pending.seconds + seconds,
+    )
+
+
+def _close(run: Run) -> None:
+    """Close the stage in good order; a replica that is lost on the way out costs its kept state, not the run."""
+    try:
+        run.stages.close(run.state.committed)
+    except ReplicaLostError as error:
+        _LOG.warning("a replica was lost while the stage closed: %s", error)
+
+
+def _recover(run: Run, error: ReplicaLostError) -> None:
+    """Get ready to repeat what failed, or raise when it has failed too often."""
+    run.stages.discard()
+    run.failures += 1
+    if run.failures > run.settings.max_retries:
+        raise error
+    _LOG.warning(
+        "round %d, attempt %d of %d failed: %s",
+        run.state.committed + 1,
+        run.failures,
+        run.settings.max_retries + 1,
+        error,
+    )
+    if run.settings.replica_state == "durable":
+        snapshot = _latest(run)
+        assert snapshot is not None, "a durable run keeps a snapshot from its start"
+        if snapshot.round < run.state.committed:
+            run.outer.load_state_dict(run.state.restore(run.layout, snapshot.files))
+            run.pending = None
+    run.sleep(run.settings.retry_backoff_s * 2 ** (run.failures - 1))

@@ -1,0 +1,136 @@
+"""Everything the next round depends on, as one value that can be kept, restored and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.metrics import RoundRecord
+from sparkdeep.parameters import Layout
+from sparkdeep.stage import Globals
+from sparkdeep.trees import pack, unpack
+
+__all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best validated round so far."""
+
+    round: int
+    score: float
+    parameters: Tensor
+    buffers: dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where a run stands after its committed rounds."""
+
+    parameters: Tensor
+    """The global parameters, (numel,); always the same memory, since the outer optimizer holds views of it."""
+    buffers: dict[str, Tensor]
+    sections: list[str] = field(default_factory=list)
+    """Names of averaged optimizer state."""
+    inner: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(len(sections) * numel,): averaged optimizer state."""
+    committed: int = 0
+    """Rounds that count."""
+    best: Best | None = None
+    stale: int = 0
+    """Validations since the best one."""
+    stopped: str = ""
+    """Why the run is over before its last round; "" while it is not."""
+    records: list[RoundRecord] = field(default_factory=list)
+
+    def globals(self) -> Globals:
+        """What replicas start the next round from."""
+        return Globals(parameters=self.parameters, buffers=self.buffers, sections=self.sections, inner=self.inner)
+
+    def to_files(self, layout: Layout, outer: Mapping[str, Any], replicas: list[bytes]) -> dict[str, bytes]:
+        """The state as named byte strings; `model.safetensors`-style weights are under their own names."""
+        weights = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
+        best = None
+        if self.best is not None:
+            best = {
+                "round": self.best.round,
+                "score": self.best.score,
+                "parameters": self.best.parameters,
+                "buffers": self.best.buffers,
+            }
+        run = {
+            "committed": self.committed,
+            "stale": self.stale,
+            "stopped": self.stopped,
+            "sections": self.sections,
+            "inner": self.inner,
+            "buffers": self.buffers,
+            "best": best,
+            "outer": dict(outer),
+            "records": [record.to_dict() for record in self.records],
+        }
+        files = {"parameters.safetensors": pack(weights), "run.safetensors": pack(run)}
+        for i, state in enumerate(replicas):
+            files[f"replica-{i:05d}.safetensors"] = state
+        return files
+
+    def restore(self, layout: Layout, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Go back to what `to_files` gave; returns the outer optimizer's state dict.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        weights = unpack(files["parameters.safetensors"])
+        run = unpack(files["run.safetensors"])
+        with torch.no_grad():
+            for entry, view in zip(layout.entries, layout.views(self.parameters.detach()), strict=True):
+                view.copy_(weights[entry.name])
+        self.buffers = run["buffers"]
+        self.sections, self.inner = run["sections"], run["inner"]
+        self.committed, self.stale, self.stopped = run["committed"], run["stale"], run["stopped"]
+        self.best = Best(**run["best"]) if run["best"] is not None else None
+        self.records = [RoundRecord.from_dict(r) for r in run["records"]]
+        return dict(run["outer"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A durable state: `to_files` of a round."""
+
+    round: int
+    files: Mapping[str, bytes]
+
+    def replica(self, number: int) -> bytes | None:
+        """A replica's state, or None when none is in the snapshot (round 0)."""
+        name = f"replica-{number:05d}.safetensors"
+        return self.files[name] if name in self.files else None  # noqa: SIM401 (files may be read lazily)
+
+
+class Snapshots(Protocol):
+    """Where durable states go."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep `snapshot`; durable on return."""
+
+    def latest(self) -> Snapshot | None:
+        """The newest one, or None."""
+
+
+@final
+class MemorySnapshots:
+    """Keeps the newest snapshot in the driver's memory: as durable as the driver."""
+
+    def __init__(self) -> None:
+        self._latest: Snapshot | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Replace the one before."""
+        self._latest = snapshot
+
+    def latest(self) -> Snapshot | None:
+        """The newest."""
+        return self._latest

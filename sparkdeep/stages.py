@@ -1,0 +1,225 @@
+"""When stages open and close, and with which replica states they begin."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from sparkdeep.config import RunSettings
+from sparkdeep.coordinator import Coordinator
+from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepError, VersionMismatchError
+from sparkdeep.launch import Launcher, Ticket
+from sparkdeep.messages import Hello, Open
+from sparkdeep.parameters import Layout
+from sparkdeep.run_state import RunState, Snapshot
+from sparkdeep.schedule import Schedule
+from sparkdeep.session import versions
+from sparkdeep.stage import Stage
+
+__all__ = ["ShardFacts", "Stages", "StateLostError"]
+
+
+class StateLostError(ReplicaLostError):
+    """A replica's state is gone although it was promised durable: the run goes back to the last snapshot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What the ledger knows of one shard, from the first time it was written."""
+
+    rows: dict[str, int]
+    digest: str
+
+
+@final
+class Stages:
+    """Opens a stage when a round needs one, and closes it when it is due.
+
+    Args:
+        launcher, coordinator: who starts replicas, and where they dial in.
+        run: the run's id.
+        settings, schedule, layout: of the run.
+        tensors: the module's parameters and buffers as `trees.pack_tensors` gives them, frozen ones included.
+        shards: the ledger; a replica whose shard differs is refused.
+        keep: whether replicas save their state after every round.
+        on_beat, on_log: see `Stage`.
+    """
+
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        coordinator: Coordinator,
+        run: str,
+        settings: RunSettings,
+        schedule: Schedule,
+        layout: Layout,
+        tensors: Callable[[], bytes],
+        shards: Sequence[ShardFacts],
+        keep: bool,
+        on_beat: Callable[[int, int], None],
+        on_log: Callable[[int, str], None],
+    ) -> None:
+        self._launcher = launcher
+        self._coordinator = coordinator
+        self._run = run
+        self._settings = settings
+        self._schedule = schedule
+        self._layout = layout
+        self._tensors = tensors
+        self._shards = list(shards)
+        self._keep = keep
+        self._on_beat = on_beat
+        self._on_log = on_log
+        self._stage: Stage | None = None
+        self._opened_at = 0.0
+        self._opening_s = 0.0
+        self._rounds = 0
+        self.last_opening_s = 0.0
+        self.reset: list[int] = []
+        """Replicas whose state was lost when the current stage opened."""
+
+    def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Stage:
+        """The open stage; opens one if there is none.
+
+        Raises:
+            ReplicaLostError: it could not be opened now, but perhaps later.
+            StateLostError: a durable state must be restored first.
+        """
+        self.last_opening_s = 0.0
+        if self._stage is None:
+            self._stage = self._open(state, latest())
+        return self._stage
+
+    def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
+        began = time.monotonic()
+        name = secrets.token_hex(8)
+        stage = Stage(
+            run=self._run,
+            name=name,
+            num_replicas=self._launcher.num_replicas,
+            layout=self._layout,
+            stall_timeout_s=self._settings.stall_timeout_s,
+            on_beat=self._on_beat,
+            on_log=self._on_log,
+        )
+        self._coordinator.route(stage.admit)
+        try:
+            ticket = Ticket(address=self._coordinator.address, token=self._coordinator.token, run=self._run, stage=name)
+            running = self._launcher.launch(ticket, self._description(state))
+            hellos = stage.gather(running, timeout_s=self._settings.open_timeout_s, waiting_for=self._waiting_for)
+            self._check(hellos)
+            outcome = stage.open(self._answers(state, snapshot))
+        except BaseException:
+            stage.abort()
+            raise
+        finally:
+            self._coordinator.route(None)
+        self.reset = [i for i, what in enumerate(outcome) if what == "reset"]
+        if self.reset and self._settings.replica_state == "durable":
+            stage.abort()
+            raise StateLostError(
+                f"the state of replicas {self.reset} after round {state.committed} is gone with its executor; "
+                "going back to the last durable snapshot."
+            )
+        self._opened_at = time.monotonic()
+        self._opening_s = self.last_opening_s = self._opened_at - began
+        self._rounds = 0
+        return stage
+
+    def _answers(self, state: RunState, snapshot: Snapshot | None) -> list[tuple[Open, bytes, bytes]]:
+        tensors = self._tensors()
+        at = self._schedule.position(state.committed)
+        clock = at.epoch * self._schedule.steps_per_epoch + at.step
+        answers = []
+        for replica in range(self._launcher.num_replicas):
+            sent = None
+            if snapshot is not None and snapshot.round == state.committed:
+                sent = snapshot.replica(replica)
+            source = "sent" if sent is not None else "local" if state.committed else "fresh"
+            answer = Open(
+                committed=state.committed,
+                scheduler_steps=clock,
+                state=source,
+                tensor_bytes=len(tensors),
+                keep=self._keep,
+            )
+            answers.append((answer, tensors, sent or b""))
+        return answers
+
+    def _check(self, hellos: Sequence[Hello]) -> None:
+        own = versions()
+        if any(hello.versions != own for hello in hellos):
+            table = "\n".join(f"  {h.host}: {h.versions}" for h in hellos)
+            raise VersionMismatchError(
+                f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions "
+                "on the executors, or set spark.pyspark.python to an environment that has them."
+            )
+        for hello, facts in zip(hellos, self._shards, strict=True):
+            if hello.shard:
+                raise ReplicaLostError(
+                    f"replica {hello.replica} on {hello.host}: {hello.shard}", replica=hello.replica, host=hello.host
+                )
+            if (hello.digest, hello.rows) != (facts.digest, facts.rows):
+                raise ShardMismatchError(
+                    f"the shard of replica {hello.replica} on {hello.host} was rebuilt with other rows, or in another "
+                    f"order: digest {hello.digest[:16]} of {hello.rows}, before {facts.digest[:16]} of {facts.rows}. The "
+                    "DataFrame is not deterministic (rand(), an unordered limit, a source that changed): write it to "
+                    "Parquet or a table first and fit from that."
+                )
+
+    def _description(self, state: RunState) -> str:
+        first, last = state.committed + 1, self._schedule.num_rounds
+        per_stage = self._settings.rounds_per_stage
+        if isinstance(per_stage, int):
+            return f"sparkdeep fit: rounds {first}-{min(first + per_stage - 1, last)} of {last}"
+        return f"sparkdeep fit: rounds from {first} of {last}"
+
+    def _waiting_for(self) -> str:
+        return (
+            f"A barrier stage needs {self._launcher.num_replicas} free slots at the same time: check that no other job holds "
+            "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
+        )
+
+    def committed_round(self) -> None:
+        """Count a round of the open stage."""
+        self._rounds += 1
+
+    def due(self, round_s: float) -> bool:
+        """Whether the stage should close now, the next round being about as long as the last."""
+        open_s = time.monotonic() - self._opened_at
+        per_stage = self._settings.rounds_per_stage
+        if isinstance(per_stage, int) and self._rounds >= per_stage:
+            return True
+        # 20 times what opening took: opening costs at most 5 % of the time.
+        longest = self._settings.max_stage_s
+        enough = min(longest, 20 * self._opening_s) if per_stage == "auto" else math.inf
+        return open_s >= enough or open_s + round_s > longest
+
+    def close(self, committed: int) -> None:
+        """Close the open stage in good order, if there is one; the replicas keep their state as that of `committed`.
+
+        Raises:
+            SparkdeepError: it could not be closed; the caller discards it.
+        """
+        if self._stage is None:
+            return
+        stage, self._stage = self._stage, None
+        try:
+            stage.close(save=None if self._keep else committed)
+        except SparkdeepError:
+            stage.abort()
+            raise
+        except BaseException:
+            stage.abort()
+            raise
+
+    def discard(self) -> None:
+        """End the open stage at once, whatever state it is in."""
+        if self._stage is not None:
+            stage, self._stage = self._stage, None
+            stage.abort()

@@ -1,0 +1,50 @@
+"""Replica states on an executor's disk, one file a round, the last two kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+__all__ = ["StateFiles"]
+
+_NAME = re.compile(r"round-(\d{9})\.safetensors")
+
+
+class StateFiles:
+    """The states of one replica of one run.
+
+    A round's file replaces nothing until it is whole, and the round before stays: until the driver has committed a
+    round, its repetition starts from the one before. The page cache outlives the process, so no fsync is needed for
+    what is promised: exact while the executor's disk lives.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def rounds(self) -> list[int]:
+        """Rounds whose state is here, ascending."""
+        found = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def read(self, round_number: int) -> bytes:
+        """The state after `round_number`.
+
+        Raises:
+            FileNotFoundError: it is not here.
+        """
+        return self._path(round_number).read_bytes()
+
+    def write(self, round_number: int, data: bytes) -> None:
+        """Keep the state after `round_number`, and of earlier rounds only the last."""
+        temporary = self._directory / f".{secrets.token_hex(8)}.part"
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        temporary.replace(self._path(round_number))
+        for older in [r for r in self.rounds() if r < round_number][:-1]:
+            self._path(older).unlink(missing_ok=True)
+
+    def _path(self, round_number: int) -> Path:
+        return self._directory / f"round-{round_number:09d}.safetensors"

@@ -1,0 +1,133 @@
+"""Scores of the averaged model on validation rows: partial sums on replicas, merged on the driver."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkdeep.data.batches import Batch
+from sparkdeep.errors import ConfigError
+from sparkdeep.losses import LossFunction, forward
+
+__all__ = ["Evaluator", "check_metrics", "merge_scores"]
+
+_ROWS = "rows"
+_WEIGHT = "weight"
+_LOSS = "loss"
+
+
+def _is_torchmetric(metric: Any) -> bool:
+    return hasattr(metric, "merge_state") and hasattr(metric, "metric_state")
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Refuse what is neither a callable nor a torchmetrics Metric.
+
+    Raises:
+        ConfigError: with the metric's name.
+    """
+    for name, metric in metrics.items():
+        if name in {_LOSS, _ROWS, _WEIGHT}:
+            raise ConfigError(f"metric name {name!r} is taken by sparkdeep; choose another.")
+        if not _is_torchmetric(metric) and not callable(metric):
+            raise ConfigError(
+                f"metric {name!r} is a {type(metric).__name__}; give a callable f(output, label) -> scalar, whose "
+                "row-weighted mean is reported, or a torchmetrics.Metric."
+            )
+
+
+class Evaluator:
+    """Sums up one replica's validation rows.
+
+    A callable metric is averaged over batches, weighted by rows; for a metric that is no mean over rows (AUC, F1)
+    use torchmetrics, whose states are merged across replicas.
+    """
+
+    def __init__(self, loss: LossFunction, metrics: Mapping[str, Any], *, has_step: bool) -> None:
+        self._loss = loss
+        self._has_step = has_step
+        self._functions: dict[str, Callable[..., Any]] = {k: m for k, m in metrics.items() if not _is_torchmetric(m)}
+        self._metrics = {k: copy.deepcopy(m) for k, m in metrics.items() if _is_torchmetric(m)}
+        for metric in self._metrics.values():
+            metric.reset()
+        self._sums: dict[str, float] = dict.fromkeys([_ROWS, _WEIGHT, _LOSS, *self._functions], 0.0)
+
+    def add(self, model: nn.Module, batch: Batch) -> None:
+        """Score one batch; the model is in eval mode and no gradient is kept."""
+        weight = float(batch.rows) if batch.weights is None else float(batch.weights.sum())
+        output = None
+        if not self._has_step or self._functions or self._metrics:
+            output = forward(model, batch.features)
+        loss = self._loss(model, batch) if self._has_step else self._loss.of_output(output, batch)
+        self._sums[_ROWS] += batch.rows
+        self._sums[_WEIGHT] += weight
+        self._sums[_LOSS] += float(loss) * weight
+        for name, function in self._functions.items():
+            self._sums[name] += float(function(output, batch.labels)) * batch.rows
+        for metric in self._metrics.values():
+            metric.to(output.device if isinstance(output, Tensor) else "cpu")
+            metric.update(output, batch.labels)
+
+    def scores(self) -> dict[str, Any]:
+        """Sums and metric states, as `trees.pack` takes them."""
+        states = {
+            name: {
+                "count": int(metric._update_count),
+                "state": {k: [t.cpu() for t in v] if isinstance(v, list) else v.cpu() for k, v in _state_of(metric)},
+            }
+            for name, metric in self._metrics.items()
+        }
+        return {"sums": dict(self._sums), "states": states}
+
+
+def _state_of(metric: Any) -> list[tuple[str, Any]]:
+    return [(key, getattr(metric, key)) for key in metric._defaults]
+
+
+def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Merge the replicas' scores, in replica order, into `{"loss": ..., metric: ...}`.
+
+    Raises:
+        ConfigError: a torchmetrics Metric that gives more than one number.
+    """
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part["sums"].items():
+            sums[name] = sums.get(name, 0.0) + value
+    rows, weight = sums.pop(_ROWS), sums.pop(_WEIGHT)
+    merged = {_LOSS: sums.pop(_LOSS) / weight if weight else float("nan")}
+    for name, metric in metrics.items():
+        if not _is_torchmetric(metric):
+            merged[name] = sums[name] / rows if rows else float("nan")
+            continue
+        total = copy.deepcopy(metric).cpu()
+        total.reset()
+        for part in parts:
+            stored = part["states"][name]
+            if not stored["count"]:
+                continue
+            other = copy.deepcopy(total)
+            other.reset()
+            for key, value in stored["state"].items():
+                setattr(other, key, value)
+            other._update_count = stored["count"]
+            total.merge_state(other)
+            total._update_count = max(total._update_count, stored["count"])
+        value = total.compute()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ConfigError(
+                f"metric {name!r} gives {value!r}; a round record holds one number a metric. Average over classes "
+                "(average='macro') or give one metric a number."
+            )
+        merged[name] = float(value)
+    return merged
+
+
+def evaluation_mode(model: nn.Module) -> torch.no_grad:
+    """Put `model` in eval mode and give the context in which to score it."""
+    model.eval()
+    return torch.no_grad()

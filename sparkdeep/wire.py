@@ -1,0 +1,178 @@
+"""Frames on a socket: magic, token, kind, a bounded JSON header, and a body that is streamed.
+
+    magic "SPD1" | token (32 bytes) | header length u32 | body length u64 | header (JSON) | body
+
+Every frame carries the run's token and is checked before its header is read; sizes are bounded before anything is
+allocated. Both ends of the parameter plane (`coordinator.py`, `channel.py`) speak through `Connection`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sparkdeep.errors import ProtocolError
+
+__all__ = ["HEADER_LIMIT_BYTES", "TOKEN_BYTES", "Connection", "ConnectionLostError", "Frame"]
+
+_MAGIC: Final = b"SPD1"
+TOKEN_BYTES: Final = 32
+HEADER_LIMIT_BYTES: Final = 1 << 20
+_PREFIX: Final = struct.Struct(">4s32sIQ")
+_POLL_S: Final = 0.25
+_SOCKET_BUFFER_BYTES: Final = 4 << 20
+_REQUEST_BYTES: Final = 1 << 20
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ConnectionLostError(ProtocolError):
+    """The other end closed the connection, or kept silent past the deadline."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """A frame's head; its body of `body_bytes` is still on the socket."""
+
+    kind: str
+    header: dict[str, Any]
+    body_bytes: int
+
+
+class Connection:
+    """One end of a connection between the coordinator and a replica.
+
+    Sending is safe from several threads (a frame goes out whole); receiving is for one thread.
+
+    Args:
+        sock: a connected stream socket, plain or TLS; owned by this object from now on.
+        token: the run's random token.
+        check: called about four times a second while waiting; raises to give up.
+    """
+
+    def __init__(self, sock: socket.socket, token: bytes, *, check: Callable[[], None] = lambda: None) -> None:
+        assert len(token) == TOKEN_BYTES
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        sock.settimeout(_POLL_S)
+        self._socket = sock
+        self._token = token
+        self._sending = threading.Lock()
+        self.check = check
+        self.peer = str(sock.getpeername())
+
+    def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer, timeout_s: float = 60.0) -> None:
+        """Send one frame; its body is the concatenation of `bodies`.
+
+        Raises:
+            ConnectionLostError: the other end is gone or took nothing for `timeout_s`.
+        """
+        self._send(self._head(kind, header, bodies), bodies, timeout_s)
+
+    def try_send(self, kind: str) -> None:
+        """Send an empty frame unless another one is on its way: a sign of life."""
+        if self._sending.acquire(blocking=False):
+            try:
+                self._write(memoryview(self._head(kind, None, ())), 1.0)
+            finally:
+                self._sending.release()
+
+    def receive(self, *, timeout_s: float) -> Frame:
+        """The head of the next frame.
+
+        Raises:
+            ConnectionLostError: nothing came for `timeout_s`, or the connection was closed.
+            ProtocolError: wrong magic or token, a header that is too long or is not a JSON object.
+        """
+        prefix = bytearray(_PREFIX.size)
+        self._read(memoryview(prefix), timeout_s)
+        magic, token, header_bytes, body_bytes = _PREFIX.unpack(prefix)
+        if not hmac.compare_digest(token, self._token) or magic != _MAGIC:
+            raise ProtocolError(f"a frame from {self.peer} does not carry this run's token; the connection is closed.")
+        if header_bytes > HEADER_LIMIT_BYTES:
+            raise ProtocolError(f"a frame header of {header_bytes} bytes exceeds {HEADER_LIMIT_BYTES}.")
+        text = bytearray(header_bytes)
+        self._read(memoryview(text), timeout_s)
+        try:
+            document = json.loads(bytes(text))
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"a frame header from {self.peer} is not JSON: {error}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
+            raise ProtocolError(f"a frame header from {self.peer} has no kind.")
+        return Frame(kind=document.pop("kind"), header=document, body_bytes=body_bytes)
+
+    def read_into(self, view: memoryview, *, timeout_s: float) -> None:
+        """Fill `view` (bytes) from the body of the current frame."""
+        self._read(view, timeout_s)
+
+    def read_body(self, num_bytes: int, *, limit_bytes: int, timeout_s: float) -> bytes:
+        """A small body, whole.
+
+        Raises:
+            ProtocolError: it is longer than `limit_bytes`; nothing was allocated.
+        """
+        if num_bytes > limit_bytes:
+            raise ProtocolError(f"a body of {num_bytes} bytes from {self.peer} exceeds its limit of {limit_bytes}.")
+        data = bytearray(num_bytes)
+        self._read(memoryview(data), timeout_s)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the socket, waking a thread that waits on it."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _head(self, kind: str, header: dict[str, Any] | None, bodies: Sequence[Buffer]) -> bytes:
+        text = json.dumps({**(header or {}), "kind": kind}).encode()
+        if len(text) > HEADER_LIMIT_BYTES:
+            raise ProtocolError(f"header of {len(text)} bytes for {kind!r} exceeds {HEADER_LIMIT_BYTES}.")
+        size = sum(memoryview(b).nbytes for b in bodies)
+        return _PREFIX.pack(_MAGIC, self._token, len(text), size) + text
+
+    def _send(self, head: bytes, bodies: Sequence[Buffer], timeout_s: float) -> None:
+        with self._sending:
+            self._write(memoryview(head), timeout_s)
+            for body in bodies:
+                self._write(memoryview(body).cast("B"), timeout_s)
+
+    def _write(self, view: memoryview, timeout_s: float) -> None:
+        last = time.monotonic()
+        while view.nbytes:
+            try:
+                sent = self._socket.send(view[:_REQUEST_BYTES])
+            except TimeoutError:
+                self.check()
+                if time.monotonic() - last > timeout_s:
+                    raise ConnectionLostError(f"{self.peer} took nothing for {timeout_s:g} s.") from None
+                continue
+            except OSError as error:
+                raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
+            view = view[sent:]
+            last = time.monotonic()
+
+    def _read(self, view: memoryview, timeout_s: float) -> None:
+        last = time.monotonic()
+        while view.nbytes:
+            try:
+                got = self._socket.recv_into(view, min(view.nbytes, _REQUEST_BYTES))
+            except TimeoutError:
+                self.check()
+                if time.monotonic() - last > timeout_s:
+                    raise ConnectionLostError(f"{self.peer} sent nothing for {timeout_s:g} s.") from None
+                continue
+            except OSError as error:
+                raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
+            if not got:
+                raise ConnectionLostError(f"{self.peer} closed the connection.")
+            view = view[got:]
+            last = time.monotonic()
