@@ -16,8 +16,9 @@ from typing import Any
 
 from sparkdeep.registry import import_factory
 
+from sparkdeep.config import EarlyStopping, from_mapping, refuse_unknown
 from sparkdeep.errors import ConfigError, SparkdeepError
-from sparkdeep.spark.jobconfig import JobConfig, ObjectSection, check_keys, parse_config, read_toml, with_overrides
+from sparkdeep.spark.jobconfig import JobConfig, ObjectSection, parse_config, read_toml, with_overrides
 from sparkdeep.spark.jobmetrics import score, validation_metrics
 from sparkdeep.spark.jobresult import (
     FAILED,
@@ -60,10 +61,12 @@ class Job:
 
         config = self.config
         known = set(inspect.signature(TorchEstimator).parameters) - set(_SECTION_ARGUMENTS)
-        check_keys(config.fit, known, "[fit]")
+        refuse_unknown(config.fit, known, "key of [fit]")
         fit = {key: _resolved(value) if key in _CALLABLES else value for key, value in config.fit.items()}
         fit["callbacks"] = [self.records.append, *fit.get("callbacks", ())]
         _checked(config.model)
+        if isinstance(fit.get("early_stopping"), dict):
+            fit["early_stopping"] = from_mapping(EarlyStopping, fit["early_stopping"])
         made = {"lr_scheduler": config.lr_scheduler, "outer_optimizer": config.outer_optimizer}
         return TorchEstimator(
             model=config.model.name,
@@ -234,7 +237,7 @@ def _checked(section: ObjectSection) -> Any:
     made = import_factory(section.name)
     parameters = inspect.signature(made).parameters
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
-        check_keys(section.args, parameters, f"args of {section.name!r}")
+        refuse_unknown(section.args, parameters, f"argument of {section.name!r}")
     return made
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparkdeep.config import refuse_unknown
 from sparkdeep.errors import ConfigError
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ObjectSection",
     "OutputSection",
     "SparkSection",
-    "check_keys",
     "load_config",
 ]
 
@@ -183,12 +182,12 @@ def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any, text:
 
 def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
     """Checks a document's sections, keys and types, and returns it as a JobConfig; ConfigError otherwise."""
-    check_keys(document, _SECTIONS, "the configuration")
+    refuse_unknown(document, _SECTIONS, "section")
     for name in _REQUIRED:
         if name not in document:
             raise ConfigError(f"{str(path)!r} has no [{name}]: a job needs {_bracketed(_REQUIRED)}")
     model = dict(_table(document, "model"))
-    check_keys(model, ("factory", "args"), "[model]")
+    refuse_unknown(model, ("factory", "args"), "key of [model]")
     if "factory" in model:
         model["name"] = model.pop("factory")
     else:
@@ -208,17 +207,8 @@ def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
     )
 
 
-def check_keys(given: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    """Raises ConfigError for the first key that is not allowed, with the nearest allowed one."""
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it may hold {', '.join(sorted(allowed))}"
-            raise ConfigError(f"{where} has the unknown key {key!r}: {hint}")
-
-
 def _data(table: Mapping[str, Any]) -> DataSection:
-    check_keys(table, DataSection.__dataclass_fields__, "[data]")
+    refuse_unknown(table, DataSection.__dataclass_fields__, "key of [data]")
     _typed(table, "data", source=str, path=str, table=str, options=dict, columns=list, test=(int, float, str), seed=int)
     if "source" not in table:
         raise ConfigError('[data] has no source: give "parquet", "csv", "table" or "module:function"')
@@ -229,7 +219,7 @@ def _data(table: Mapping[str, Any]) -> DataSection:
 
 
 def _object(table: Mapping[str, Any], name: str) -> ObjectSection:
-    check_keys(table, ("name", "args"), f"[{name}]")
+    refuse_unknown(table, ("name", "args"), f"key of [{name}]")
     _typed(table, name, name=str, args=dict)
     spec = table.get("name", "")
     module, colon, attribute = spec.partition(":")
@@ -243,14 +233,14 @@ def _optional_object(document: Mapping[str, Any], name: str) -> ObjectSection | 
 
 
 def _output(table: Mapping[str, Any], path: Path) -> OutputSection:
-    check_keys(table, ("dir",), "[output]")
+    refuse_unknown(table, ("dir",), "key of [output]")
     _typed(table, "output", dir=str)
     return OutputSection(dir=table.get("dir", f"runs/{path.stem}"))
 
 
 def _metrics(names: Any) -> tuple[str, ...]:
     for name in _strings(names, "metrics"):
-        check_keys({name: None}, METRICS, "metrics")
+        refuse_unknown([name], METRICS, "metric")
     return tuple(names)
 
 
@@ -282,7 +272,7 @@ def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _typed(table: Mapping[str, Any], where: str, **types: type | tuple[type, ...]) -> None:
+def _typed(table: Mapping[str, Any], where: str, /, **types: type | tuple[type, ...]) -> None:
     for key, kind in types.items():
         # bool is an int to isinstance, and never what a number is meant to be.
         if key in table and (not isinstance(table[key], kind) or isinstance(table[key], bool)):

@@ -12,8 +12,9 @@ from typing import Any
 
 from sparkdeep.registry import import_factory
 
+from sparkdeep.config import refuse_unknown
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark.jobconfig import DataSection, SparkSection, check_keys
+from sparkdeep.spark.jobconfig import DataSection, SparkSection
 
 __all__ = ["read_source", "ship_modules", "split_rows", "start_session"]
 
@@ -108,7 +109,7 @@ def _open(session: Any, section: DataSection, path: str | None) -> Any:
         if path is not None:
             raise ConfigError(f"[data] test = {path!r}: source {section.source!r} has no path; give test a fraction")
         return import_factory(_NAMED.get(section.source, section.source))(session, **section.options)
-    check_keys({section.source: None}, (*_FORMATS, "table", *_NAMED), "[data] source")
+    refuse_unknown([section.source], (*_FORMATS, "table", *_NAMED), "[data] source")
     reader = session.read.options(**section.options)
     if section.source == "table":
         name = path or section.table

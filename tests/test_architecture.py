@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sparkdeep"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SPARK = PACKAGE / "spark"
+
+MAX_LINES = 350
+MAX_ARGUMENTS = 8
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+# Constructors that a user writes out by hand; everything else with many arguments takes a settings object.
+MANY_ARGUMENTS = {"TorchEstimator"}
+
+# Where code that can run what it reads is called, and why that is safe. (file, call) -> reason.
+UNPICKLERS = {
+    ("program.py", "pickle.loads"): "the user's own program, sent inside Spark's task closure",
+    ("program.py", "pickle.Unpickler"): "as above: the same bytes, with tensors by name",
+    ("saving.py", "cloudpickle.loads"): "only with trust_pickle=True, which the caller writes out",
+}
+_LOADERS = {
+    "pickle": {"load", "loads", "Unpickler"},
+    "cloudpickle": {"load", "loads"},
+    "dill": {"load", "loads"},
+    "joblib": {"load"},
+    "marshal": {"load", "loads"},
+    "shelve": {"open"},
+    "torch": {"load"},
+    "yaml": {"load", "unsafe_load", "full_load"},
+}
+_BUILTIN_LOADERS = {"eval", "exec"}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, name: str = "sparkdeep.x") -> Iterator[str]:
+    """Every module that a tree imports; `from a import b` gives both a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*name.split(".")[: -node.level], *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and ast.unparse(node.func) in {"importlib.import_module", "import_module", "__import__"}
+        ):
+            yield str(node.args[0].value)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def imports_at_module_level(tree: ast.Module, name: str) -> set[str]:
+    """Imports that run when the module is imported: not in functions, not for the type checker."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= set(imported(node, name))
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def imports_pyspark(tree: ast.AST) -> bool:
+    return any(name.split(".")[0] in {"pyspark", "py4j"} for name in imported(tree))
+
+
+def names_of_imports(tree: ast.AST) -> dict[str, str]:
+    """Local name -> what it stands for, so that `from os import environ as e` and `import torch as t` are seen."""
+    table: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            table |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            table |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return table
+
+
+def full_name(node: ast.AST, table: dict[str, str]) -> str:
+    head, dot, rest = ast.unparse(node).partition(".")
+    return table.get(head, head) + dot + rest
+
+
+def reads_environment(tree: ast.AST) -> bool:
+    table = names_of_imports(tree)
+    names = {
+        full_name(node, table)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Name) and node.id in table)
+    }
+    return bool(names & {"os.environ", "os.getenv", "os.environb", "os.getenvb"})
+
+
+def loader_calls(tree: ast.AST) -> set[str]:
+    """Uses, not only calls, of what can run stored code: `f = pickle.loads` counts, and so does a subclass."""
+    table = names_of_imports(tree)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = full_name(node, table)
+            module, _, attribute = name.rpartition(".")
+            if attribute in _LOADERS.get(module, set()):
+                found.add(name)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BUILTIN_LOADERS:
+            found.add(node.func.id)
+    return found
+
+
+def long_constructors(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    arguments = item.args
+                    count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]) - 1
+                    if count > MAX_ARGUMENTS:
+                        found.add(node.name)
+    return found
+
+
+def edges(files: dict[str, ast.Module]) -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for name, tree in files.items():
+        targets = {target for target in imports_at_module_level(tree, name) if target in files and target != name}
+        # `from package import module` names the package too, whose __init__ is above its own modules by nature.
+        graph[name] = {target for target in targets if not name.startswith(f"{target}.")}
+    return graph
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if SPARK not in p.parents], ids=module_name)
+def test_pyspark_is_imported_only_behind_its_door(path):
+    assert not imports_pyspark(parse(path)), f"{path}: move what needs pyspark to sparkdeep/spark/"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_module_is_a_drawer_for_everything(path):
+    assert path.stem not in FORBIDDEN_NAMES, f"{path}: name the module by its one idea"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_stay_short_enough_to_read(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path} has {lines} lines; split it by idea"
+
+
+def test_imports_at_module_level_have_no_cycle():
+    graph = edges({module_name(path): parse(path) for path in FILES})
+    assert graph
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if SPARK not in p.parents and p.name != "config.py"], ids=module_name
+)
+def test_environment_is_read_only_in_config_and_behind_the_spark_door(path):
+    assert not reads_environment(parse(path)), f"{path}: take the value as an argument"
+
+
+def test_stored_code_is_run_only_where_the_list_says_why():
+    used = {(path.relative_to(PACKAGE).as_posix(), call) for path in FILES for call in loader_calls(parse(path))}
+    assert not used - set(UNPICKLERS), "find another way, or add the place to UNPICKLERS with its reason"
+
+
+def test_constructors_take_few_arguments():
+    long = {name for path in FILES for name in long_constructors(parse(path))}
+    assert not long - MANY_ARGUMENTS, "take a frozen settings dataclass"
+
+
+# Each check, held to code that breaks its rule: a check that cannot fail proves nothing.
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pyspark",
+        "def f():\n    from pyspark.sql import functions",
+        "import importlib\nimportlib.import_module('pyspark.ml')",
+        "from py4j.java_gateway import X",
+    ],
+)
+def test_pyspark_check_sees(code):
+    assert imports_pyspark(ast.parse(code))
+
+
+def test_pyspark_check_lets_others_pass():
+    assert not imports_pyspark(ast.parse("import pysparkling\nfrom sparkdeep.spark import door"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.environ['A']",
+        "import os\ndef f():\n    return os.getenv('A')",
+        "from os import environ as e\ne.get('A')",
+        "import os as system\nsystem.environ.get('A')",
+    ],
+)
+def test_environment_check_sees(code):
+    assert reads_environment(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    ("code", "call"),
+    [
+        ("import pickle\npickle.loads(b)", "pickle.loads"),
+        ("import pickle as p\np.load(f)", "pickle.load"),
+        ("from pickle import loads as read\nread(b)", "pickle.loads"),
+        ("import pickle\nread = pickle.loads", "pickle.loads"),
+        ("import pickle\nclass U(pickle.Unpickler): pass", "pickle.Unpickler"),
+        ("import torch\ntorch.load(f, weights_only=True)", "torch.load"),
+        ("import yaml\nyaml.load(f)", "yaml.load"),
+        ("import cloudpickle\ncloudpickle.loads(b)", "cloudpickle.loads"),
+        ("eval('1')", "eval"),
+    ],
+)
+def test_stored_code_check_sees(code, call):
+    assert loader_calls(ast.parse(code)) == {call}
+
+
+def test_stored_code_check_lets_eval_mode_and_json_pass():
+    assert not loader_calls(ast.parse("import json\nmodel.eval()\njson.loads(s)"))
+
+
+def test_cycle_check_sees_a_cycle_and_ignores_imports_in_functions():
+    a, b = "from sparkdeep.b import x", "from sparkdeep import a"
+    names = ("sparkdeep.a", "sparkdeep.b")
+    graph = edges(dict(zip(names, map(ast.parse, (a, b)), strict=True)))
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
+    lazy = "def f():\n    from sparkdeep import a"
+    graph = edges(dict(zip(names, map(ast.parse, (a, lazy)), strict=True)))
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_constructor_check_counts_without_self():
+    arguments = ", ".join(f"a{i}" for i in range(MAX_ARGUMENTS))
+    fits = f"class A:\n    def __init__(self, {arguments}): ..."
+    assert not long_constructors(ast.parse(fits))
+    assert long_constructors(ast.parse(fits.replace(arguments, f"{arguments}, *, b"))) == {"A"}
