@@ -1,0 +1,116 @@
+"""The commit file of one round: what it says, what is believed of it, and the files it stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparkdeep.errors import CheckpointError, ConfigError
+from sparkdeep.manifest import MAX_MANIFEST_BYTES, DamagedError, FileEntry, decode, encode, stamp
+from sparkdeep.store_protocol import Store, check_name
+
+__all__ = ["Commit", "CommittedFiles", "commit_name"]
+
+FORMAT_VERSION = 1
+
+
+def commit_name(round_number: int) -> str:
+    """Return the name of a round's commit file."""
+    return f"commits/{round_number:06d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What a commit file says, checked."""
+
+    round_number: int
+    """The round that it commits; part of its name too."""
+
+    prefix: str
+    """The folder of this round's files, `rounds/<round>.<nonce>`: a name that no other attempt has."""
+
+    entries: Mapping[str, FileEntry]
+    """Name under `prefix` -> length and digest."""
+
+    state: Mapping[str, Any]
+    """The caller's JSON state."""
+
+    identity: Mapping[str, Any]
+    """What makes two runs the same run."""
+
+    def to_bytes(self) -> bytes:
+        """Return the commit file; ConfigError if it would be too long to be read back."""
+        data = encode(
+            {
+                "format_version": FORMAT_VERSION,
+                "round": self.round_number,
+                "prefix": self.prefix,
+                "files": {check_name(name): entry.to_json() for name, entry in self.entries.items()},
+                "state": self.state,
+                "identity": self.identity,
+                **stamp(),
+            }
+        )
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ConfigError(
+                f"the state of round {self.round_number} makes a manifest of {len(data)} bytes; at most "
+                f"{MAX_MANIFEST_BYTES} are read back. Put large values into files"
+            )
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes, round_number: int) -> Commit:
+        """Check and read the commit file of `round_number`.
+
+        Raises:
+            DamagedError: it is not as it was written, is of another round, or reaches out of its own folder.
+            CheckpointError: it is whole, and of a format that this version does not read.
+        """
+        body = decode(data)
+        if body.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint of round {round_number} has format {str(body.get('format_version'))[:40]}; this "
+                f"sparkdeep reads format {FORMAT_VERSION}. Resume with the version that wrote it: "
+                f"{str(body.get('versions'))[:200]}"
+            )
+        prefix, files, state, identity = (body.get(key) for key in ("prefix", "files", "state", "identity"))
+        if body.get("round") != round_number:
+            raise DamagedError(f"it says it is round {str(body.get('round'))[:40]}")
+        if not isinstance(prefix, str) or not re.fullmatch(rf"rounds/{round_number:06d}\.[0-9a-f]{{16}}", prefix):
+            raise DamagedError(f"its files are said to lie under {str(prefix)[:100]!r}, not in a folder of this round")
+        if not isinstance(files, dict) or not isinstance(state, dict) or not isinstance(identity, dict):
+            raise DamagedError("files, state and identity must be JSON objects")
+        try:
+            entries = {check_name(name): FileEntry.from_json(name, value) for name, value in files.items()}
+        except ConfigError as exc:
+            raise DamagedError(str(exc)) from exc
+        return cls(round_number=round_number, prefix=prefix, entries=entries, state=state, identity=identity)
+
+    def read(self, store: Store, name: str) -> bytes:
+        """Return the file `name`, verified; DamagedError if it is not what was committed."""
+        return self.entries[name].read(store, f"{self.prefix}/{name}")
+
+
+class CommittedFiles(Mapping[str, bytes]):
+    """The files of one commit, read when asked for."""
+
+    def __init__(self, store: Store, commit: Commit) -> None:
+        self._store = store
+        self._commit = commit
+
+    def __getitem__(self, name: str) -> bytes:
+        try:
+            return self._commit.read(self._store, name)
+        except (DamagedError, OSError) as exc:
+            raise CheckpointError(
+                f"a checkpoint file in {self._store.uri} changed or went away after it was verified: {exc}; "
+                "run again to resume from what is intact now"
+            ) from exc
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commit.entries)
+
+    def __len__(self) -> int:
+        return len(self._commit.entries)
