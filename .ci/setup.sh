@@ -44,7 +44,7 @@ setup_venv() {
         setup_fail "$python -m venv failed (on Debian and Ubuntu install python3-venv): ${log##*$'\n'}"
     fi
     setup_say "installing the pinned packages into .venv with $("$python" --version) (minutes the first time)"
-    if ! timeout "$setup_timeout_s" .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    if ! timeout "$setup_timeout_s" .venv/bin/python -m pip install -qq --disable-pip-version-check \
         -c constraints.txt -e ".[dev,digits,metrics]" >&2; then
         setup_fail "pip could not install constraints.txt within ${setup_timeout_s} s: its message is above"
     fi
@@ -55,9 +55,9 @@ setup_venv() {
 setup_java_works() {
     local version
     [[ -x "$1/bin/java" ]] || return 1
-    version="$("$1/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1)"
-    [[ -n "$version" && "$version" -ge 17 ]] || return 1
-    "$1/bin/java" --list-modules 2>/dev/null | grep -q '^jdk\.incubator\.vector'
+    version="$("$1/bin/java" -version 2>&1)" || return 1
+    [[ "$version" =~ version\ \"([0-9]+) && "${BASH_REMATCH[1]}" -ge 17 ]] || return 1
+    [[ "$("$1/bin/java" --list-modules 2>/dev/null)" == *jdk.incubator.vector@* ]]
 }
 
 setup_find_java() {

@@ -47,6 +47,8 @@ def digits_dataframe(session: Any) -> Any:
     """Returns the 1797 images: `pixels` array<float> of 64 values in 0..1, `label` bigint in 0..9."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)  # (1797, 64) float64 in 0..16, (1797,) int64
-    rows = [((image / 16.0).tolist(), int(label)) for image, label in zip(images, labels, strict=True)]
-    return session.createDataFrame(rows, "pixels array<float>, label bigint")
+    images, labels = load_digits(return_X_y=True)  # (1797, 64) float64, whole numbers in 0..16; (1797,) int64
+    # Whole numbers on the way to the JVM: a fifth of the bytes of as many doubles.
+    rows = [(image.astype(int).tolist(), int(label)) for image, label in zip(images, labels, strict=True)]
+    whole = session.createDataFrame(rows, "pixels array<int>, label bigint")
+    return whole.selectExpr("transform(pixels, p -> float(p / 16)) AS pixels", "label")
