@@ -13,6 +13,7 @@ import torch
 
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
 from sparkdeep.messages import Failure, Hello, Open, Opened, parse, to_header
+from sparkdeep.parameters import raw_bytes
 from sparkdeep.replica import LocalResult
 from sparkdeep.wire import Buffer, Connection, ConnectionLostError, Frame
 
@@ -92,7 +93,7 @@ class Channel:
 
     def read_vector(self, into: torch.Tensor) -> None:
         """Fill `into`, contiguous on the CPU, from the current frame's body."""
-        self._connection.read_into(memoryview(into.numpy()).cast("B"), timeout_s=DRIVER_SILENCE_S)
+        self._connection.read_into(raw_bytes(into), timeout_s=DRIVER_SILENCE_S)
 
     def read_bytes(self, num_bytes: int) -> bytes:
         """The next `num_bytes` of the current frame's body."""
@@ -109,7 +110,7 @@ class Channel:
         if frame.kind != "send":
             raise ProtocolError(f"expected 'send' after the update's header, got {frame.kind!r}.")
         if result.update.weight > 0:
-            vector = memoryview(result.vector.numpy()).cast("B")
+            vector = raw_bytes(result.vector)
             self._connection.send("body", {}, vector, result.buffers, timeout_s=DRIVER_SILENCE_S)
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:

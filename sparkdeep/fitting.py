@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, final
@@ -116,7 +116,7 @@ class Fit:
             self.snapshots.save(Snapshot(round=0, files=files))
         return self.state.committed
 
-    def rounds(self) -> Iterator[RoundRecord]:
+    def rounds(self) -> Generator[RoundRecord]:
         """Train, yielding each round's record; see `run_rounds` for what it raises."""
         stages = Stages(
             launcher=self.launcher,

@@ -70,6 +70,9 @@ class Launcher(Protocol):
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Start all replicas; each dials the ticket's address and says hello."""
 
+    def renew(self) -> None:
+        """Make the shards anew before the next launch: a replica did not find its own."""
+
 
 def open_replica(
     plan: ReplicaPlan, ticket: Ticket, channel: Channel, shard: Shard, *, number: int, device: torch.device

@@ -41,8 +41,9 @@ class LossFunction:
         if not weighted or self._step is not None:
             return
         if hasattr(program.loss, "reduction"):
-            self._per_row = copy.copy(program.loss)
-            self._per_row.reduction = "none"  # type: ignore[attr-defined]
+            per_row: Any = copy.copy(program.loss)
+            per_row.reduction = "none"
+            self._per_row = per_row
         elif program.loss is not None and "weight" in inspect.signature(program.loss).parameters:
             self._takes_weight = True
         else:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["Entry", "Layout", "named_tensors"]
+__all__ = ["Entry", "Layout", "named_tensors", "raw_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,11 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of `module`, tied ones once, non-persistent buffers included."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, as bytes; nothing is copied."""
+    return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs lack the buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class Layout:
         entries: list[Entry] = []
         offset = 0
         for name, parameter in module.named_parameters():
-            if isinstance(parameter, UninitializedTensorMixin):
+            if is_lazy(parameter):
                 raise ConfigError(
                     f"parameter {name!r} is not initialised yet: run one batch through the lazy module first."
                 )

@@ -48,7 +48,7 @@ class Program:
     """Name -> `f(output, label)` or a torchmetrics Metric; scored on the validation rows."""
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):
     """Writes the module's tensors as their names."""
 
     def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
@@ -62,7 +62,7 @@ def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) ->
 
 def materialize(module: nn.Module, batch: Batch, seed: int) -> None:
     """Give lazy parameters (`nn.LazyLinear` and its kin) their shapes, by one forward pass."""
-    if any(isinstance(t, UninitializedTensorMixin) for t in [*module.parameters(), *module.buffers()]):
+    if any(is_lazy(t) for t in [*module.parameters(), *module.buffers()]):
         training = module.training
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)

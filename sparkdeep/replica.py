@@ -16,13 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkdeep.config import LocalSettings
 from sparkdeep.data.batches import Batch, make_batch
-from sparkdeep.data.schema import Schema
 from sparkdeep.data.order import EpochOrder, batch_range, num_batches
+from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ConfigError
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, named_tensors
+from sparkdeep.parameters import Layout, named_tensors, raw_bytes
 from sparkdeep.program import Program
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
@@ -86,7 +86,7 @@ class Replica:
         self._float_dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
         self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
         self._random = RandomState(settings.seed + number, device)
-        self._parameters = [p for _, p in self.model.named_parameters() if p.requires_grad]
+        self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self._flat = self.layout.empty()
         self._order: tuple[int, EpochOrder] | None = None
         self.train_rows = shard.info.rows["train"]
@@ -255,7 +255,7 @@ class Replica:
             finite = math.isfinite(loss_sum) and (
                 math.isfinite(float(vector.sum())) or bool(torch.isfinite(vector).all())
             )
-            crc = zlib.crc32(buffers, zlib.crc32(memoryview(vector.numpy()).cast("B")))
+            crc = zlib.crc32(buffers, zlib.crc32(raw_bytes(vector)))
         update = Update(
             round=spec.round,
             rows=progress.rows,

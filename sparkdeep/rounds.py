@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -49,7 +49,7 @@ class Run:
     sleep: Callable[[float], None] = field(default=time.sleep)
 
 
-def run_rounds(run: Run) -> Iterator[RoundRecord]:
+def run_rounds(run: Run) -> Generator[RoundRecord]:
     """Train round by round, yielding each one's record once it counts.
 
     A round is a transaction: if a replica is lost in it, the stage is opened again and the round repeated, at most

@@ -18,7 +18,7 @@ from sparkdeep.averaging import OrderedSum, pool_buffers
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.launch import RunningStage
 from sparkdeep.messages import Failure, Hello, Open, Opened, Update, parse, to_header
-from sparkdeep.parameters import Layout
+from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors, unpack, unpack_tensors
 from sparkdeep.wire import Connection, ConnectionLostError, Frame
@@ -200,7 +200,7 @@ class Stage:
         def exchange(replica: int) -> None:
             connection = self._connections[replica]
             connection.send(
-                "train", header, _bytes(start.parameters), _bytes(start.inner), buffers, timeout_s=self._stall_s
+                "train", header, raw_bytes(start.parameters), raw_bytes(start.inner), buffers, timeout_s=self._stall_s
             )
             update = parse(Update, self._expect(replica, "update").header)
             self._waiting.add(replica)
@@ -239,7 +239,7 @@ class Stage:
 
         def score(replica: int) -> dict[str, Any]:
             connection = self._connections[replica]
-            connection.send("evaluate", header, _bytes(model.parameters), buffers, timeout_s=self._stall_s)
+            connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
             return dict(unpack(self._small_body(replica, "scores")))
 
         return self._all(score)
@@ -297,7 +297,7 @@ class Stage:
         def chunks(start: int, stop: int) -> Tensor:
             nonlocal crc
             part = chunk[: stop - start]
-            view = _bytes(part)
+            view = raw_bytes(part)
             connection.read_into(view, timeout_s=self._stall_s)
             crc = zlib.crc32(view, crc)
             return part
@@ -390,10 +390,6 @@ class Stage:
                     self._connections[replica].try_send("alive")
                 except (ConnectionLostError, _AbortedError):
                     continue  # whoever reads from this connection next reports it
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().numpy()).cast("B")
 
 
 def _lost(failure: BaseException) -> BaseException:

@@ -79,6 +79,7 @@ class Stages:
         self._opened_at = 0.0
         self._opening_s = 0.0
         self._rounds = 0
+        self._renew = False
         self.last_opening_s = 0.0
         self.reset: list[int] = []
         """Replicas whose state was lost when the current stage opened."""
@@ -97,6 +98,9 @@ class Stages:
 
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
+        if self._renew:
+            self._launcher.renew()
+            self._renew = False
         name = secrets.token_hex(8)
         stage = Stage(
             run=self._run,
@@ -161,6 +165,7 @@ class Stages:
             )
         for hello, facts in zip(hellos, self._shards, strict=True):
             if hello.shard:
+                self._renew = True
                 raise ReplicaLostError(
                     f"replica {hello.replica} on {hello.host}: {hello.shard}", replica=hello.replica, host=hello.host
                 )

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparkdeep.registry import import_factory
-
 from sparkdeep.config import EarlyStopping, from_mapping, refuse_unknown
 from sparkdeep.errors import ConfigError, SparkdeepError
+from sparkdeep.registry import import_factory
 from sparkdeep.spark.jobconfig import JobConfig, ObjectSection, parse_config, read_toml, with_overrides
 from sparkdeep.spark.jobmetrics import score, validation_metrics
 from sparkdeep.spark.jobresult import (

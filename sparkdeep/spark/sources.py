@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparkdeep.registry import import_factory
-
 from sparkdeep.config import refuse_unknown
 from sparkdeep.errors import ConfigError
+from sparkdeep.registry import import_factory
 from sparkdeep.spark.jobconfig import DataSection, SparkSection
 
 __all__ = ["read_source", "ship_modules", "split_rows", "start_session"]

@@ -1,0 +1,156 @@
+"""The barrier launcher: one Spark job a stage, in a thread of its own, under a tag of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, final
+
+from pyspark import InheritableThread
+from pyspark.sql import DataFrame, SparkSession
+
+from sparkdeep.errors import ReplicaLostError
+from sparkdeep.launch import ReplicaPlan, RunningStage, Ticket
+from sparkdeep.spark.failures import translate
+from sparkdeep.spark.preflight import available_slots, is_local
+from sparkdeep.spark.tasks import ReplicaJob, clean_task, replica_task
+
+__all__ = ["BarrierLauncher", "SparkJob", "clean_hosts"]
+
+_LOG = logging.getLogger("sparkdeep")
+_CLEAN_ATTEMPTS = 3
+_CLEAN_TIMEOUT_S = 30.0
+
+
+class SparkJob:
+    """A Spark action in a thread, cancellable by its tag; the caller's job group and properties are left as they are."""
+
+    def __init__(self, spark: SparkSession, frame: DataFrame, *, tag: str, description: str) -> None:
+        self._context = spark.sparkContext
+        self._frame = frame
+        self._tag = tag
+        self._description = description
+        self._failure: BaseException | None = None
+        self._rows: Sequence[Any] = ()
+        # Inherits the caller's local properties (job group, scheduler pool) as a copy, so that what is set here stays here.
+        self._thread = InheritableThread(target=self._run, name=f"sparkdeep-job-{tag}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._context.addJobTag(self._tag)
+            self._context.setJobDescription(self._description)
+            self._rows = self._frame.collect()
+        except BaseException as error:  # noqa: BLE001 (handed to the thread that asks for `failure` or `result`)
+            self._failure = translate(error)
+
+    def failure(self) -> BaseException | None:
+        """Why the job failed, named if we can name it; None while it runs or when it ended well."""
+        return self._failure
+
+    def result(self, timeout_s: float, what: str) -> Sequence[Any]:
+        """Wait for the rows.
+
+        Raises:
+            ReplicaLostError: the job did not end in time; it is cancelled.
+            Exception: why it failed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.1)
+            if time.monotonic() > deadline:
+                self.cancel()
+                raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was cancelled.")
+        if self._failure is not None:
+            raise self._failure
+        return self._rows
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for the end; what the tasks had to say they have said."""
+        self._thread.join(timeout=timeout_s)
+        if self._thread.is_alive():
+            self.cancel()
+            raise ReplicaLostError(
+                f"the stage did not end within {timeout_s:g} s after its replicas were told to stop."
+            )
+
+    def cancel(self) -> None:
+        """Cancel the job by its tag, and give it a moment to go."""
+        if self._thread.is_alive():
+            self._context.cancelJobsWithTag(self._tag)
+            self._thread.join(timeout=5.0)
+
+
+@final
+class BarrierLauncher:
+    """Starts one replica per persisted shard, in a barrier stage.
+
+    Args:
+        spark: the session.
+        shards: makes the persisted manifest DataFrame of a new generation; not run by calling it.
+        plan: of the run.
+        num_replicas: shards, and tasks.
+        shard_dir, worker_process: see `ReplicaJob`.
+        profile: the stage's resource profile, or None.
+    """
+
+    def __init__(
+        self,
+        spark: SparkSession,
+        shards: Callable[[], DataFrame],
+        *,
+        generation: DataFrame,
+        plan: ReplicaPlan,
+        num_replicas: int,
+        shard_dir: str | None,
+        worker_process: str,
+        profile: Any,
+    ) -> None:
+        self.num_replicas = num_replicas
+        self._spark = spark
+        self._make = shards
+        self._shards = generation
+        self._plan = plan
+        self._shard_dir = shard_dir
+        self._worker_process = worker_process
+        self._profile = profile
+
+    def launch(self, ticket: Ticket, description: str) -> RunningStage:
+        """Submit the stage."""
+        job = ReplicaJob(plan=self._plan, ticket=ticket, shard_dir=self._shard_dir, worker_process=self._worker_process)
+        extra = {"profile": self._profile} if self._profile is not None else {}
+        frame = self._shards.mapInArrow(partial(replica_task, job), "replica int", barrier=True, **extra)
+        return SparkJob(self._spark, frame, tag=f"sparkdeep-{ticket.run}-{ticket.stage}", description=description)
+
+    def renew(self) -> None:
+        """Ingest anew with the next stage: each task then writes its shard where it runs."""
+        _LOG.warning("shards and replicas are no longer in the same places; ingesting a new generation of shards.")
+        self._shards.unpersist()
+        self._shards = self._make()
+
+    def close(self) -> None:
+        """Let go of the persisted manifest."""
+        self._shards.unpersist()
+
+
+def clean_hosts(spark: SparkSession, run: str, roots: Sequence[str]) -> list[str]:
+    """Remove a run's folders on every executor; returns those that could not be reached.
+
+    A folder of an executor that is gone lies in its Spark local directory, and is swept by the next fit on that host.
+    """
+    left = sorted(set(roots))
+    for attempt in range(1 if is_local(spark) else _CLEAN_ATTEMPTS):
+        slots = max(1, available_slots(spark, None))
+        frame = spark.range(0, slots, 1, slots).mapInArrow(partial(clean_task, left), "root string")
+        job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
+        try:
+            gone = {row["root"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
+        except Exception as error:  # noqa: BLE001 (a failed clean-up must not hide the fit's own outcome; it is logged)
+            _LOG.warning("cleaning up failed: %s", error)
+            break
+        left = [root for root in left if root not in gone]
+        if not left:
+            break
+    return left

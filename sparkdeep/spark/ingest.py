@@ -1,0 +1,145 @@
+"""DataFrame to shards: one barrier stage that hashes rows to replicas, sorts them by the hash and writes columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cloudpickle
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from sparkdeep.data.columns import Faults
+from sparkdeep.data.schema import Callables, Schema
+from sparkdeep.data.shards import ShardInfo, decode_rows
+from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task
+from sparkdeep.spark.types import quoted, selectable
+from sparkdeep.stages import ShardFacts
+
+__all__ = ["Ingested", "dealt", "read_manifests", "shards_of"]
+
+_BUCKETS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingested:
+    """What ingest learned of the rows."""
+
+    facts: tuple[ShardFacts, ...]
+    roots: tuple[tuple[str, str], ...]
+    """(host, folder) of every executor that holds shards."""
+    schema: Schema
+    """With dtypes and row shapes as they were seen."""
+    sample: dict[str, Any]
+    """A few rows, as fields."""
+    num_bytes: int
+
+
+def dealt(
+    frame: DataFrame,
+    schema: Schema,
+    *,
+    validation: float | str | DataFrame | None,
+    num_workers: int,
+    seed: int,
+) -> DataFrame:
+    """The used columns, dealt to `num_workers` partitions by a seeded hash of the row and sorted by it inside.
+
+    The hash depends on nothing but the row's values and the seed, so that the order in which a shuffle delivers rows
+    does not matter, and a rebuilt partition equals the lost one. Equal rows are interchangeable.
+
+    Raises:
+        ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns.
+    """
+    columns = schema.columns()
+    kinds = {field.name: field.dataType for field in frame.schema.fields}
+    rows = frame.select(*(selectable(name, kinds[name]) for name in columns), *_flag_column(frame, validation))
+    if isinstance(validation, DataFrame):
+        missing = [name for name in columns if name not in validation.columns]
+        if missing:
+            raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
+        other = {field.name: field.dataType for field in validation.schema.fields}
+        held_out = validation.select(
+            *(selectable(name, other[name]) for name in columns),
+            F.lit(True).alias(FLAG),
+        )
+        rows = rows.withColumn(FLAG, F.lit(False)).unionByName(held_out)
+    rows = rows.withColumn(HASH, F.xxhash64(F.lit(seed), *(F.col(quoted(name)) for name in columns)))
+    if isinstance(validation, float):
+        bucket = F.pmod(F.xxhash64(F.lit(seed), F.lit("validation"), F.col(HASH)), F.lit(_BUCKETS))
+        rows = rows.withColumn(FLAG, bucket < F.lit(round(validation * _BUCKETS)))
+    elif validation is None:
+        rows = rows.withColumn(FLAG, F.lit(False))
+    return rows.repartition(num_workers, F.col(HASH)).sortWithinPartitions(HASH, FLAG)
+
+
+def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
+    if validation is None or isinstance(validation, DataFrame):
+        return []
+    if isinstance(validation, str):
+        kinds = {field.name: field.dataType for field in frame.schema.fields}
+        if validation not in kinds:
+            raise DataError(f"validation={validation!r}: the DataFrame has no such column; it has {list(kinds)}.")
+        if not isinstance(kinds[validation], T.BooleanType):
+            raise ConfigError(
+                f"validation={validation!r} is a column of type {kinds[validation].simpleString()}; it must be boolean, true "
+                "for rows that validate."
+            )
+        return [F.col(quoted(validation)).alias(FLAG)]
+    if isinstance(validation, float) and 0.0 < validation < 1.0:
+        return []
+    raise ConfigError(
+        f"validation={validation!r}: give a fraction between 0 and 1, the name of a boolean column, or a DataFrame."
+    )
+
+
+def shards_of(
+    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
+) -> DataFrame:
+    """The ingest as a persisted DataFrame of one manifest row a shard; nothing runs yet.
+
+    The persisted partition ties the shard to its executor: later stages prefer that place, and if the executor dies
+    Spark's lineage writes just the lost shards again.
+    """
+    job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
+    extra = {"profile": profile} if profile is not None else {}
+    manifest = "replica int, manifest string, sample binary"
+    return rows.mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
+
+
+def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int) -> Ingested:
+    """Check what the ingest tasks report.
+
+    Raises:
+        DataError: nulls, NaN, ragged arrays, or fewer training rows than replicas.
+    """
+    manifests = sorted((json.loads(row["manifest"]) for row in rows), key=lambda m: m["replica"])
+    infos = [ShardInfo.from_json(m["info"]) for m in manifests]
+    faults = Faults()
+    for manifest in manifests:
+        faults.merge(Faults.from_json(manifest["faults"]))
+    faults.raise_if_any()
+    total = sum(info.rows["train"] for info in infos)
+    if total < num_workers:
+        held_out = sum(info.rows["validation"] for info in infos)
+        raise DataError(
+            f"{total} training row(s) ({held_out} for validation) for num_workers={num_workers}: there must be at least as "
+            "many rows as replicas. Lower num_workers, or check the filter that made this DataFrame."
+        )
+    for info in infos:
+        if sum(info.rows.values()):
+            schema = schema.with_seen(info.seen)
+    samples = {row["replica"]: bytes(row["sample"]) for row in rows}
+    first = next(m["replica"] for m, info in zip(manifests, infos, strict=True) if info.rows["train"])
+    return Ingested(
+        facts=tuple(ShardFacts(rows=dict(info.rows), digest=info.digest) for info in infos),
+        roots=tuple(sorted({(m["host"], m["root"]) for m in manifests})),
+        schema=schema,
+        sample=decode_rows(samples[first]),
+        num_bytes=sum(info.num_bytes for info in infos),
+    )

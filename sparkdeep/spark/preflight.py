@@ -1,0 +1,123 @@
+"""What can be known before anything runs: versions, barrier rules, slots, GPUs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from typing import Any
+
+import pyspark
+from pyspark.sql import SparkSession
+
+from sparkdeep.errors import PreflightError
+
+__all__ = ["available_slots", "check_session", "check_slots", "is_local", "task_profile"]
+
+
+def check_session(spark: SparkSession) -> None:
+    """Refuse a session in which barrier stages cannot run, or that was never tried.
+
+    Raises:
+        PreflightError: with the setting to change.
+    """
+    major, minor = (int(part) for part in pyspark.__version__.split(".")[:2])
+    if not (3, 5) <= (major, minor) < (5, 0):
+        raise PreflightError(
+            f"pyspark {pyspark.__version__}: sparkdeep runs on Spark 3.5 to 4.x; install pyspark>=3.5,<5."
+        )
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
+        raise PreflightError(f"Python {platform.python_version()}: sparkdeep needs Python 3.11 or newer.")
+    if "connect" in type(spark).__module__:
+        raise PreflightError(
+            "this is a Spark Connect session, which has no SparkContext: run on a classic session "
+            "(SparkSession.builder.master(...), spark-submit, or a dedicated Databricks cluster)."
+        )
+    conf = spark.sparkContext.getConf()
+    if conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+        raise PreflightError(
+            "spark.dynamicAllocation.enabled=true: Spark runs no barrier stage with dynamic allocation. Start the application "
+            "with spark.dynamicAllocation.enabled=false and a fixed spark.executor.instances."
+        )
+    if conf.get("spark.python.worker.killOnIdleTimeout", "false").lower() == "true":
+        raise PreflightError(
+            "spark.python.worker.killOnIdleTimeout=true: Spark would kill a replica that trains silently. Set it to false."
+        )
+
+
+def is_local(spark: SparkSession) -> bool:
+    """Whether driver and executor are one process."""
+    master = spark.sparkContext.master
+    return master == "local" or master.startswith("local[")
+
+
+def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_worker: int | None) -> Any:
+    """The stage's TaskResourceProfile, or None when Spark's own task settings apply.
+
+    Raises:
+        PreflightError: stage-level scheduling is not possible here; the message names the property to set instead.
+    """
+    if cpus_per_worker is None and gpus_per_worker is None:
+        return None
+    conf = spark.sparkContext.getConf()
+    own_cpus = int(conf.get("spark.task.cpus", "1"))
+    own_gpus = float(conf.get("spark.task.resource.gpu.amount", "0"))
+    if cpus_per_worker in {None, own_cpus} and gpus_per_worker in {None, own_gpus}:
+        return None
+    instead = [f"spark.task.cpus={cpus_per_worker}"] if cpus_per_worker is not None else []
+    if gpus_per_worker is not None:
+        instead.append(f"spark.task.resource.gpu.amount={gpus_per_worker}")
+    properties = " and ".join(instead)
+    if is_local(spark):
+        raise PreflightError(
+            f"cpus_per_worker={cpus_per_worker}, gpus_per_worker={gpus_per_worker}: stage-level scheduling does not exist on "
+            f"a local master. Start the session with {properties} instead"
+            f"{', or set device=' + repr('cuda:0') if gpus_per_worker else ''}."
+        )
+    if pyspark.__version__.startswith("3."):
+        raise PreflightError(
+            f"cpus_per_worker={cpus_per_worker}, gpus_per_worker={gpus_per_worker}: DataFrame stages take a resource profile "
+            f"from Spark 4.0 on; this is {pyspark.__version__}. Start the application with {properties} instead."
+        )
+    if gpus_per_worker and float(conf.get("spark.executor.resource.gpu.amount", "0")) < gpus_per_worker:
+        raise PreflightError(
+            f"gpus_per_worker={gpus_per_worker}, but executors have spark.executor.resource.gpu.amount="
+            f"{conf.get('spark.executor.resource.gpu.amount', 'unset')}. Start the application with at least that many, and "
+            "spark.executor.resource.gpu.discoveryScript."
+        )
+    from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
+
+    requests = TaskResourceRequests().cpus(cpus_per_worker if cpus_per_worker is not None else own_cpus)
+    if gpus_per_worker is not None:
+        requests = requests.resource("gpu", gpus_per_worker)
+    return ResourceProfileBuilder().require(requests).build
+
+
+def available_slots(spark: SparkSession, profile: Any) -> int:
+    """Tasks that can run at the same time, whether busy or not."""
+    context: Any = spark.sparkContext._jsc.sc()
+    if profile is None:
+        java_profile = context.resourceProfileManager().defaultResourceProfile()
+    else:
+        java_profile = profile._java_resource_profile
+        if java_profile is None:
+            return sys.maxsize  # not registered with the JVM yet; Spark checks it when the stage is submitted
+    return int(context.maxNumConcurrentTasks(java_profile))
+
+
+def check_slots(spark: SparkSession, num_workers: int, profile: Any, *, timeout_s: float) -> int:
+    """Wait until there are `num_workers` slots; executors may still be on their way.
+
+    Raises:
+        PreflightError: there are fewer after `timeout_s` (at once on a local master).
+    """
+    deadline = time.monotonic() + (0.0 if is_local(spark) else timeout_s)
+    while (slots := available_slots(spark, profile)) < num_workers:
+        if time.monotonic() >= deadline:
+            raise PreflightError(
+                f"num_workers={num_workers}, but the session has {slots} slot(s) (master {spark.sparkContext.master}): every "
+                "replica needs one at the same time. Lower num_workers, or start the application with more: "
+                "spark.executor.instances x spark.executor.cores / spark.task.cpus, or local[n]."
+            )
+        time.sleep(0.25)
+    return slots

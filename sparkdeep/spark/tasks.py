@@ -1,0 +1,253 @@
+"""What runs on executors: module-level functions of one plain job value and the task's Arrow batches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cloudpickle
+import pyarrow as pa
+import torch
+from pyspark import BarrierTaskContext, TaskContext
+
+from sparkdeep.channel import Channel, LogStream
+from sparkdeep.data.columns import Faults, read_fields
+from sparkdeep.data.schema import Schema
+from sparkdeep.data.scratch import claim, release, sweep
+from sparkdeep.data.shards import Shard, ShardWriter, encode_rows
+from sparkdeep.errors import DataError, PreflightError
+from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
+from sparkdeep.messages import Hello
+from sparkdeep.session import serve, versions
+from sparkdeep.spark.failures import named_failures
+from sparkdeep.spark.placement import resolve_device
+from sparkdeep.state_files import StateFiles
+
+__all__ = ["FLAG", "HASH", "IngestJob", "ReplicaJob", "ReplicaTask", "clean_task", "ingest_task", "replica_task"]
+
+FLAG: Final = "__sparkdeep_validation"
+HASH: Final = "__sparkdeep_hash"
+SAMPLE_ROWS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestJob:
+    """What every ingest task needs to know."""
+
+    run: str
+    schema: Schema
+    decode: bytes
+    """cloudpickled: None, a callable, or {column: callable}."""
+    shard_dir: str | None
+    """Shared storage for shards, or None for the executor's own local directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaJob:
+    """What every replica task of one stage needs to know."""
+
+    plan: ReplicaPlan
+    ticket: Ticket
+    shard_dir: str | None
+    worker_process: str
+    """"reuse", "spawn", or "auto": a child process when it computes on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaTask:
+    """One replica's place: made in the Python worker, and passed on to a child process where there is one."""
+
+    job: ReplicaJob
+    replica: int
+    host: str
+    device: str
+    num_threads: int
+    shard: str
+    problem: str
+    """"" or why the shard cannot be used here."""
+    state_dir: str
+
+
+def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Write this partition's rows as one shard; yields one manifest row."""
+    with named_failures():
+        context = _barrier_context("ingest")
+        root = _root(job.run, job.shard_dir)
+        number = context.partitionId()
+        faults = Faults()
+        directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
+        decode = cloudpickle.loads(job.decode)
+        writer = ShardWriter(directory, job.schema)
+        for batch in batches:
+            for split, part in _splits(batch):
+                fields = read_fields(part, job.schema, faults, decode)
+                if not faults.found:  # what follows a fault is counted, not kept
+                    writer.append(split, fields)
+        info = writer.close()
+        shard = Shard.open(directory)
+        sample = encode_rows(shard.head(SAMPLE_ROWS))
+        shard.close()
+        manifest = {
+            "replica": number,
+            "host": _host(context),
+            "path": str(directory),
+            "root": str(root),
+            "info": info.to_json(),
+            "faults": faults.to_json(),
+            "versions": versions(),
+        }
+    yield pa.RecordBatch.from_pydict(
+        {
+            "replica": pa.array([number], pa.int32()),
+            "manifest": pa.array([json.dumps(manifest)], pa.string()),
+            "sample": pa.array([sample], pa.binary()),
+        }
+    )
+
+
+def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Be one replica for as long as the stage is open; the batch holds the manifest row of its shard."""
+    with named_failures():
+        context = _barrier_context("training")
+        rows = [row for batch in batches for row in batch.column("manifest").to_pylist()]
+        if len(rows) != 1:
+            raise DataError(f"the training task was given {len(rows)} shards; each replica has exactly one.")
+        manifest = json.loads(rows[0])
+        root = _root(job.ticket.run, job.shard_dir)
+        path = Path(manifest["path"])
+        gpus = context.resources().get("gpu")
+        task = ReplicaTask(
+            job=job,
+            replica=manifest["replica"],
+            host=_host(context),
+            device=resolve_device(
+                job.plan.settings.device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")
+            ),
+            num_threads=context.cpus(),
+            shard=str(path),
+            problem=_problem(path, root, manifest["host"]),
+            state_dir=str(root / f"state-{manifest['replica']:05d}"),
+        )
+        spawn = job.worker_process == "spawn" or (job.worker_process == "auto" and task.device.startswith("cuda"))
+        if spawn:
+            from sparkdeep.spark.child import run_in_child
+
+            run_in_child(task)
+        else:
+            run_replica(task)
+    yield pa.RecordBatch.from_pydict({"replica": pa.array([task.replica], pa.int32())})
+
+
+def run_replica(task: ReplicaTask) -> None:
+    """Dial the driver and serve it; returns when the driver says stop."""
+    job = task.job
+    who = f"replica {task.replica} on {task.host}"
+    torch.set_num_threads(task.num_threads)
+    device = torch.device(task.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(
+            f"{who} was given {task.device}, but its torch {torch.__version__} sees no CUDA device. Install a CUDA build of "
+            "torch on the executors, check the driver, or set device='cpu'."
+        )
+    ticket = job.ticket
+    channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=who)
+    with contextlib.ExitStack() as stack:
+        stack.callback(channel.close)
+        shard = None if task.problem else Shard.open(Path(task.shard))
+        hello = Hello(
+            run=ticket.run,
+            stage=ticket.stage,
+            replica=task.replica,
+            host=task.host,
+            pid=os.getpid(),
+            device=task.device,
+            versions=versions(),
+            rows=shard.info.rows if shard else {},
+            digest=shard.info.digest if shard else "",
+            shard=task.problem,
+        )
+        stack.enter_context(contextlib.redirect_stdout(LogStream(channel)))
+        if shard is None:
+            channel.introduce(hello)  # the driver refuses it, and makes new shards where replicas run
+            return
+        stack.callback(shard.close)
+        serve(
+            channel,
+            hello,
+            lambda: open_replica(job.plan, ticket, channel, shard, number=task.replica, device=device),
+            StateFiles(Path(task.state_dir)),
+        )
+
+
+def clean_task(roots: Sequence[str], _batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Remove a run's folders that lie on this host; yields those that are gone."""
+    gone = []
+    for root in roots:
+        path = Path(root)
+        if path.is_dir():
+            release(path)
+            gone.append(root)
+    here = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")
+    gone += [root for root in roots if any(root.startswith(folder + os.sep) for folder in here if folder)]
+    yield pa.RecordBatch.from_pydict({"root": pa.array(sorted(set(gone)), pa.string())})
+
+
+def _barrier_context(what: str) -> BarrierTaskContext:
+    context = TaskContext.get()
+    if not isinstance(context, BarrierTaskContext):
+        raise PreflightError(
+            f"the {what} task is not in a barrier stage: this engine ignores mapInArrow(barrier=True). Disable native "
+            "execution (Photon, Gluten, Comet, RAPIDS) for this session."
+        )
+    return context
+
+
+def _host(context: BarrierTaskContext) -> str:
+    address = context.getTaskInfos()[context.partitionId()].address
+    return str(address).rsplit(":", 1)[0] or socket.gethostname()
+
+
+def _local_dirs() -> list[str]:
+    return [folder for folder in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if folder]
+
+
+def _root(run: str, shard_dir: str | None) -> Path:
+    if shard_dir is not None:
+        root = Path(shard_dir) / f"sparkdeep-{run}"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return root
+    folders = _local_dirs()
+    sweep(folders)
+    return claim(folders, run)
+
+
+def _problem(path: Path, root: Path, host: str) -> str:
+    if path.parent != root:
+        return f"its shard lies with another executor ({host}); Spark placed the task elsewhere."
+    if not (path / "shard.json").is_file():
+        return f"its shard {path.name} is no longer on the disk of {host}."
+    return ""
+
+
+def _splits(batch: pa.RecordBatch) -> list[tuple[str, Any]]:
+    flags = batch.column(FLAG)
+    if flags.null_count:
+        raise DataError(
+            f"the validation column has {flags.null_count} null(s): every row must say true or false; "
+            "use coalesce(col, lit(False))."
+        )
+    chosen = flags.true_count
+    if chosen == 0:
+        return [("train", batch)]
+    if chosen == batch.num_rows:
+        return [("validation", batch)]
+    import pyarrow.compute as pc
+
+    return [("train", batch.filter(pc.invert(flags))), ("validation", batch.filter(flags))]
