@@ -135,7 +135,7 @@ def test_a_wrong_document_is_refused_with_value_and_remedy(changes, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("section", ["data", "model", "loss", "optimizer"])
+@pytest.mark.parametrize("section", ["data", "model", "optimizer"])
 def test_a_missing_section_is_named(section):
     given_document = document()
     del given_document[section]
@@ -228,54 +228,74 @@ def test_batch_metrics_match_their_definitions():
 # The estimator's arguments
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The arguments with which a job makes its estimator; a stand-in records them."""
-    import sparkdeep
-
-    seen = {}
-
-    class TorchEstimator:
-        def __init__(self, *, model, model_args, loss, optimizer, metrics, callbacks=(), lr_scheduler=None,
-                     outer_optimizer=None, feature_cols=None, label_cols=None, epochs=1, early_stopping=None):  # fmt: skip
-            seen.update({key: value for key, value in locals().items() if key != "self"})
-
-    monkeypatch.setitem(vars(sparkdeep), "TorchEstimator", TorchEstimator)
-    return seen
+FIT = {"feature_cols": ["x"], "label_cols": "label", "epochs": 3, "validation": 0.1, "progress": False}
 
 
-def test_sections_become_the_estimators_arguments(made):
-    scheduler = {"name": "torch.optim.lr_scheduler:StepLR", "args": {"step_size": 3}}
-    fit = {"feature_cols": ["x"], "label_cols": "label", "epochs": 3, "early_stopping": {"patience": 5}}
-    job = Job(config=parsed(lr_scheduler=scheduler, fit=fit))
-    job.estimator()
-    assert made["model"] == "torch.nn:Linear"
-    assert made["model_args"] == {"in_features": 2, "out_features": 2}
-    assert isinstance(made["loss"], torch.nn.CrossEntropyLoss)
-    assert made["loss"].label_smoothing == 0.1
-    optimizer = made["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
+def estimator(**changes):
+    return Job(config=parsed(**{"fit": FIT, **changes})).estimator()
+
+
+def test_sections_become_the_estimators_arguments():
+    made = estimator(
+        lr_scheduler={"name": "torch.optim.lr_scheduler:StepLR", "args": {"step_size": 3}},
+        fit={**FIT, "early_stopping": {"patience": 5}},
+    )
+    assert made.model == "torch.nn:Linear"
+    assert made.model_args == {"in_features": 2, "out_features": 2}
+    assert isinstance(made.loss, torch.nn.CrossEntropyLoss)
+    assert made.loss.label_smoothing == 0.1
+    optimizer = made.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["lr"] == 0.1
-    assert made["lr_scheduler"](optimizer).step_size == 3
-    assert made["outer_optimizer"] is None
-    assert made["early_stopping"].patience == 5
-    assert made["epochs"] == 3
-    assert list(made["metrics"]) == ["accuracy"]
+    assert made.lr_scheduler(optimizer).step_size == 3
+    assert made.outer_optimizer is None
+    assert made.run.early_stopping.patience == 5
+    assert made.run.epochs == 3
+    assert list(made.metrics) == ["accuracy"]
 
 
-def test_round_records_are_collected_and_user_callbacks_kept(made):
-    job = Job(config=parsed(fit={"callbacks": ["builtins:print"]}))
-    job.estimator()
-    made["callbacks"][0]("record")
+def test_the_digits_configuration_makes_an_estimator(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    made = Job(config=load_config(DIGITS)).estimator()
+    assert (made.run.num_workers, made.run.sync_every, made.prediction) == (2, 10, "argmax")
+
+
+def test_metrics_without_validation_rows_are_left_to_the_test_rows():
+    fit = {key: value for key, value in FIT.items() if key != "validation"}
+    assert estimator(fit=fit).metrics == {}
+
+
+def test_a_training_step_stands_for_the_loss():
+    given_document = document(fit={**FIT, "training_step": "torch.nn.functional:mse_loss"})
+    del given_document["loss"]
+    made = Job(config=parse_config(given_document, Path("x.toml"))).estimator()
+    assert made.loss is None
+    assert made.training_step is torch.nn.functional.mse_loss
+
+
+def test_a_function_may_be_the_loss():
+    made = estimator(loss={"name": "torch.nn.functional:cross_entropy", "args": {"label_smoothing": 0.2}})
+    assert made.loss.func is torch.nn.functional.cross_entropy
+    assert made.loss.keywords == {"label_smoothing": 0.2}
+
+
+def test_round_records_are_collected_and_user_callbacks_kept():
+    job = Job(config=parsed(fit={**FIT, "callbacks": ["builtins:print"]}))
+    made = job.estimator()
+    made.callbacks[0]("record")
     assert job.records == ["record"]
-    assert made["callbacks"][1:] == [print]
+    assert made.callbacks[1:] == [print]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": {"epoch": 3}}, "unknown key of [fit] 'epoch'. Did you mean 'epochs'?"),
-        ({"fit": {"early_stopping": {"patients": 3}}}, "'patients'. Did you mean 'patience'?"),
+        ({"fit": {**FIT, "epoch": 3}}, "'epoch'. Did you mean 'epochs'?"),
+        ({"fit": {**FIT, "epochs": 0}}, "epochs=0"),
+        ({"fit": {**FIT, "loss": "x"}}, "[fit] holds 'loss': it has its own place, [loss]"),
+        ({"fit": {**FIT, "metrics": []}}, "[fit] holds 'metrics': it has its own place, metrics = [...] at the top"),
+        ({"fit": {"label_cols": "y"}}, '[fit] has no feature_cols: give feature_cols = ["column", ...]'),
+        ({"fit": {**FIT, "early_stopping": {"patients": 3}}}, "'patients'. Did you mean 'patience'?"),
         (
             {"optimizer": {"name": "torch.optim:SGD", "args": {"momentun": 0.9}}},
             "unknown argument of 'torch.optim:SGD' 'momentun'. Did you mean 'momentum'?",
@@ -288,15 +308,14 @@ def test_round_records_are_collected_and_user_callbacks_kept(made):
             {"loss": {"name": "torch.nn:TripletMarginLoss", "args": {"margin": -1.0}}},
             "[loss] torch.nn:TripletMarginLoss({'margin': -1.0}) cannot be made",
         ),
-        ({"loss": {"name": "torch.nn:CrossEntropyLos"}}, "CrossEntropyLos"),
-        ({"model": {"factory": "absent_module:Net"}}, "absent_module"),
+        ({"loss": {"name": "torch.nn:CrossEntropyLos"}}, "did you mean 'CrossEntropyLoss'?"),
+        ({"model": {"factory": "absent_module:Net"}}, "module 'absent_module' cannot be imported"),
     ],
 )
-def test_wrong_estimator_arguments_are_refused_before_a_session(made, changes, message):
+def test_wrong_estimator_arguments_are_refused_before_a_session(changes, message):
     with pytest.raises(ConfigError) as raised:
-        Job(config=parsed(**changes)).estimator()
+        estimator(**changes)
     assert message in str(raised.value)
-    assert not made
 
 
 @pytest.mark.parametrize(("given_labels", "label"), [("y", "y"), (["y"], "y")])

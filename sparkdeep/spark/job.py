@@ -35,7 +35,8 @@ from sparkdeep.store import Store, open_store
 __all__ = ["Job", "run_job"]
 
 _SECTION_ARGUMENTS = ("model", "model_args", "loss", "optimizer", "lr_scheduler", "outer_optimizer", "metrics")
-_CALLABLES = ("callbacks", "collate", "decode", "augment", "preprocess", "training_step")
+_PLACES = {"model_args": "[model] args", "metrics": "metrics = [...] at the top"}
+_CALLABLES = ("callbacks", "collate", "decode", "augment", "prediction", "preprocess", "training_step")
 
 
 @dataclass(kw_only=True)
@@ -59,21 +60,25 @@ class Job:
         from sparkdeep import TorchEstimator
 
         config = self.config
-        known = set(inspect.signature(TorchEstimator).parameters) - set(_SECTION_ARGUMENTS)
-        refuse_unknown(config.fit, known, "key of [fit]")
+        for name in _SECTION_ARGUMENTS:
+            if name in config.fit:
+                raise ConfigError(f"[fit] holds {name!r}: it has its own place, {_PLACES.get(name, f'[{name}]')}")
+        if "feature_cols" not in config.fit:
+            raise ConfigError('[fit] has no feature_cols: give feature_cols = ["column", ...]')
+        _checked(config.model)
         fit = {key: _resolved(value) if key in _CALLABLES else value for key, value in config.fit.items()}
         fit["callbacks"] = [self.records.append, *fit.get("callbacks", ())]
-        _checked(config.model)
         if isinstance(fit.get("early_stopping"), dict):
             fit["early_stopping"] = from_mapping(EarlyStopping, fit["early_stopping"])
-        made = {"lr_scheduler": config.lr_scheduler, "outer_optimizer": config.outer_optimizer}
+        if "validation" in fit:
+            fit["metrics"] = validation_metrics(config.metrics)
+        parts = {"lr_scheduler": config.lr_scheduler, "outer_optimizer": config.outer_optimizer}
         return TorchEstimator(
             model=config.model.name,
             model_args=config.model.args,
-            loss=_loss(config.loss),
+            loss=None if config.loss is None else _loss(config.loss),
             optimizer=_partial(config.optimizer),
-            metrics=validation_metrics(config.metrics),
-            **{name: _partial(section) for name, section in made.items() if section is not None},
+            **{name: _partial(section) for name, section in parts.items() if section is not None},
             **fit,
         )
 
@@ -256,17 +261,18 @@ def _partial(section: ObjectSection) -> Any:
 
 
 def _resolved(value: Any) -> Any:
+    """Imports each "module:name"; words such as "argmax" stay."""
     if isinstance(value, str):
-        return import_factory(value)
+        return import_factory(value) if ":" in value else value
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     return {key: _resolved(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _texts(value: Any) -> list[str]:
-    """Every string in a `[fit]` value: the names that `_resolved` imports."""
+    """The names in a `[fit]` value that `_resolved` imports."""
     if isinstance(value, str):
-        return [value]
+        return [value] if ":" in value else []
     if isinstance(value, dict):
         value = list(value.values())
     return [text for item in value for text in _texts(item)] if isinstance(value, list) else []

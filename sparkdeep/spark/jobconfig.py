@@ -36,7 +36,7 @@ _SECTIONS = (
     "output",
     "spark",
 )
-_REQUIRED = ("data", "model", "loss", "optimizer")
+_REQUIRED = ("data", "model", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class JobConfig:
     """`[data]`"""
     model: ObjectSection
     """`[model]`: factory = "package.module:factory" and args"""
-    loss: ObjectSection
-    """`[loss]`"""
+    loss: ObjectSection | None
+    """`[loss]`; not needed with a training_step in `[fit]`"""
     optimizer: ObjectSection
     """`[optimizer]`, of each replica"""
     lr_scheduler: ObjectSection | None
@@ -196,7 +196,7 @@ def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
         path=path,
         data=_data(_table(document, "data")),
         model=_object(model, "model"),
-        loss=_object(_table(document, "loss"), "loss"),
+        loss=_optional_object(document, "loss"),
         optimizer=_object(_table(document, "optimizer"), "optimizer"),
         lr_scheduler=_optional_object(document, "lr_scheduler"),
         outer_optimizer=_optional_object(document, "outer_optimizer"),
