@@ -228,6 +228,20 @@ def test_batch_metrics_match_their_definitions():
 # The estimator's arguments
 
 
+def test_a_model_is_loaded_with_the_configurations_module_and_callables(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("sparkdeep.TorchModel.load", lambda path, **given: seen.update(given, path=path))
+    monkeypatch.setattr(Job, "session", lambda self: None)
+    fit = {"preprocess": "torch:relu", "prediction": "argmax", "epochs": 2}
+    Job(config=parsed(fit=fit, output={"dir": "s3://bucket/run/"})).load_model()
+    assert seen == {
+        "path": "s3://bucket/run/model",
+        "allow_modules": ["torch.nn"],
+        "preprocess": torch.relu,
+        "prediction": "argmax",
+    }
+
+
 FIT = {"feature_cols": ["x"], "label_cols": "label", "epochs": 3, "validation": 0.1, "progress": False}
 
 

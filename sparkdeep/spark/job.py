@@ -37,6 +37,7 @@ __all__ = ["Job", "run_job"]
 _SECTION_ARGUMENTS = ("model", "model_args", "loss", "optimizer", "lr_scheduler", "outer_optimizer", "metrics")
 _PLACES = {"model_args": "[model] args", "metrics": "metrics = [...] at the top"}
 _CALLABLES = ("callbacks", "collate", "decode", "augment", "prediction", "preprocess", "training_step")
+_RELOADED = ("collate", "decode", "prediction", "preprocess")
 
 
 @dataclass(kw_only=True)
@@ -113,7 +114,9 @@ class Job:
         self.session()
         factory = self.config.model.name
         import_factory(factory)
-        return TorchModel.load(self.output("model"), allow_modules=[factory.partition(":")[0]])
+        # Callables are not stored with a model: the configuration names them again.
+        given = {key: _resolved(self.config.fit[key]) for key in _RELOADED if key in self.config.fit}
+        return TorchModel.load(self.output("model"), allow_modules=[factory.partition(":")[0]], **given)
 
     def score(self, predictions: Any) -> dict[str, float]:
         """Scores predictions by the configuration's metrics, and keeps the scores for the result file."""
