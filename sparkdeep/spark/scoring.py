@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,10 @@ def predict_column(
     def predict(batches: Any) -> Any:
         return function(batches)
 
-    return arrow_udf(predict, sql, ArrowUDFType.SCALAR_ITER)(*inputs)
+    with warnings.catch_warnings():
+        # Type hints are preferred, but the right ones depend on the number of columns; the type says it directly.
+        warnings.simplefilter("ignore")
+        return arrow_udf(predict, sql, ArrowUDFType.SCALAR_ITER)(*inputs)
 
 
 def _pandas_column(
