@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Final, final
@@ -58,7 +59,7 @@ class Admission:
                 round_number=self._round,
                 replica=replica,
             )
-        if update.weight < 0 or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
+        if not 0 <= update.weight < math.inf or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
             raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
         with self._all_in:
             self._headers[replica] = update

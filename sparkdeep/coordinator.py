@@ -7,8 +7,9 @@ import errno
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Final, final
+from typing import Any, Final, final
 
 from sparkdeep.channel import Address
 from sparkdeep.errors import ConfigError, ProtocolError
@@ -27,16 +28,17 @@ def parse_ports(value: int | tuple[int, int] | str | None) -> range:
     Raises:
         ConfigError: not a port or a range of ports.
     """
-    if value is None or value == 0:
+    pair: Any = value
+    if value is None or (value == 0 and not isinstance(value, bool)):
         return range(1)
     if isinstance(value, str):
         pieces = value.split("-")
-        if all(p.strip().isdigit() for p in pieces) and len(pieces) in {1, 2}:
-            value = (int(pieces[0]), int(pieces[-1]))
-    if isinstance(value, int):
-        value = (value, value)
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(p, int) for p in value):
-        first, last = value
+        if all(p.strip().isdecimal() for p in pieces) and len(pieces) in {1, 2}:
+            pair = (int(pieces[0]), int(pieces[-1]))
+    elif isinstance(value, int):
+        pair = (value, value)
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(type(p) is int for p in pair):
+        first, last = pair
         if 1 <= first <= last <= 65535:
             return range(first, last + 1)
     raise ConfigError(f"coordinator_port={value!r}: must be a port from 1 to 65535, a pair (first, last) or 'a-b'.")
@@ -77,6 +79,8 @@ class Coordinator:
             if self._closed:
                 return
             self._closed = True
+        with contextlib.suppress(OSError):  # not every system lets a listening socket be shut down
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
         self._listener.close()
         self._thread.join(timeout=5.0)
 
@@ -101,7 +105,8 @@ class Coordinator:
         connection: Connection | None = None
         authenticated = False
         try:
-            connection = Connection(sock, self.token)
+            deadline = time.monotonic() + _HANDSHAKE_S
+            connection = Connection(sock, self.token, check=lambda: self._give_up(deadline))
             frame = connection.receive(timeout_s=_HANDSHAKE_S)
             authenticated = True
             if frame.kind != "hello" or frame.body_bytes:
@@ -124,11 +129,20 @@ class Coordinator:
         finally:
             self._handshakes.release()
 
+    def _give_up(self, deadline: float) -> None:
+        # The deadline is of the whole handshake: a stranger who sends a byte now and then holds no thread for long.
+        if self._closed or time.monotonic() > deadline:
+            raise ProtocolError("the handshake took too long, or the coordinator closed.")
+
 
 def _listen(host: str, ports: range) -> socket.socket:
     problem: OSError | None = None
     for port in ports:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        except OSError as error:
+            problem = error
+            break
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

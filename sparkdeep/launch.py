@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -108,6 +109,9 @@ class InProcessLauncher:
             [(i, self._plan, path, self._state_dir / f"{i}") for i, path in enumerate(self._shards)], ticket
         )
 
+    def renew(self) -> None:
+        """Nothing: the folders are the caller's."""
+
 
 class _Threads:
     """A stage of threads."""
@@ -128,33 +132,34 @@ class _Threads:
                 ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=f"replica {number}"
             )
             self._channels[number] = channel
-            shard = Shard.open(path)
-            settings = plan.settings
-            device = torch.device("cpu" if settings.device == "auto" else settings.device)
-            hello = Hello(
-                run=ticket.run,
-                stage=ticket.stage,
-                replica=number,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(device),
-                versions=versions(),
-                rows=shard.info.rows,
-                digest=shard.info.digest,
-                shard="",
-            )
-            try:
-                serve(
-                    channel,
-                    hello,
-                    lambda: open_replica(plan, ticket, channel, shard, number=number, device=device),
-                    StateFiles(state_dir),
-                )
-            finally:
-                channel.close()
-                shard.close()
+            with contextlib.closing(channel), contextlib.closing(Shard.open(path)) as shard:
+                self._serve(channel, shard, number, plan, state_dir, ticket)
         except Exception as error:  # noqa: BLE001 (it is handed to the driver's thread by `failure`)
-            self._failure = error
+            # The first is the cause; the others lost their line because of it.
+            self._failure = self._failure or error
+
+    def _serve(
+        self, channel: Channel, shard: Shard, number: int, plan: ReplicaPlan, state_dir: Path, ticket: Ticket
+    ) -> None:
+        device = torch.device("cpu" if plan.settings.device == "auto" else plan.settings.device)
+        hello = Hello(
+            run=ticket.run,
+            stage=ticket.stage,
+            replica=number,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(device),
+            versions=versions(),
+            rows=shard.info.rows,
+            digest=shard.info.digest,
+            shard="",
+        )
+        serve(
+            channel,
+            hello,
+            lambda: open_replica(plan, ticket, channel, shard, number=number, device=device),
+            StateFiles(state_dir),
+        )
 
     def failure(self) -> BaseException | None:
         """The first exception of a thread."""
@@ -171,5 +176,5 @@ class _Threads:
 
     def cancel(self) -> None:
         """Hang up on the replicas; they end at their next word to the driver."""
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             channel.close()

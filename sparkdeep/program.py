@@ -8,6 +8,7 @@ executor, or lies in a file, is ever unpickled.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Callable, Mapping
@@ -92,47 +93,44 @@ def pack_program(program: Program) -> bytes:
         )
         for name, t in named.items()
     }
-    parts = {}
-    for field in fields(program):
-        value = getattr(program, field.name)
-        buffer = io.BytesIO()
-        try:
-            _Pickler(buffer, names).dump(value)
-        except Exception as error:
-            where = _culprit(value, field.name, names)
-            raise PreflightError(
-                f"{where} cannot be pickled and so cannot be sent to the executors: {type(error).__name__}: {error}. "
-                "Open files, locks, sockets and sessions must be made inside the model (lazily, on the executor), "
-                "not kept as attributes."
-            ) from error
-        parts[field.name] = buffer.getvalue()
-    return bytes(cloudpickle.dumps((table, parts)))
+    # One pickle for all: a training_step that is a method of the model must meet the same model on the replica.
+    parts = {field.name: getattr(program, field.name) for field in fields(program)}
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, names).dump(parts)
+    except Exception as error:
+        where = next((w for name, value in parts.items() if (w := _culprit(value, name, names))), "the program")
+        raise PreflightError(
+            f"{where} cannot be pickled and so cannot be sent to the executors: {type(error).__name__}: {error}. "
+            "Open files, locks, sockets and sessions must be made inside the model (lazily, on the executor), "
+            "not kept as attributes."
+        ) from error
+    return bytes(cloudpickle.dumps((table, buffer.getvalue())))
 
 
 def unpack_program(data: bytes) -> Program:
     """Rebuild a program on a replica; its module's tensors are zeros until they are loaded."""
     table, parts = pickle.loads(data)  # noqa: S301 (the user's own program, from Spark's task closure)
-    loader = _Unpickler(io.BytesIO(parts.pop("model")), table)
-    model = loader.load()
-    return Program(
-        model=model,
-        **{name: pickle.loads(part) for name, part in parts.items()},  # noqa: S301 (as above)
-    )
+    return Program(**_Unpickler(io.BytesIO(parts), table).load())
 
 
-def _culprit(value: Any, path: str, names: Mapping[int, str]) -> str:
-    """The longest attribute path below `value` whose pickling fails."""
-    children: list[tuple[str, Any]] = []
+def _culprit(value: Any, path: str, names: Mapping[int, str]) -> str | None:
+    """The longest attribute path at or below `value` whose pickling fails; None when `value` can be pickled."""
+    try:
+        _Pickler(io.BytesIO(), names).dump(value)
+    except Exception:  # noqa: BLE001 (looking for the part that fails; the failure itself is raised by the caller)
+        return next((w for p, child in _children(value, path) if (w := _culprit(child, p, names))), path)
+    return None
+
+
+def _children(value: Any, path: str) -> list[tuple[str, Any]]:
     if isinstance(value, nn.Module):
-        children = [(f"{path}.{k}", v) for k, v in value._modules.items()]
-        children += [(f"{path}.{k}", v) for k, v in vars(value).items() if not k.startswith("_")]
-    elif isinstance(value, Mapping):
-        children = [(f"{path}[{k!r}]", v) for k, v in value.items()]
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        children = [(f"{path}.{k}", v) for k, v in vars(value).items()]
-    for child_path, child in children:
-        try:
-            _Pickler(io.BytesIO(), names).dump(child)
-        except Exception:  # noqa: BLE001 (looking for the part that fails; the failure itself is raised by the caller)
-            return _culprit(child, child_path, names)
-    return path
+        modules = [(f"{path}.{k}", v) for k, v in value._modules.items()]
+        return modules + [(f"{path}.{k}", v) for k, v in vars(value).items() if not k.startswith("_")]
+    if isinstance(value, Mapping):
+        return [(f"{path}[{k!r}]", v) for k, v in value.items()]
+    if isinstance(value, functools.partial):
+        return [*((f"{path}.args[{i}]", v) for i, v in enumerate(value.args)), *_children(value.keywords, path)]
+    if hasattr(value, "__dict__") and not isinstance(value, type):
+        return [(f"{path}.{k}", v) for k, v in vars(value).items()]
+    return []

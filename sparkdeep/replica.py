@@ -278,7 +278,7 @@ class Replica:
         evaluator = Evaluator(self._loss, self._program.metrics or {}, has_step=self._program.training_step is not None)
         self.model.eval()
         progress = _Progress(self._beat)
-        with torch.no_grad(), self._random.installed():
+        with torch.no_grad(), self._random.borrowed():
             for batch in self._validation_batches():
                 with self._autocast():
                     evaluator.add(self.model, batch)

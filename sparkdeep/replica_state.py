@@ -42,6 +42,13 @@ class RandomState:
             self._state = self._capture()
 
     @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Run a block on this stream without moving it: scoring must not change what training draws next."""
+        with self._saved():
+            self._install(self._state)
+            yield
+
+    @contextmanager
     def _saved(self) -> Iterator[None]:
         with _GENERATORS:
             before = self._capture()

@@ -110,7 +110,6 @@ def _round(run: Run, stage: Stage) -> RoundRecord:
     state.committed = spec.round
     record = _record(run, stage, spec, result, time.perf_counter() - began)
     state.records.append(record)
-    run.stages.committed_round()
     if state.committed > run.furthest:
         run.furthest, run.failures = state.committed, 0
     return record
@@ -129,7 +128,7 @@ def _record(run: Run, stage: Stage, spec: RoundSpec, result: RoundResult, second
         outer_seconds=max(0.0, seconds - result.seconds),
         stage_seconds=run.stages.last_opening_s,
         retries=run.failures,
-        state_reset=run.stages.reset if run.stages.last_opening_s else [],
+        state_reset=run.stages.committed_round(),
         replicas=[
             ReplicaRecord(
                 replica=i,

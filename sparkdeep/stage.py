@@ -364,15 +364,16 @@ class Stage:
     def _failed(self, replica: int, failure: Failure) -> SparkdeepError:
         who = self._who(replica)
         host = self.hellos[replica].host
-        if failure.kind == "user":
+        if failure.cause == "user":
             return UserCodeError(
                 f"{failure.traceback.rstrip()}\n\n{failure.message}\n(raised on {who}, in {failure.where}; not retried)",
                 replica=replica,
                 host=host,
                 traceback_text=failure.traceback,
             )
-        if failure.kind == "lost":
-            return ReplicaLostError(f"{who} failed in {failure.where}: {failure.message}", replica=replica, host=host)
+        if failure.cause == "lost":
+            text = f"{who} failed in {failure.where}: {failure.message}\n{failure.traceback.rstrip()}"
+            return ReplicaLostError(text, replica=replica, host=host)
         return SparkdeepError(f"{who} failed in {failure.where}: {failure.message}\n{failure.traceback}")
 
     def _who(self, replica: int) -> str:
@@ -394,6 +395,6 @@ class Stage:
 
 def _lost(failure: BaseException) -> BaseException:
     """A launcher's failure as one of ours; what has a name keeps it."""
-    if isinstance(failure, SparkdeepError):
+    if isinstance(failure, SparkdeepError) and not isinstance(failure, ConnectionLostError):
         return failure
     return ReplicaLostError(f"the stage failed: {type(failure).__name__}: {failure}")

@@ -81,8 +81,7 @@ class Stages:
         self._rounds = 0
         self._renew = False
         self.last_opening_s = 0.0
-        self.reset: list[int] = []
-        """Replicas whose state was lost when the current stage opened."""
+        self._reset: list[int] = []
 
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Stage:
         """The open stage; opens one if there is none.
@@ -123,11 +122,11 @@ class Stages:
             raise
         finally:
             self._coordinator.route(None)
-        self.reset = [i for i, what in enumerate(outcome) if what == "reset"]
-        if self.reset and self._settings.replica_state == "durable":
+        self._reset = [i for i, what in enumerate(outcome) if what == "reset"]
+        if self._reset and self._settings.replica_state == "durable":
             stage.abort()
             raise StateLostError(
-                f"the state of replicas {self.reset} after round {state.committed} is gone with its executor; "
+                f"the state of replicas {self._reset} after round {state.committed} is gone with its executor; "
                 "going back to the last durable snapshot."
             )
         self._opened_at = time.monotonic()
@@ -190,9 +189,11 @@ class Stages:
             "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
         )
 
-    def committed_round(self) -> None:
-        """Count a round of the open stage."""
+    def committed_round(self) -> list[int]:
+        """Count a round of the open stage; returns the replicas whose state was lost before it, told once."""
         self._rounds += 1
+        reset, self._reset = self._reset, []
+        return reset
 
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""
