@@ -356,6 +356,18 @@ def test_a_damaged_round_can_be_committed_anew(store, part):
     assert directory(store).rounds() == [3]
 
 
+def test_a_damaged_round_does_not_count_among_those_kept(store):
+    save(directory(store), 1, 2, 3)
+    store.write("commits/000003.json", b"garbage")
+    resumed = directory(store, keep=2)
+    with pytest.warns(RuntimeWarning, match="round 3"):
+        resumed.latest()
+    save(resumed, 5)
+    store.write("commits/000005.json", b"garbage")
+    with pytest.warns(RuntimeWarning, match="round [35]"):
+        assert_is_round(directory(store).latest(), 2)
+
+
 def test_a_damaged_commit_that_another_writer_replaced_is_left_alone(store):
     save(directory(store), 1, 2)
     path = Path(store.uri) / "commits/000002.json"
@@ -477,6 +489,14 @@ def test_a_huge_manifest_is_not_read(store):
     path.touch()
     os.truncate(path, 1 << 40)  # a hole: it would not fit into memory
     with pytest.warns(RuntimeWarning, match=f"1099511627776 bytes where at most {MAX_MANIFEST_BYTES} were expected"):
+        assert_is_round(directory(store).latest(), 1)
+
+
+def test_a_file_beyond_the_bound_is_not_read_though_its_manifest_fits(store):
+    save(directory(store), 1)
+    forged(store, files={"a": {**ENTRY, "bytes": MAX_FILE_BYTES + 1}})
+    os.truncate(Path(store.uri) / "rounds/000002.0123456789abcdef/a", MAX_FILE_BYTES + 1)  # a hole
+    with pytest.warns(RuntimeWarning, match=f"the entry of 'a' is .* it must have bytes from 0 to {MAX_FILE_BYTES}"):
         assert_is_round(directory(store).latest(), 1)
 
 

@@ -43,9 +43,16 @@ class Recurrent(nn.Module):
         self.register_buffer("scale", torch.tensor([1.0, 2.0]))
 
 
+class Descriptor:
+    def __get__(self, instance, owner):
+        raise AssertionError("a descriptor ran")
+
+
 class Holder:
     class Inner(nn.Module):
         pass
+
+    descriptor = Descriptor()
 
     @property
     def trap(self):
@@ -291,6 +298,7 @@ def test_an_imported_module_class_resolves():
         f"{HERE}:not_a_factory",
         f"{HERE}:Holder",
         f"{HERE}:Holder.trap",
+        f"{HERE}:Holder.descriptor",
         f"{HERE}:Holder.static",
         f"{HERE}:Holder.__init__",
         f"{HERE}:Net.forward",

@@ -124,10 +124,10 @@ class HadoopStore:
                 stream.hsync()
             stream.close()
         except BaseException:
-            # Closing is what completes a file, so what is cut short is removed at once.
-            with contextlib.closing(stream):
-                pass
-            self._fs.delete(path, False)
+            try:
+                stream.close()
+            finally:  # closing completes a file, so one that is cut short is removed at once
+                self._fs.delete(path, False)
             raise
 
 

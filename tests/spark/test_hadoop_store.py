@@ -43,6 +43,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(spark, tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} <= {"a", ".a.crc"}
 
 
+@pytest.mark.parametrize("method", ["write", "create"])
+def test_a_file_cut_short_is_removed(spark, tmp_path, monkeypatch, method):
+    store = HadoopStore(spark, f"file:{tmp_path}")
+    monkeypatch.setattr(hadoop, "CHUNK_BYTES", 0)  # fails after the file was begun
+    with pytest.raises(ValueError, match="must not be zero"):
+        getattr(store, method)("a", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_local_disk_through_hadoop_is_not_conditional(spark, tmp_path):
     assert HadoopStore(spark, f"file:{tmp_path}").conditional is False
 
