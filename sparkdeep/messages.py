@@ -92,7 +92,7 @@ class Update:
 class Failure:
     """A replica's last words."""
 
-    kind: str
+    cause: str
     """"user" (the user's code raised), "lost" (environment) or "ours"."""
     message: str
     traceback: str

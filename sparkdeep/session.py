@@ -57,14 +57,14 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
     except (ConnectionLostError, ProtocolError):
         raise
     except Exception as error:
-        kind = "user"
+        cause = "user"
         if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError):
-            kind = "ours"
+            cause = "ours"
         elif isinstance(error, OSError):
-            kind = "lost"
+            cause = "lost"
         channel.fail(
             Failure(
-                kind=kind,
+                cause=cause,
                 message=f"{type(error).__name__}: {error}"[:8192],
                 traceback="".join(traceback.format_exception(error))[-65536:],
                 where=where,

@@ -17,7 +17,7 @@ from sparkdeep.spark.failures import translate
 from sparkdeep.spark.preflight import available_slots, is_local
 from sparkdeep.spark.tasks import ReplicaJob, clean_task, replica_task
 
-__all__ = ["BarrierLauncher", "SparkJob", "clean_hosts"]
+__all__ = ["BarrierLauncher", "SparkJob", "clean_executors"]
 
 _LOG = logging.getLogger("sparkdeep")
 _CLEAN_ATTEMPTS = 3
@@ -135,22 +135,24 @@ class BarrierLauncher:
         self._shards.unpersist()
 
 
-def clean_hosts(spark: SparkSession, run: str, roots: Sequence[str]) -> list[str]:
-    """Remove a run's folders on every executor; returns those that could not be reached.
+def clean_executors(spark: SparkSession, run: str, shard_dir: str | None) -> bool:
+    """Remove a run's folders on every executor that is up; returns whether all of them were reached.
 
     A folder of an executor that is gone lies in its Spark local directory, and is swept by the next fit on that host.
     """
-    left = sorted(set(roots))
-    for attempt in range(1 if is_local(spark) else _CLEAN_ATTEMPTS):
+    tracker: Any = spark.sparkContext._jsc.sc().statusTracker()
+    reached: set[str] = set()
+    for attempt in range(_CLEAN_ATTEMPTS):
         slots = max(1, available_slots(spark, None))
-        frame = spark.range(0, slots, 1, slots).mapInArrow(partial(clean_task, left), "root string")
+        frame = spark.range(0, slots, 1, slots).mapInArrow(partial(clean_task, run, shard_dir), "executor string")
         job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
         try:
-            gone = {row["root"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
+            reached |= {row["executor"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
         except Exception as error:  # noqa: BLE001 (a failed clean-up must not hide the fit's own outcome; it is logged)
             _LOG.warning("cleaning up failed: %s", error)
-            break
-        left = [root for root in left if root not in gone]
-        if not left:
-            break
-    return left
+            return False
+        # The driver counts as an executor, except on a local master, where it is the only one.
+        executors = len(tracker.getExecutorInfos()) - (0 if is_local(spark) else 1)
+        if len(reached) >= executors:
+            return True
+    return False

@@ -31,8 +31,6 @@ class Ingested:
     """What ingest learned of the rows."""
 
     facts: tuple[ShardFacts, ...]
-    roots: tuple[tuple[str, str], ...]
-    """(host, folder) of every executor that holds shards."""
     schema: Schema
     """With dtypes and row shapes as they were seen."""
     sample: dict[str, Any]
@@ -138,7 +136,6 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int) -> Ing
     first = next(m["replica"] for m, info in zip(manifests, infos, strict=True) if info.rows["train"])
     return Ingested(
         facts=tuple(ShardFacts(rows=dict(info.rows), digest=info.digest) for info in infos),
-        roots=tuple(sorted({(m["host"], m["root"]) for m in manifests})),
         schema=schema,
         sample=decode_rows(samples[first]),
         num_bytes=sum(info.num_bytes for info in infos),

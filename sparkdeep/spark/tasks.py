@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ __all__ = ["FLAG", "HASH", "IngestJob", "ReplicaJob", "ReplicaTask", "clean_task
 FLAG: Final = "__sparkdeep_validation"
 HASH: Final = "__sparkdeep_hash"
 SAMPLE_ROWS: Final = 8
+# A clean-up task stays this long in its slot, so that every executor gets one.
+_SPREAD_S: Final = 0.2
+_RELEASE_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,17 +190,21 @@ def run_replica(task: ReplicaTask) -> None:
         )
 
 
-def clean_task(roots: Sequence[str], _batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Remove a run's folders that lie on this host; yields those that are gone."""
-    gone = []
-    for root in roots:
-        path = Path(root)
-        if path.is_dir():
+def clean_task(run: str, shard_dir: str | None, _batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Remove what a run left on this executor, and its shared folder.
+
+    Yields one row: which executor this is, by its local directories.
+    """
+    folders = _local_dirs()
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    for folder in [*folders, *([shard_dir] if shard_dir is not None else [])]:
+        for path in Path(folder).glob(f"sparkdeep-{run}*"):
             release(path)
-            gone.append(root)
-    here = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")
-    gone += [root for root in roots if any(root.startswith(folder + os.sep) for folder in here if folder)]
-    yield pa.RecordBatch.from_pydict({"root": pa.array(sorted(set(gone)), pa.string())})
+            while path.exists() and time.monotonic() < deadline:  # a failed stage's task may still be dying in there
+                time.sleep(0.1)
+                release(path)
+    time.sleep(_SPREAD_S)
+    yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
 
 
 def _barrier_context(what: str) -> BarrierTaskContext:

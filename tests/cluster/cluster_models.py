@@ -1,0 +1,76 @@
+"""What cluster tests train: importable on executors through PYTHONPATH."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparkdeep import TorchEstimator
+
+
+HOSTS = ("127.0.0.2", "127.0.0.3")
+
+
+class Net(nn.Module):
+    """Dropout and batch norm inside, so that random streams and buffers matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Handshake:
+    """Touches `<folder>/reached` in the middle of the work of whoever comes there, once, and waits a moment there."""
+
+    def __init__(self, folder, batches):
+        self.folder = str(folder)
+        self.batches = batches
+        self.seen = 0
+
+    def __call__(self, x):
+        self.seen += 1
+        if self.seen == self.batches and not (Path(self.folder) / "off").exists():
+            try:
+                fd = os.open(
+                    Path(self.folder) / f"reached-{os.environ['SPARK_LOCAL_DIRS'].count('127.0.0.2')}",
+                    os.O_CREAT | os.O_EXCL,
+                )
+            except FileExistsError:
+                return x
+            os.close(fd)
+            time.sleep(4.0)
+        return x
+
+
+def rows(session, count=2000):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 20, generator=generator)
+    y = (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+    data = [(a.tolist(), int(b)) for a, b in zip(x, y, strict=True)]
+    return session.createDataFrame(data, "x array<double>, y long")
+
+
+def estimator(**options):
+    settings = {
+        "model": Net,
+        "loss": nn.CrossEntropyLoss(),
+        "optimizer": partial(torch.optim.AdamW, lr=1e-3),
+        "feature_cols": ["x"],
+        "label_cols": "y",
+        "num_workers": 2,
+        "batch_size": 32,
+        "epochs": 4,
+        "sync_every": 8,
+        "seed": 1,
+        "progress": False,
+        "retry_backoff_s": 0.5,
+    }
+    return TorchEstimator(**{**settings, **options})
