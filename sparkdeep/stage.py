@@ -28,6 +28,7 @@ __all__ = ["Globals", "RoundResult", "Stage"]
 _ALIVE_EVERY_S = 5.0
 _MAX_STATE_BYTES = 1 << 36
 _REASON_S = 10.0
+_LAST_WORDS_S = 2.0
 
 _T = TypeVar("_T")
 
@@ -328,6 +329,9 @@ class Stage:
                     break
                 assert self._running is not None
                 if pending and (failure := self._running.failure()) is not None:
+                    # The launcher was faster than the replica's own words, which say more: who, where, and whether
+                    # repeating can help.
+                    wait(pending, timeout=_LAST_WORDS_S, return_when=FIRST_EXCEPTION)
                     break
             else:
                 return [f.result() for f in futures]
@@ -340,19 +344,21 @@ class Stage:
 
     def _root_cause(self, futures: Sequence[Future[Any]], failure: BaseException | None) -> BaseException:
         errors = {i: e for i, f in enumerate(futures) if (e := f.exception()) and not isinstance(e, _AbortedError)}
+        # A replica's own words come before a dead line, and what repeating cannot mend before what it can.
         for error in errors.values():
             if not isinstance(error, ConnectionLostError | ReplicaLostError):
+                return error
+        for error in errors.values():
+            if isinstance(error, ReplicaLostError):
                 return error
         deadline = time.monotonic() + _REASON_S
         while failure is None and time.monotonic() < deadline:  # Spark often knows better why a line went dead
             assert self._running is not None
             failure = self._running.failure()
             time.sleep(0.05)
-        if failure is not None and not isinstance(failure, ConnectionLostError | ReplicaLostError):
-            return _lost(failure)
+        if isinstance(failure, SparkdeepError) and not isinstance(failure, ConnectionLostError):
+            return failure
         for replica, error in errors.items():
-            if isinstance(error, ReplicaLostError):
-                return error
             return ReplicaLostError(
                 f"{self._who(replica)} was lost: {error}{f' ({failure})' if failure else ''}",
                 replica=replica,

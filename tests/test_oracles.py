@@ -35,8 +35,11 @@ def digest_of(tmp_path, parts, schema):
     return facts.digest
 
 
+ADAMW = partial(AdamW, lr=0.01)
+
+
 def one_replica_and_plain_loop(
-    tmp_path, *, dtype=np.float32, optimizer=partial(AdamW, lr=0.01), scheduler=None, clip=None, accumulate=1, **options
+    tmp_path, *, dtype=np.float32, optimizer=ADAMW, scheduler=None, clip=None, accumulate=1, **options
 ):
     """Train 43 rows in batches of 8 (the last is short) for 3 epochs, both ways; returns both and the records."""
     x, y = table(43, dtype)

@@ -21,7 +21,10 @@ def table(rows, dtype=np.float32):
     return rng.normal(size=(rows, 4)).astype(dtype), rng.normal(size=(rows, 1)).astype(dtype)
 
 
-def fit(tmp_path, model, x, y, sizes, *, optimizer=partial(SGD, lr=0.05, momentum=0.9), **options):
+MOMENTUM = partial(SGD, lr=0.05, momentum=0.9)
+
+
+def fit(tmp_path, model, x, y, sizes, *, optimizer=MOMENTUM, **options):
     program = Program(model=model, loss=nn.MSELoss(), optimizer=optimizer)
     options = {"epochs": 2, "batch_size": 8, "sync_every": 2, **options}
     return run(tmp_path, program, deal(x, y, sizes), schema_of(x, y), **options)
