@@ -133,6 +133,7 @@ class Connection:
         self._socket.close()
 
     def _head(self, kind: str, header: dict[str, Any] | None, bodies: Sequence[Buffer]) -> bytes:
+        assert header is None or "kind" not in header, "a header's field must not be called kind"
         text = json.dumps({**(header or {}), "kind": kind}).encode()
         if len(text) > HEADER_LIMIT_BYTES:
             raise ProtocolError(f"header of {len(text)} bytes for {kind!r} exceeds {HEADER_LIMIT_BYTES}.")

@@ -19,9 +19,7 @@ from sparkdeep.stage import RoundResult
 
 
 def mean_of(vector):
-    return RoundResult(
-        mean=vector, buffers={}, sections=[], inner=torch.empty(0), loss=1.5, updates=[], seconds=0.0
-    )
+    return RoundResult(mean=vector, buffers={}, sections=[], inner=torch.empty(0), loss=1.5, updates=[], seconds=0.0)
 
 
 def module():
