@@ -14,7 +14,7 @@ from torch import Tensor
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.coordinator import Coordinator
-from sparkdeep.errors import CheckpointError, ConfigError
+from sparkdeep.errors import ConfigError
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
@@ -73,6 +73,7 @@ class Fit:
     outer_optimizer: Callable[..., torch.optim.Optimizer] | None = None
     checkpoints: CheckpointDirectory | None = None
     resume: bool = True
+    """Go on with the run that `checkpoints` hold; False forgets it and starts over."""
     on_beat: Callable[[int, int], None] = lambda _replica, _rows: None
     on_log: Callable[[int, str], None] = lambda _replica, _line: None
 
@@ -103,13 +104,10 @@ class Fit:
 
     def _begin(self) -> int:
         """Go on from the newest checkpoint, or keep the start as snapshot 0; returns the committed rounds."""
+        if self.checkpoints is not None and not self.resume:
+            self.checkpoints.discard()
         latest = self.snapshots.latest() if self.snapshots is not None else None
         if latest is not None:
-            if not self.resume:
-                raise CheckpointError(
-                    f"checkpoint_dir holds a run that has committed round {latest.round}, and resume=False. Use resume='auto' "
-                    "to go on with it, or another checkpoint_dir."
-                )
             self.outer.load_state_dict(self.state.restore(self.layout, latest.files))
         elif self.snapshots is not None and self.settings.replica_state == "durable":
             files = self.state.to_files(self.layout, self.outer.state_dict(), [])

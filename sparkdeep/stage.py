@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -14,19 +13,19 @@ import torch
 from torch import Tensor
 
 from sparkdeep.admission import Admission
-from sparkdeep.averaging import OrderedSum, pool_buffers
-from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
+from sparkdeep.averaging import pool_buffers
+from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
 from sparkdeep.launch import RunningStage
-from sparkdeep.messages import Failure, Hello, Open, Opened, Update, parse, to_header
+from sparkdeep.line import Line
+from sparkdeep.messages import Hello, Open, Opened, Update, parse, to_header
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.trees import pack_tensors, unpack, unpack_tensors
-from sparkdeep.wire import Connection, ConnectionLostError, Frame
+from sparkdeep.trees import pack_tensors, unpack
+from sparkdeep.wire import Connection, ConnectionLostError
 
 __all__ = ["Globals", "RoundResult", "Stage"]
 
 _ALIVE_EVERY_S = 5.0
-_MAX_STATE_BYTES = 1 << 36
 _REASON_S = 10.0
 _LAST_WORDS_S = 2.0
 
@@ -97,9 +96,8 @@ class Stage:
         self._on_beat = on_beat
         self._on_log = on_log
         self._arrived = threading.Condition()
-        self._connections: dict[int, Connection] = {}
+        self._lines: dict[int, Line] = {}
         self.hellos: dict[int, Hello] = {}
-        self._waiting: set[int] = set()
         self._aborted = threading.Event()
         self._running: RunningStage | None = None
         self._pool = ThreadPoolExecutor(num_replicas, thread_name_prefix=f"sparkdeep-{name}")
@@ -119,9 +117,10 @@ class Stage:
             if not 0 <= hello.replica < self.num_replicas or hello.replica in self.hellos or self._aborted.is_set():
                 raise ProtocolError(f"there is no place for replica {hello.replica}.")
             connection.check = self._check
-            self._connections[hello.replica] = connection
+            self._lines[hello.replica] = Line(
+                hello, connection, stall_timeout_s=self._stall_s, on_beat=self._on_beat, on_log=self._on_log
+            )
             self.hellos[hello.replica] = hello
-            self._waiting.add(hello.replica)
             self._arrived.notify_all()
 
     def gather(self, running: RunningStage, *, timeout_s: float, waiting_for: Callable[[], str]) -> list[Hello]:
@@ -152,9 +151,9 @@ class Stage:
 
         def welcome(replica: int) -> str:
             answer, tensors, state = answers[replica]
-            connection = self._connections[replica]
-            connection.send("open", to_header(answer), tensors, state, timeout_s=self._stall_s)
-            return parse(Opened, self._expect(replica, "opened").header).state
+            line = self._lines[replica]
+            line.connection.send("open", to_header(answer), tensors, state, timeout_s=self._stall_s)
+            return parse(Opened, line.expect("opened").header).state
 
         return self._all(welcome)
 
@@ -162,8 +161,9 @@ class Stage:
         """Tell the replicas to stop, to keep their state as that of round `save` if it is given, and wait for them."""
 
         def farewell(replica: int) -> None:
-            self._connections[replica].send("stop", {"save": save})
-            self._expect(replica, "bye")
+            line = self._lines[replica]
+            line.connection.send("stop", {"save": save})
+            line.expect("bye")
 
         self._all(farewell)
         self._hang_up()
@@ -179,8 +179,8 @@ class Stage:
     def _hang_up(self) -> None:
         self._aborted.set()
         with self._arrived:
-            for connection in self._connections.values():
-                connection.close()
+            for line in self._lines.values():
+                line.connection.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # -- rounds --------------------------------------------------------------------------------------------------
@@ -199,21 +199,21 @@ class Stage:
         received: dict[int, dict[str, Tensor]] = {}
 
         def exchange(replica: int) -> None:
-            connection = self._connections[replica]
-            connection.send(
+            line = self._lines[replica]
+            line.waiting = False
+            line.connection.send(
                 "train", header, raw_bytes(start.parameters), raw_bytes(start.inner), buffers, timeout_s=self._stall_s
             )
-            update = parse(Update, self._expect(replica, "update").header)
-            self._waiting.add(replica)
-            total = admission.enter(replica, self.hellos[replica].host, update)
-            self._waiting.discard(replica)
-            connection.send("send")
+            update = parse(Update, line.expect("update").header)
+            line.waiting = True
+            total = admission.enter(replica, line.hello.host, update)
+            line.waiting = False
+            line.connection.send("send")
             if update.weight > 0:
-                received[replica] = self._receive(replica, update, total, len(buffers))
-            self._expect(replica, "saved")
-            self._waiting.add(replica)
+                received[replica] = line.add_update(update, total, self._layout.dtype, len(buffers), self._check)
+            line.expect("saved")
+            line.waiting = True
 
-        self._waiting.clear()
         self._all(exchange)
         updates = admission.updates
         weights = [update.weight for update in updates]
@@ -239,9 +239,9 @@ class Stage:
         header = {"sections": [], "buffer_bytes": len(buffers)}
 
         def score(replica: int) -> dict[str, Any]:
-            connection = self._connections[replica]
-            connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
-            return dict(unpack(self._small_body(replica, "scores")))
+            line = self._lines[replica]
+            line.connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
+            return dict(unpack(line.answer("scores")))
 
         return self._all(score)
 
@@ -249,71 +249,11 @@ class Stage:
         """Every replica's optimizer, clock and random state."""
 
         def ask(replica: int) -> bytes:
-            self._connections[replica].send("state")
-            return self._small_body(replica, "state")
+            line = self._lines[replica]
+            line.connection.send("state")
+            return line.answer("state")
 
         return self._all(ask)
-
-    # -- one replica's side of it ----------------------------------------------------------------------------------
-
-    def _expect(self, replica: int, kind: str) -> Frame:
-        connection = self._connections[replica]
-        while True:
-            frame = connection.receive(timeout_s=self._stall_s)
-            if frame.kind == kind:
-                return frame
-            if frame.body_bytes:
-                raise ProtocolError(f"replica {replica} sent {frame.kind!r} with a body; expected {kind!r}.")
-            if frame.kind == "beat":
-                self._on_beat(replica, int(frame.header.get("rows", 0)))
-            elif frame.kind == "log":
-                self._on_log(replica, str(frame.header.get("text", "")))
-            elif frame.kind == "error":
-                raise self._failed(replica, parse(Failure, frame.header))
-            else:
-                raise ProtocolError(f"replica {replica} sent {frame.kind!r}; expected {kind!r}.")
-
-    def _small_body(self, replica: int, kind: str) -> bytes:
-        self._waiting.discard(replica)
-        frame = self._expect(replica, kind)
-        data = self._connections[replica].read_body(
-            frame.body_bytes, limit_bytes=_MAX_STATE_BYTES, timeout_s=self._stall_s
-        )
-        self._waiting.add(replica)
-        return data
-
-    def _receive(self, replica: int, update: Update, total: OrderedSum, own_buffer_bytes: int) -> dict[str, Tensor]:
-        """Add one update's body to the sum as it arrives; returns its buffers."""
-        connection = self._connections[replica]
-        frame = self._expect(replica, "body")
-        vector_bytes = total.numel * self._layout.dtype.itemsize
-        if frame.body_bytes != vector_bytes + update.buffer_bytes or update.buffer_bytes > 2 * own_buffer_bytes + 4096:
-            raise ProtocolError(
-                f"replica {replica} announced a body of {frame.body_bytes} bytes; expected {vector_bytes} of "
-                f"parameters and {own_buffer_bytes} of buffers."
-            )
-        chunk = torch.empty(min(total.chunk, total.numel), dtype=self._layout.dtype)
-        crc = 0
-
-        def chunks(start: int, stop: int) -> Tensor:
-            nonlocal crc
-            part = chunk[: stop - start]
-            view = raw_bytes(part)
-            connection.read_into(view, timeout_s=self._stall_s)
-            crc = zlib.crc32(view, crc)
-            return part
-
-        total.add(replica, chunks, self._check)
-        buffers = connection.read_body(
-            update.buffer_bytes, limit_bytes=2 * own_buffer_bytes + 4096, timeout_s=self._stall_s
-        )
-        if zlib.crc32(buffers, crc) != update.crc32:
-            raise ReplicaLostError(
-                f"the update of {self._who(replica)} was damaged on its way (checksum differs); the round is void.",
-                replica=replica,
-                host=self.hellos[replica].host,
-            )
-        return unpack_tensors(buffers)
 
     # -- all replicas at once ----------------------------------------------------------------------------------------
 
@@ -360,31 +300,12 @@ class Stage:
             return failure
         for replica, error in errors.items():
             return ReplicaLostError(
-                f"{self._who(replica)} was lost: {error}{f' ({failure})' if failure else ''}",
+                f"{self._lines[replica].who} was lost: {error}{f' ({failure})' if failure else ''}",
                 replica=replica,
                 host=self.hellos[replica].host,
             )
         assert failure is not None
         return _lost(failure)
-
-    def _failed(self, replica: int, failure: Failure) -> SparkdeepError:
-        who = self._who(replica)
-        host = self.hellos[replica].host
-        if failure.cause == "user":
-            return UserCodeError(
-                f"{failure.traceback.rstrip()}\n\n{failure.message}\n(raised on {who}, in {failure.where}; not retried)",
-                replica=replica,
-                host=host,
-                traceback_text=failure.traceback,
-            )
-        if failure.cause == "lost":
-            text = f"{who} failed in {failure.where}: {failure.message}\n{failure.traceback.rstrip()}"
-            return ReplicaLostError(text, replica=replica, host=host)
-        return SparkdeepError(f"{who} failed in {failure.where}: {failure.message}\n{failure.traceback}")
-
-    def _who(self, replica: int) -> str:
-        hello = self.hellos[replica]
-        return f"replica {replica} on {hello.host} (process {hello.pid})"
 
     def _check(self) -> None:
         if self._aborted.is_set():
@@ -392,9 +313,10 @@ class Stage:
 
     def _stay_alive(self) -> None:
         while not self._aborted.wait(timeout=_ALIVE_EVERY_S):
-            for replica in list(self._waiting):
+            for line in list(self._lines.values()):
                 try:
-                    self._connections[replica].try_send("alive")
+                    if line.waiting:
+                        line.connection.try_send("alive")
                 except (ConnectionLostError, _AbortedError):
                     continue  # whoever reads from this connection next reports it
 

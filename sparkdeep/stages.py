@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from sparkdeep.config import RunSettings
@@ -36,52 +36,35 @@ class ShardFacts:
 
 
 @final
+@dataclass(kw_only=True)
 class Stages:
-    """Opens a stage when a round needs one, and closes it when it is due.
+    """Opens a stage when a round needs one, and closes it when it is due."""
 
-    Args:
-        launcher, coordinator: who starts replicas, and where they dial in.
-        run: the run's id.
-        settings, schedule, layout: of the run.
-        tensors: the module's parameters and buffers as `trees.pack_tensors` gives them, frozen ones included.
-        shards: the ledger; a replica whose shard differs is refused.
-        keep: whether replicas save their state after every round.
-        on_beat, on_log: see `Stage`.
-    """
-
-    def __init__(
-        self,
-        *,
-        launcher: Launcher,
-        coordinator: Coordinator,
-        run: str,
-        settings: RunSettings,
-        schedule: Schedule,
-        layout: Layout,
-        tensors: Callable[[], bytes],
-        shards: Sequence[ShardFacts],
-        keep: bool,
-        on_beat: Callable[[int, int], None],
-        on_log: Callable[[int, str], None],
-    ) -> None:
-        self._launcher = launcher
-        self._coordinator = coordinator
-        self._run = run
-        self._settings = settings
-        self._schedule = schedule
-        self._layout = layout
-        self._tensors = tensors
-        self._shards = list(shards)
-        self._keep = keep
-        self._on_beat = on_beat
-        self._on_log = on_log
-        self._stage: Stage | None = None
-        self._opened_at = 0.0
-        self._opening_s = 0.0
-        self._rounds = 0
-        self._renew = False
-        self.last_opening_s = 0.0
-        self._reset: list[int] = []
+    launcher: Launcher
+    """Who starts replicas."""
+    coordinator: Coordinator
+    """Where they dial in."""
+    run: str
+    """The run's id."""
+    settings: RunSettings
+    schedule: Schedule
+    layout: Layout
+    tensors: Callable[[], bytes]
+    """The module's parameters and buffers as `trees.pack_tensors` gives them, frozen ones included."""
+    shards: Sequence[ShardFacts]
+    """The ledger; a replica whose shard differs is refused."""
+    keep: bool
+    """Whether replicas save their state after every round."""
+    on_beat: Callable[[int, int], None]
+    on_log: Callable[[int, str], None]
+    last_opening_s: float = field(default=0.0, init=False)
+    """What opening the stage took, if the last call of `current` opened one."""
+    _stage: Stage | None = field(default=None, init=False)
+    _opened_at: float = field(default=0.0, init=False)
+    _opening_s: float = field(default=0.0, init=False)
+    _rounds: int = field(default=0, init=False)
+    _renew: bool = field(default=False, init=False)
+    _reset: list[int] = field(default_factory=list, init=False)
 
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Stage:
         """The open stage; opens one if there is none.
@@ -98,32 +81,32 @@ class Stages:
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
         if self._renew:
-            self._launcher.renew()
+            self.launcher.renew()
             self._renew = False
         name = secrets.token_hex(8)
         stage = Stage(
-            run=self._run,
+            run=self.run,
             name=name,
-            num_replicas=self._launcher.num_replicas,
-            layout=self._layout,
-            stall_timeout_s=self._settings.stall_timeout_s,
-            on_beat=self._on_beat,
-            on_log=self._on_log,
+            num_replicas=self.launcher.num_replicas,
+            layout=self.layout,
+            stall_timeout_s=self.settings.stall_timeout_s,
+            on_beat=self.on_beat,
+            on_log=self.on_log,
         )
-        self._coordinator.route(stage.admit)
+        self.coordinator.route(stage.admit)
         try:
-            ticket = Ticket(address=self._coordinator.address, token=self._coordinator.token, run=self._run, stage=name)
-            running = self._launcher.launch(ticket, self._description(state))
-            hellos = stage.gather(running, timeout_s=self._settings.open_timeout_s, waiting_for=self._waiting_for)
+            ticket = Ticket(address=self.coordinator.address, token=self.coordinator.token, run=self.run, stage=name)
+            running = self.launcher.launch(ticket, self._description(state))
+            hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
             self._check(hellos)
             outcome = stage.open(self._answers(state, snapshot))
         except BaseException:
             stage.abort()
             raise
         finally:
-            self._coordinator.route(None)
+            self.coordinator.route(None)
         self._reset = [i for i, what in enumerate(outcome) if what == "reset"]
-        if self._reset and self._settings.replica_state == "durable":
+        if self._reset and self.settings.replica_state == "durable":
             stage.abort()
             raise StateLostError(
                 f"the state of replicas {self._reset} after round {state.committed} is gone with its executor; "
@@ -135,11 +118,11 @@ class Stages:
         return stage
 
     def _answers(self, state: RunState, snapshot: Snapshot | None) -> list[tuple[Open, bytes, bytes]]:
-        tensors = self._tensors()
-        at = self._schedule.position(state.committed)
-        clock = at.epoch * self._schedule.steps_per_epoch + at.step
+        tensors = self.tensors()
+        at = self.schedule.position(state.committed)
+        clock = at.epoch * self.schedule.steps_per_epoch + at.step
         answers = []
-        for replica in range(self._launcher.num_replicas):
+        for replica in range(self.launcher.num_replicas):
             sent = None
             if snapshot is not None and snapshot.round == state.committed:
                 sent = snapshot.replica(replica)
@@ -149,7 +132,7 @@ class Stages:
                 scheduler_steps=clock,
                 state=source,
                 tensor_bytes=len(tensors),
-                keep=self._keep,
+                keep=self.keep,
             )
             answers.append((answer, tensors, sent or b""))
         return answers
@@ -162,7 +145,7 @@ class Stages:
                 f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions "
                 "on the executors, or set spark.pyspark.python to an environment that has them."
             )
-        for hello, facts in zip(hellos, self._shards, strict=True):
+        for hello, facts in zip(hellos, self.shards, strict=True):
             if hello.shard:
                 self._renew = True
                 raise ReplicaLostError(
@@ -177,15 +160,15 @@ class Stages:
                 )
 
     def _description(self, state: RunState) -> str:
-        first, last = state.committed + 1, self._schedule.num_rounds
-        per_stage = self._settings.rounds_per_stage
+        first, last = state.committed + 1, self.schedule.num_rounds
+        per_stage = self.settings.rounds_per_stage
         if isinstance(per_stage, int):
             return f"sparkdeep fit: rounds {first}-{min(first + per_stage - 1, last)} of {last}"
         return f"sparkdeep fit: rounds from {first} of {last}"
 
     def _waiting_for(self) -> str:
         return (
-            f"A barrier stage needs {self._launcher.num_replicas} free slots at the same time: check that no other job holds "
+            f"A barrier stage needs {self.launcher.num_replicas} free slots at the same time: check that no other job holds "
             "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
         )
 
@@ -198,11 +181,11 @@ class Stages:
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""
         open_s = time.monotonic() - self._opened_at
-        per_stage = self._settings.rounds_per_stage
+        per_stage = self.settings.rounds_per_stage
         if isinstance(per_stage, int) and self._rounds >= per_stage:
             return True
         # 20 times what opening took: opening costs at most 5 % of the time.
-        longest = self._settings.max_stage_s
+        longest = self.settings.max_stage_s
         enough = min(longest, 20 * self._opening_s) if per_stage == "auto" else math.inf
         return open_s >= enough or open_s + round_s > longest
 
@@ -216,7 +199,7 @@ class Stages:
             return
         stage, self._stage = self._stage, None
         try:
-            stage.close(save=None if self._keep else committed)
+            stage.close(save=None if self.keep else committed)
         except SparkdeepError:
             stage.abort()
             raise
