@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.register_assert_rewrite("launcher_contract", "store_contract")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

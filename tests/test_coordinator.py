@@ -258,7 +258,7 @@ def test_an_address_of_another_machine_names_the_setting(host):
 def test_an_unreachable_address_names_both_settings():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(host="127.0.0.1", port=server.getsockname()[1])
-    with pytest.raises(CoordinatorUnreachableError, match="coordinator_host=.*coordinator_port=") as caught:
+    with pytest.raises(CoordinatorUnreachableError, match=r"coordinator_host=.*coordinator_port=") as caught:
         Channel.dial(address, bytes(TOKEN_BYTES), connect_timeout_s=0.3, who="replica 3 on worker-7")
     assert f"replica 3 on worker-7 cannot reach the driver's coordinator at 127.0.0.1:{address.port}" in str(
         caught.value
