@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
@@ -100,20 +101,25 @@ def _rehearse_loss(
     program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch, shapes: str
 ) -> None:
     produced = shapes if output is None else f"output {_describe(output)}, {shapes}"
-    with warnings.catch_warnings(record=True) as caught:
+    watch = _BroadcastWatch(batch.rows)
+    with warnings.catch_warnings(record=True) as caught, watch:
         warnings.simplefilter("always")
         try:
             if program.training_step is None:
                 loss = loss_function.of_output(output, batch)
             else:
                 loss = loss_function(model, batch)
+            if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+                # Some losses take labels of a wrong dtype, and only their gradient refuses them.
+                trainable = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss, trainable, allow_unused=True)
         except Exception as error:
             remedy = _label_remedy(batch)
             raise ConfigError(
                 f"the loss cannot take this model's output and these labels: {type(error).__name__}: {error}. It was "
                 f"given {produced}. {remedy}\n{traceback.format_exc()}"
             ) from error
-    if any("target size" in str(w.message) for w in caught):
+    if watch.found or any("target size" in str(w.message) for w in caught):
         raise ConfigError(
             f"the loss would broadcast, and train on something else than you mean: {produced}. Make the shapes equal: "
             "label_cols=['name'] gives labels of shape (B, 1), label_cols='name' gives (B,)."
@@ -124,6 +130,26 @@ def _rehearse_loss(
         )
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on any trainable parameter; it was given {produced}.")
+
+
+class _BroadcastWatch(TorchFunctionMode):
+    """Notices when (rows, 1) meets (rows,): an elementwise operation makes (rows, rows) of them, and says nothing."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self.found = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func`, and look at what came of which shapes."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        if self._rows > 1 and isinstance(result, Tensor) and result.shape == (self._rows, self._rows):
+            shapes = {tuple(value.shape) for value in args if isinstance(value, Tensor)}
+            self.found = self.found or {(self._rows, 1), (self._rows,)} <= shapes
+        return result
 
 
 def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:

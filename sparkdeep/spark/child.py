@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Final
+from typing import Any, Final
 
 import cloudpickle
 
 from sparkdeep import errors
-from sparkdeep.errors import ReplicaLostError, SparkdeepError
+from sparkdeep.errors import NonFiniteError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.spark.tasks import ReplicaTask, run_replica
 
 __all__ = ["run_in_child"]
@@ -56,7 +56,8 @@ def run_in_child(task: ReplicaTask) -> None:
     if code == _FAILED:
         content = json.loads(report)
         kind = getattr(errors, content["type"], SparkdeepError)
-        raise kind(content["message"])
+        parts = content["parts"] if kind in {UserCodeError, NonFiniteError} else {}
+        raise kind(content["message"], **parts)
     if code != 0:
         raise ReplicaLostError(f"the process of replica {task.replica} on {task.host} ended with code {code}.")
 
@@ -78,12 +79,19 @@ def main() -> int:
     try:
         run_replica(task)
     except Exception as error:  # noqa: BLE001 (passed on to the parent, which raises it)
-        name = type(error).__name__ if isinstance(error, SparkdeepError) else "SparkdeepError"
-        if name == "NonFiniteError":
-            name = "SparkdeepError"
-        os.write(report, json.dumps({"type": name, "message": f"{error}"[:16384]}).encode())
+        os.write(report, json.dumps(_described(error)).encode())
         return _FAILED
     return 0
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    name = type(error).__name__ if isinstance(error, SparkdeepError) else "SparkdeepError"
+    parts: dict[str, Any] = {}
+    if isinstance(error, UserCodeError):
+        parts = {"replica": error.replica, "host": error.host, "traceback_text": error.traceback_text[-32768:]}
+    elif isinstance(error, NonFiniteError):
+        parts = {"round_number": error.round, "replica": error.replica}
+    return {"type": name, "message": str(error)[:16384], "parts": parts}
 
 
 if __name__ == "__main__":

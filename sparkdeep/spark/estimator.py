@@ -25,7 +25,7 @@ from sparkdeep.program import Program, pack_program
 from sparkdeep.progress import Progress
 from sparkdeep.registry import import_factory, reference_of
 from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
-from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_hosts
+from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
 from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
@@ -201,10 +201,12 @@ class TorchEstimator(Estimator):
         return self._train(dataset, None)
 
     def _train(self, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
-        spark = dataset.sparkSession
+        spark = getattr(dataset, "sparkSession", None)
+        if spark is None:
+            raise ConfigError(
+                f"fit was given a {type(dataset).__name__}; it needs a Spark DataFrame: spark.createDataFrame(...)."
+            )
         check_session(spark)
-        if not isinstance(dataset, DataFrame):
-            raise ConfigError(f"fit needs a Spark DataFrame, got {type(dataset).__name__}.")
         profile = task_profile(spark, self.cpus_per_worker, self.gpus_per_worker)
         check_slots(spark, self.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
         program = self._program(warm_start)
@@ -219,12 +221,10 @@ class TorchEstimator(Estimator):
 
         generation = shards()
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: _clean(spark, run, roots))
-            roots: list[str] = []
+            stack.callback(lambda: _clean(spark, run, self.shard_dir))
             stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
             launcher: BarrierLauncher | None = None
             ingested = self._ingest(spark, generation, schema, run)
-            roots += [root for _, root in ingested.roots]
             program, output = self._rehearse(program, ingested)
             launcher = BarrierLauncher(
                 spark,
@@ -410,6 +410,8 @@ def _names_in(columns: ColumnNames | None) -> list[str]:
     return [name for value in values for name in ([value] if isinstance(value, str) else value)]
 
 
-def _clean(spark: SparkSession, run: str, roots: Sequence[str]) -> None:
-    if roots and (left := clean_hosts(spark, run, roots)):
-        _LOG.warning("shards left behind by lost executors, swept by the next fit on their hosts: %s", left)
+def _clean(spark: SparkSession, run: str, shard_dir: str | None) -> None:
+    if not clean_executors(spark, run, shard_dir):
+        _LOG.warning(
+            "not every executor could be cleaned of run %s; the next fit on its host sweeps what is left.", run
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,9 +38,9 @@ _CALLABLES = ("preprocess", "collate", "decode")
 class _Shipped:
     """The broadcast of one model in one session."""
 
-    session: Any = None
+    state: Any = None
+    """What it was made from: the session, the module, its tensors' versions, and how it is run."""
     broadcast: Any = None
-    module: Any = None
 
 
 @dataclass
@@ -98,10 +99,10 @@ class TorchModel(Model):
             DataError: a feature column is missing or cannot become a tensor.
             ConfigError: the prediction column is there already.
         """
-        if self.prediction_col in dataset.columns:
+        taken = [name for name in dataset.columns if name.casefold() == self.prediction_col.casefold()]
+        if taken:  # Spark resolves names without regard to case: withColumn would replace it silently
             raise ConfigError(
-                f"column {self.prediction_col!r} is in the DataFrame already; drop or rename it, or choose another "
-                "prediction_col."
+                f"column {taken[0]!r} is in the DataFrame already; drop or rename it, or choose another prediction_col."
             )
         columns = self._feature_columns()
         missing = [name for name in columns if name not in dataset.columns]
@@ -122,11 +123,13 @@ class TorchModel(Model):
         return list(dict.fromkeys(column for f in features for column in f.columns))
 
     def _ship(self, spark: SparkSession) -> Any:
-        """The model as a broadcast: once a session, fetched once by each executor."""
+        """The model as a broadcast: once a session, fetched once by each executor, and again when it was changed."""
         context = spark.sparkContext
-        if self._shipped.session is not context or self._shipped.module is not self.model:
+        tensors = [(id(t), 0 if t.is_inference() else t._version) for _, t in named_tensors(self.model)]
+        state = (context, id(self.model), tensors, self.batch_size)
+        if self._shipped.state != state:
             scorer = Scorer(
-                uid=self.uid,
+                uid=f"{self.uid}-{secrets.token_hex(8)}",
                 program=pack_program(self._program()),
                 tensors=pack_tensors(dict(named_tensors(self.model))),
                 schema=self._settings.schema,
@@ -135,7 +138,7 @@ class TorchModel(Model):
                 columns=tuple(self._feature_columns()),
                 batch_size=self.batch_size,
             )
-            self._shipped = _Shipped(session=context, broadcast=context.broadcast(scorer), module=self.model)
+            self._shipped = _Shipped(state=state, broadcast=context.broadcast(scorer))
         return self._shipped.broadcast
 
     def _program(self) -> Program:

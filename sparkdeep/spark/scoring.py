@@ -27,7 +27,6 @@ from sparkdeep.prediction import Prediction, to_arrow
 from sparkdeep.program import Program, unpack_program
 from sparkdeep.rehearsal import float_dtype_of
 from sparkdeep.replica import prepared
-from sparkdeep.spark.failures import named_failures
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
@@ -42,6 +41,7 @@ class Scorer:
     """A model on its way to executors, as one broadcast value."""
 
     uid: str
+    """Of this broadcast: a model that changed since is another."""
     program: bytes
     tensors: bytes
     """safetensors of the module's parameters and buffers."""
@@ -54,11 +54,9 @@ class Scorer:
     @staticmethod
     def run(shipped: Any, batches: Iterator[Any]) -> Iterator[pa.Array]:
         """Score Arrow columns: `shipped` is the broadcast; a batch is one array, or a tuple of them."""
-        scorer: Scorer = shipped.value
-        with named_failures():
-            model = _load(scorer, id(scorer))
-            for arrays in batches:
-                yield model.predict(arrays if isinstance(arrays, tuple) else (arrays,))
+        model = _load(shipped.value)
+        for arrays in batches:
+            yield model.predict(arrays if isinstance(arrays, tuple) else (arrays,))
 
 
 class _Loaded:
@@ -105,9 +103,9 @@ class _Loaded:
             return forward(self.module, prepared(batch, self.program, augment=False).features)
 
 
-def _load(scorer: Scorer, key: int) -> _Loaded:
+def _load(scorer: Scorer) -> _Loaded:
     """The model in this worker, built at most once for each broadcast."""
-    name = f"{scorer.uid}-{key}"
+    name = scorer.uid
     if name not in _models:
         _models[name] = _Loaded(scorer)
         while len(_models) > _KEPT_MODELS:

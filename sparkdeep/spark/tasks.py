@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -190,11 +190,13 @@ def run_replica(task: ReplicaTask) -> None:
         )
 
 
-def clean_task(run: str, shard_dir: str | None, _batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def clean_task(run: str, shard_dir: str | None, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Remove what a run left on this executor, and its shared folder.
 
     Yields one row: which executor this is, by its local directories.
     """
+    for _ in batches:
+        pass  # a Python worker whose input is not read to its end is not used again, and the next one imports torch anew
     folders = _local_dirs()
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
     for folder in [*folders, *([shard_dir] if shard_dir is not None else [])]:
