@@ -19,7 +19,7 @@ from sparkdeep.errors import ConfigError, UserCodeError
 from sparkdeep.losses import LossFunction, forward
 from sparkdeep.program import Program
 from sparkdeep.replica import prepared
-from sparkdeep.validation import check_metrics
+from sparkdeep.validation import check_metrics, is_torchmetric
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
 
@@ -153,10 +153,12 @@ class _BroadcastWatch(TorchFunctionMode):
 
 
 def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
-    if hasattr(metric, "merge_state"):
-        return  # a torchmetrics Metric keeps state; it is first used on its own rows
     try:
-        float(metric(output, batch.labels))
+        if is_torchmetric(metric):
+            # The first rows may lack a class, so that there may be no score of them yet.
+            copy.deepcopy(metric).update(output, batch.labels)
+        else:
+            float(metric(output, batch.labels))
     except Exception as error:
         raise UserCodeError(
             f"{traceback.format_exc().rstrip()}\n\nmetric {name!r} raised {type(error).__name__}: {error} for output "

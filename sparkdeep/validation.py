@@ -13,15 +13,16 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
 from sparkdeep.losses import LossFunction, forward
 
-__all__ = ["Evaluator", "check_metrics", "merge_scores"]
+__all__ = ["Evaluator", "check_metrics", "is_torchmetric", "merge_scores"]
 
 _ROWS = "rows"
 _WEIGHT = "weight"
 _LOSS = "loss"
 
 
-def _is_torchmetric(metric: Any) -> bool:
-    return hasattr(metric, "merge_state") and hasattr(metric, "metric_state")
+def is_torchmetric(metric: Any) -> bool:
+    """Whether `metric` keeps states that can be merged, without importing torchmetrics."""
+    return hasattr(metric, "_reductions") and hasattr(metric, "metric_state")
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
@@ -33,7 +34,7 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
     for name, metric in metrics.items():
         if name in {_LOSS, _ROWS, _WEIGHT}:
             raise ConfigError(f"metric name {name!r} is taken by sparkdeep; choose another.")
-        if not _is_torchmetric(metric) and not callable(metric):
+        if not is_torchmetric(metric) and not callable(metric):
             raise ConfigError(
                 f"metric {name!r} is a {type(metric).__name__}; give a callable f(output, label) -> scalar, whose "
                 "row-weighted mean is reported, or a torchmetrics.Metric."
@@ -50,8 +51,8 @@ class Evaluator:
     def __init__(self, loss: LossFunction, metrics: Mapping[str, Any], *, has_step: bool) -> None:
         self._loss = loss
         self._has_step = has_step
-        self._functions: dict[str, Callable[..., Any]] = {k: m for k, m in metrics.items() if not _is_torchmetric(m)}
-        self._metrics = {k: copy.deepcopy(m) for k, m in metrics.items() if _is_torchmetric(m)}
+        self._functions: dict[str, Callable[..., Any]] = {k: m for k, m in metrics.items() if not is_torchmetric(m)}
+        self._metrics = {k: copy.deepcopy(m) for k, m in metrics.items() if is_torchmetric(m)}
         for metric in self._metrics.values():
             metric.reset()
         self._sums: dict[str, float] = dict.fromkeys([_ROWS, _WEIGHT, _LOSS, *self._functions], 0.0)
@@ -101,22 +102,15 @@ def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
     rows, weight = sums.pop(_ROWS), sums.pop(_WEIGHT)
     merged = {_LOSS: sums.pop(_LOSS) / weight if weight else float("nan")}
     for name, metric in metrics.items():
-        if not _is_torchmetric(metric):
+        if not is_torchmetric(metric):
             merged[name] = sums[name] / rows if rows else float("nan")
             continue
         total = copy.deepcopy(metric).cpu()
         total.reset()
-        for part in parts:
-            stored = part["states"][name]
-            if not stored["count"]:
-                continue
-            other = copy.deepcopy(total)
-            other.reset()
-            for key, value in stored["state"].items():
-                setattr(other, key, value)
-            other._update_count = stored["count"]
-            total.merge_state(other)
-            total._update_count = max(total._update_count, stored["count"])
+        stored = [part["states"][name] for part in parts if part["states"][name]["count"]]
+        for key, reduction in total._reductions.items():
+            setattr(total, key, _reduced([part["state"][key] for part in stored], reduction, getattr(total, key)))
+        total._update_count = sum(part["count"] for part in stored)
         value = total.compute()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ConfigError(
@@ -127,7 +121,14 @@ def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
     return merged
 
 
-def evaluation_mode(model: nn.Module) -> torch.no_grad:
-    """Put `model` in eval mode and give the context in which to score it."""
-    model.eval()
-    return torch.no_grad()
+def _reduced(values: Sequence[Any], reduction: Callable[[Any], Any] | None, default: Any) -> Any:
+    """One metric state of all replicas, as torchmetrics itself reduces it across processes (`Metric._sync_dist`)."""
+    if len(values) < 2:
+        return values[0] if values else default
+    if isinstance(values[0], Tensor):
+        whole: Any = torch.stack(list(values))
+    else:
+        whole = [tensor for value in values for tensor in value]
+        if not whole:
+            return whole
+    return reduction(whole) if reduction is not None else whole
