@@ -104,8 +104,9 @@ class EarlyStopping:
     def __post_init__(self) -> None:
         _at_least("early_stopping.patience", self.patience, 1)
         _one_of("early_stopping.mode", self.mode, ("min", "max"))
-        if self.min_delta < 0:
-            raise ConfigError(f"early_stopping.min_delta={self.min_delta!r}: must not be negative.")
+        delta = self.min_delta
+        if not isinstance(delta, int | float) or isinstance(delta, bool) or not 0 <= delta < math.inf:
+            raise ConfigError(f"early_stopping.min_delta={delta!r}: must be a number that is not negative.")
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether `value` beats `best`; NaN never does."""
@@ -152,9 +153,9 @@ class RunSettings:
             _at_least(name, getattr(self, name), 1)
         for name, word in (("sync_every", "epoch"), ("validate_every", "epoch"), ("rounds_per_stage", "auto")):
             value = getattr(self, name)
-            if isinstance(value, str):
-                _one_of(name, value, (word, "a whole number"))
-            else:
+            if isinstance(value, str) and value != word:
+                raise ConfigError(f"{name}={value!r}: must be {word!r} or a whole number of at least 1.")
+            if not isinstance(value, str):
                 _at_least(name, value, 1)
         _at_least("max_retries", self.max_retries, 0)
         for name in ("max_stage_s", "retry_backoff_s", "open_timeout_s", "stall_timeout_s"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ReplicaRecord", "RoundRecord", "read_jsonl", "write_jsonl"]
+__all__ = ["ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class RoundRecord:
     """The outer step."""
     stage_seconds: float = 0.0
     """Opening the barrier stage, when this round was its first; else 0."""
+    state_seconds: float = 0.0
+    """Keeping replica states on the executors' disks, of the slowest; part of it overlaps the exchange."""
+    state_bytes: int = 0
+    """What that wrote, all replicas together."""
     validation_seconds: float = 0.0
     """Scoring the validation rows."""
     checkpoint_seconds: float = 0.0
@@ -97,6 +101,30 @@ class RoundRecord:
         return cls(**{**values, "replicas": parts})
 
 
+def summary(records: Sequence[RoundRecord]) -> str:
+    """Where the time of a run went, and what its promise about replica state cost, in two lines."""
+    total = sum(record.seconds for record in records)
+    if not records or not total:
+        return "no rounds were run"
+    rows = sum(record.rows for record in records)
+    shares = {
+        "compute": sum(record.compute_seconds for record in records),
+        "exchange": sum(record.exchange_seconds for record in records),
+        "opening stages": sum(record.stage_seconds for record in records),
+        "validation": sum(record.validation_seconds for record in records),
+        "checkpoints": sum(record.checkpoint_seconds for record in records),
+    }
+    spent = ", ".join(f"{seconds / total:.0%} {what}" for what, seconds in shares.items() if seconds)
+    state_s = sum(record.state_seconds for record in records) / len(records)
+    state_mb = sum(record.state_bytes for record in records) / len(records) / 1e6
+    kept_mb = sum(record.checkpoint_bytes for record in records) / 1e6
+    return (
+        f"{len(records)} rounds, {rows:,} rows in {total:.1f} s ({rows / total:,.0f} rows/s): {spent}\n"
+        f"replica state: {state_mb:.2f} MB and {1000 * state_s:.1f} ms a round on the executors' disks, "
+        f"{kept_mb:.2f} MB in checkpoints or snapshots altogether"
+    )
+
+
 def write_jsonl(records: Iterable[RoundRecord], path: Path) -> None:
     """Write one JSON object a line; NaN becomes null, which every JSON reader takes."""
     lines = [json.dumps(_plain(record.to_dict()), allow_nan=False) for record in records]
@@ -104,8 +132,18 @@ def write_jsonl(records: Iterable[RoundRecord], path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[RoundRecord]:
-    """Read the records that `write_jsonl` wrote."""
-    return [RoundRecord.from_dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read the records that `write_jsonl` wrote; null becomes NaN."""
+    return [RoundRecord.from_dict(_numbers(json.loads(line))) for line in path.read_text("utf-8").splitlines()]
+
+
+def _numbers(value: Any) -> Any:
+    if value is None:
+        return math.nan
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return value
 
 
 def _plain(value: Any) -> Any:
