@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from sparkdeep.errors import ProtocolError
 
-__all__ = ["Failure", "Hello", "Open", "Opened", "Update", "parse", "to_header"]
+__all__ = ["Failure", "Hello", "Open", "Opened", "Saved", "Update", "parse", "to_header"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +86,15 @@ class Update:
     compute_s: float
     input_s: float
     """Part of `compute_s` spent on getting batches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """The replica's part of the round is done; its state is as durable as promised."""
+
+    bytes: int
+    """Written to the executor's disk; 0 when nothing is kept there."""
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,12 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(record.round - self._bar.n)
 
+    def finish(self, text: str) -> None:
+        """Close the bar and print how the run went, if anything is shown at all."""
+        self._bar.close()
+        if self._enabled:
+            tqdm.write(text)
+
     def beat(self, replica: int, rows: int) -> None:
         """A replica is `rows` rows into a round: keep the clock running."""
         del replica, rows

@@ -127,6 +127,8 @@ def _record(run: Run, stage: Stage, spec: RoundSpec, result: RoundResult, second
         exchange_seconds=max(0.0, result.seconds - compute_s),
         outer_seconds=max(0.0, seconds - result.seconds),
         stage_seconds=run.stages.last_opening_s,
+        state_seconds=max(saved.seconds for saved in result.saved),
+        state_bytes=sum(saved.bytes for saved in result.saved),
         retries=run.failures,
         state_reset=run.stages.committed_round(),
         replicas=[

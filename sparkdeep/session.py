@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -80,9 +81,11 @@ def _obey(
         _load(channel, replica, header)
         spec = RoundSpec(**header["spec"])
         channel.update(replica.train(spec))
+        began = time.perf_counter()
+        data = replica.save_state() if keep else b""
         if keep:
-            states.write(spec.round, replica.save_state())
-        channel.send("saved")
+            states.write(spec.round, data)
+        channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
     elif kind == "evaluate":
         _load(channel, replica, header)
         channel.send("scores", {}, pack(replica.evaluate()))

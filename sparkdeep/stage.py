@@ -17,7 +17,7 @@ from sparkdeep.averaging import pool_buffers
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
 from sparkdeep.launch import RunningStage
 from sparkdeep.line import Line
-from sparkdeep.messages import Hello, Open, Opened, Update, parse, to_header
+from sparkdeep.messages import Hello, Open, Opened, Saved, Update, parse, to_header
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors, unpack
@@ -57,6 +57,7 @@ class RoundResult:
     """(len(sections) * numel,) float64: mean of the optimizer states."""
     loss: float
     updates: list[Update]
+    saved: list[Saved]
     seconds: float
 
 
@@ -197,6 +198,7 @@ class Stage:
         header = {"spec": asdict(spec), "sections": start.sections, "buffer_bytes": len(buffers)}
         admission = Admission(self.num_replicas, self._layout, self._check, spec.round)
         received: dict[int, dict[str, Tensor]] = {}
+        saved: dict[int, Saved] = {}
 
         def exchange(replica: int) -> None:
             line = self._lines[replica]
@@ -211,7 +213,7 @@ class Stage:
             line.connection.send("send")
             if update.weight > 0:
                 received[replica] = line.add_update(update, total, self._layout.dtype, len(buffers), self._check)
-            line.expect("saved")
+            saved[replica] = parse(Saved, line.expect("saved").header)
             line.waiting = True
 
         self._all(exchange)
@@ -230,6 +232,7 @@ class Stage:
             inner=mean[self._layout.numel :],
             loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
             updates=updates,
+            saved=[saved[i] for i in range(self.num_replicas)],
             seconds=time.perf_counter() - began,
         )
 

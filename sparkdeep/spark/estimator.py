@@ -1,43 +1,25 @@
-"""`TorchEstimator`: the settings of a fit, and `fit(df)`, which wires the parts together and nothing else."""
+"""`TorchEstimator`: the settings of a fit, checked when they are given; `fit(df)` is `training.train`."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from pyspark.ml.base import Estimator
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings, refuse_unknown
-from sparkdeep.coordinator import Coordinator, parse_ports
-from sparkdeep.data.schema import ColumnNames, Schema, build_schema
-from sparkdeep.errors import ConfigError, ReplicaLostError
-from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.coordinator import parse_ports
+from sparkdeep.data.schema import ColumnNames
+from sparkdeep.errors import ConfigError
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.prediction import Prediction, check_choice
-from sparkdeep.program import Program, pack_program
-from sparkdeep.progress import Progress
-from sparkdeep.registry import import_factory, reference_of
-from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
-from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
-from sparkdeep.spark.hadoop import HadoopStore
-from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
+from sparkdeep.prediction import check_choice
 from sparkdeep.spark.model import TorchModel
-from sparkdeep.spark.preflight import check_session, check_slots, task_profile
-from sparkdeep.spark.types import column_types
-from sparkdeep.store import open_store
+from sparkdeep.spark.training import train
 
 __all__ = ["TorchEstimator"]
-
-_LOG = logging.getLogger("sparkdeep")
-_INGEST_TIMEOUT_S = 24 * 3600.0
-_SLOT_TIMEOUT_S = 30.0
 
 
 class TorchEstimator(Estimator):
@@ -65,7 +47,7 @@ class TorchEstimator(Estimator):
         prediction: what `transform` writes: None (the output), "argmax", "probability" or a callable.
         prediction_col: its column.
         checkpoint_dir: a local path or URI; a fit that was killed goes on from its newest checkpoint.
-        resume: "auto" goes on with a run that `checkpoint_dir` holds; False refuses to.
+        resume: "auto" goes on with a run that `checkpoint_dir` holds; False forgets it and starts over.
         keep_checkpoints: how many to keep.
         callbacks: called with each round's record; returning True ends the run. One with an attribute `needs_spark = True`
             is called while no stage holds the session's slots.
@@ -195,223 +177,7 @@ class TorchEstimator(Estimator):
         """
         if warm_start is None:
             return super().fit(dataset, params)
-        return self._train(dataset, warm_start)
+        return train(self, dataset, warm_start)
 
     def _fit(self, dataset: DataFrame) -> TorchModel:
-        return self._train(dataset, None)
-
-    def _train(self, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
-        spark = getattr(dataset, "sparkSession", None)
-        if spark is None:
-            raise ConfigError(
-                f"fit was given a {type(dataset).__name__}; it needs a Spark DataFrame: spark.createDataFrame(...)."
-            )
-        check_session(spark)
-        profile = task_profile(spark, self.cpus_per_worker, self.gpus_per_worker)
-        check_slots(spark, self.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
-        program = self._program(warm_start)
-        schema = self._schema(dataset, program)
-        run = new_run_id()
-        rows = dealt(
-            dataset, schema, validation=self._validation(), num_workers=self.run.num_workers, seed=self.local.seed
-        )
-
-        def shards() -> DataFrame:
-            return shards_of(rows, schema, run=run, decode=self.decode, shard_dir=self.shard_dir, profile=profile)
-
-        generation = shards()
-        with contextlib.ExitStack() as stack:
-            stack.callback(lambda: _clean(spark, run, self.shard_dir))
-            stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
-            launcher: BarrierLauncher | None = None
-            ingested = self._ingest(spark, generation, schema, run)
-            program, output = self._rehearse(program, ingested)
-            launcher = BarrierLauncher(
-                spark,
-                shards,
-                generation=generation,
-                plan=plan_of(program, self.local, ingested.schema),
-                num_replicas=self.run.num_workers,
-                shard_dir=self.shard_dir,
-                worker_process=self.worker_process,
-                profile=profile,
-            )
-            fit = self._assemble(spark, stack, program, ingested, launcher, run)
-            self._run_rounds(fit)
-            fit.load_result()
-        return TorchModel(
-            module=program.model.eval(),
-            schema=ingested.schema,
-            prediction=Prediction.of(self.prediction, output),
-            prediction_col=self.prediction_col,
-            history=fit.state.records,
-            batch_size=max(self.local.batch_size, 64),
-            preprocess=self.preprocess,
-            collate=self.collate,
-            decode=self.decode,
-            reference=reference_of(self.model, self.model_args),
-        )
-
-    # -- parts -----------------------------------------------------------------------------------------------------
-
-    def _validation(self) -> float | str | DataFrame | None:
-        value = self.validation
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    def _program(self, warm_start: TorchModel | None) -> Program:
-        if self.validation is not None and isinstance(self.validation, float) and math.isnan(self.validation):
-            raise ConfigError("validation=nan: give a fraction between 0 and 1.")
-        factory = import_factory(self.model) if isinstance(self.model, str) else self.model
-        module = build_model(factory, self.model_args, self.local.seed)
-        if warm_start is not None:
-            _warm(module, warm_start.model)
-        return Program(
-            model=module,
-            loss=self.loss,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            training_step=self.training_step,
-            preprocess=self.preprocess,
-            augment=self.augment,
-            collate=self.collate,
-            metrics=self.metrics,
-        )
-
-    def _schema(self, dataset: DataFrame, program: Program) -> Schema:
-        used = _names_in(self.feature_cols) + _names_in(self.label_cols) + _names_in(self.weight_col)
-        wide = str(float_dtype_of(program.model)) == "torch.float64"
-        return build_schema(
-            types=column_types(dataset.schema, used),
-            feature_cols=self.feature_cols,
-            label_cols=self.label_cols,
-            weight_col=self.weight_col,
-            float_dtype="float64" if wide else "float32",
-            decode=self.decode,
-            collate=self.collate,
-        )
-
-    def _ingest(self, spark: SparkSession, generation: DataFrame, schema: Schema, run: str) -> Ingested:
-        for attempt in range(self.run.max_retries + 1):
-            job = SparkJob(
-                spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest"
-            )
-            try:
-                return read_manifests(job.result(_INGEST_TIMEOUT_S, "ingest"), schema, self.run.num_workers)
-            except ReplicaLostError as error:
-                if attempt == self.run.max_retries:
-                    raise
-                _LOG.warning("ingest, attempt %d of %d failed: %s", attempt + 1, self.run.max_retries + 1, error)
-            except BaseException:
-                job.cancel()
-                raise
-        raise AssertionError("unreachable")
-
-    def _rehearse(self, program: Program, ingested: Ingested) -> tuple[Program, Any]:
-        batch = sample_batch(ingested.sample, ingested.schema, program)
-        materialize(program.model, batch, self.local.seed)
-        output = rehearse(program, batch, ingested.schema)
-        pack_program(program)
-        if output is not None:
-            Prediction.of(self.prediction, output)
-        return program, output
-
-    def _assemble(
-        self,
-        spark: SparkSession,
-        stack: contextlib.ExitStack,
-        program: Program,
-        ingested: Ingested,
-        launcher: BarrierLauncher,
-        run: str,
-    ) -> Fit:
-        conf = spark.sparkContext.getConf()
-        host = conf.get("spark.driver.host", "localhost")
-        coordinator = Coordinator(
-            bind_host=conf.get("spark.driver.bindAddress", host),
-            advertised_host=self.coordinator_host or host,
-            ports=parse_ports(self.coordinator_port),
-        )
-        stack.callback(coordinator.close)
-        progress = stack.enter_context(Progress(enabled=self.progress))
-        fit = Fit(
-            program=program,
-            local=self.local,
-            settings=self.run,
-            plan=plan_of(program, self.local, ingested.schema),
-            shards=ingested.facts,
-            launcher=launcher,
-            coordinator=coordinator,
-            run=run,
-            outer_optimizer=self.outer_optimizer,
-            checkpoints=self._checkpoints(spark, program, ingested),
-            resume=bool(self.resume),
-            on_beat=progress.beat,
-            on_log=progress.log,
-        )
-        self._progress = progress
-        rows = sum(shard.rows["train"] for shard in ingested.facts)
-        _LOG.info(
-            "%d training rows on %d replicas, batch %d each (%d together), %d rounds, %.1f MB of parameters",
-            rows,
-            self.run.num_workers,
-            self.local.batch_size,
-            self.local.batch_size * self.run.num_workers,
-            fit.schedule.num_rounds,
-            fit.layout.num_bytes / 1e6,
-        )
-        return fit
-
-    def _checkpoints(self, spark: SparkSession, program: Program, ingested: Ingested) -> CheckpointDirectory | None:
-        if self.checkpoint_dir is None:
-            return None
-        from sparkdeep.parameters import Layout
-
-        store = open_store(self.checkpoint_dir, fallback=lambda uri: HadoopStore(spark, uri))
-        identity: dict[str, Any] = {
-            "layout": Layout.of(program.model).fingerprint(),
-            "schema": ingested.schema.to_json(),
-            "shards": [[shard.digest, shard.rows] for shard in ingested.facts],
-            "num_workers": self.run.num_workers,
-            "batch_size": self.local.batch_size,
-            "accumulate_batches": self.local.accumulate_batches,
-            "sync_every": self.run.sync_every,
-            "inner_state": self.local.inner_state,
-            "seed": self.local.seed,
-        }
-        return CheckpointDirectory(store, identity=identity, keep=self.keep_checkpoints)
-
-    def _run_rounds(self, fit: Fit) -> None:
-        self._progress.start(fit.schedule.num_rounds, fit.state.committed)
-        with contextlib.closing(fit.rounds()) as records:
-            for record in records:
-                self._progress.advance(record)
-                for callback in self.callbacks:
-                    if getattr(callback, "needs_spark", False):
-                        fit.close_stage()
-                    if callback(record) is True:
-                        fit.stop(f"callback {getattr(callback, '__name__', type(callback).__name__)} asked for it")
-
-
-def _warm(module: nn.Module, source: nn.Module) -> None:
-    try:
-        module.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"warm_start: the model's parameters do not fit this estimator's: {error}. Use the same model and model_args."
-        ) from error
-
-
-def _names_in(columns: ColumnNames | None) -> list[str]:
-    if columns is None:
-        return []
-    if isinstance(columns, str):
-        return [columns]
-    values = columns.values() if isinstance(columns, Mapping) else columns
-    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
-
-
-def _clean(spark: SparkSession, run: str, shard_dir: str | None) -> None:
-    if not clean_executors(spark, run, shard_dir):
-        _LOG.warning(
-            "not every executor could be cleaned of run %s; the next fit on its host sweeps what is left.", run
-        )
+        return train(self, dataset, None)

@@ -1,0 +1,268 @@
+"""The steps of a fit on Spark: ingest, rehearsal, rounds, the model; cleaned up after, whatever happened."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from pyspark.sql import DataFrame, SparkSession
+from torch import nn
+
+from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.coordinator import Coordinator, parse_ports
+from sparkdeep.data.schema import ColumnNames, Schema, build_schema
+from sparkdeep.errors import ConfigError, ReplicaLostError
+from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.metrics import summary
+from sparkdeep.parameters import Layout
+from sparkdeep.prediction import Prediction
+from sparkdeep.program import Program, pack_program
+from sparkdeep.progress import Progress
+from sparkdeep.registry import import_factory, reference_of
+from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
+from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
+from sparkdeep.spark.hadoop import HadoopStore
+from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
+from sparkdeep.spark.model import TorchModel
+from sparkdeep.spark.preflight import check_session, check_slots, task_profile
+from sparkdeep.spark.types import column_types
+from sparkdeep.store import open_store
+
+if TYPE_CHECKING:
+    from sparkdeep.spark.estimator import TorchEstimator
+
+__all__ = ["train"]
+
+_LOG = logging.getLogger("sparkdeep")
+_INGEST_TIMEOUT_S: Final = 24 * 3600.0
+_SLOT_TIMEOUT_S: Final = 30.0
+
+
+def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
+    """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
+    spark = getattr(dataset, "sparkSession", None)
+    if spark is None:
+        raise ConfigError(
+            f"fit was given a {type(dataset).__name__}; it needs a Spark DataFrame: spark.createDataFrame(...)."
+        )
+    check_session(spark)
+    profile = task_profile(spark, settings.cpus_per_worker, settings.gpus_per_worker)
+    check_slots(spark, settings.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
+    program = _program(settings, warm_start)
+    schema = _schema(settings, dataset, program)
+    run = new_run_id()
+    rows = dealt(
+        dataset,
+        schema,
+        validation=_validation(settings),
+        num_workers=settings.run.num_workers,
+        seed=settings.local.seed,
+    )
+
+    def shards() -> DataFrame:
+        return shards_of(rows, schema, run=run, decode=settings.decode, shard_dir=settings.shard_dir, profile=profile)
+
+    generation = shards()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: _clean(spark, run, settings.shard_dir))
+        stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
+        launcher: BarrierLauncher | None = None
+        ingested = _ingest(settings, spark, generation, schema, run)
+        program, output = _rehearse(settings, program, ingested)
+        launcher = BarrierLauncher(
+            spark,
+            shards,
+            generation=generation,
+            plan=plan_of(program, settings.local, ingested.schema),
+            num_replicas=settings.run.num_workers,
+            shard_dir=settings.shard_dir,
+            worker_process=settings.worker_process,
+            profile=profile,
+        )
+        progress = stack.enter_context(Progress(enabled=settings.progress))
+        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress)
+        _run_rounds(settings, fit, progress)
+        fit.load_result()
+    return TorchModel(
+        module=program.model.eval(),
+        schema=ingested.schema,
+        prediction=Prediction.of(settings.prediction, output),
+        prediction_col=settings.prediction_col,
+        history=fit.state.records,
+        batch_size=max(settings.local.batch_size, 64),
+        preprocess=settings.preprocess,
+        collate=settings.collate,
+        decode=settings.decode,
+        reference=reference_of(settings.model, settings.model_args),
+    )
+
+
+def _validation(settings: TorchEstimator) -> float | str | DataFrame | None:
+    value = settings.validation
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _program(settings: TorchEstimator, warm_start: TorchModel | None) -> Program:
+    if settings.validation is not None and isinstance(settings.validation, float) and math.isnan(settings.validation):
+        raise ConfigError("validation=nan: give a fraction between 0 and 1.")
+    factory = import_factory(settings.model) if isinstance(settings.model, str) else settings.model
+    module = build_model(factory, settings.model_args, settings.local.seed)
+    if warm_start is not None:
+        _warm(module, warm_start.model)
+    return Program(
+        model=module,
+        loss=settings.loss,
+        optimizer=settings.optimizer,
+        lr_scheduler=settings.lr_scheduler,
+        training_step=settings.training_step,
+        preprocess=settings.preprocess,
+        augment=settings.augment,
+        collate=settings.collate,
+        metrics=settings.metrics,
+    )
+
+
+def _schema(settings: TorchEstimator, dataset: DataFrame, program: Program) -> Schema:
+    used = _names_in(settings.feature_cols) + _names_in(settings.label_cols) + _names_in(settings.weight_col)
+    wide = str(float_dtype_of(program.model)) == "torch.float64"
+    return build_schema(
+        types=column_types(dataset.schema, used),
+        feature_cols=settings.feature_cols,
+        label_cols=settings.label_cols,
+        weight_col=settings.weight_col,
+        float_dtype="float64" if wide else "float32",
+        decode=settings.decode,
+        collate=settings.collate,
+    )
+
+
+def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame, schema: Schema, run: str) -> Ingested:
+    for attempt in range(settings.run.max_retries + 1):
+        job = SparkJob(spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest")
+        try:
+            return read_manifests(job.result(_INGEST_TIMEOUT_S, "ingest"), schema, settings.run.num_workers)
+        except ReplicaLostError as error:
+            if attempt == settings.run.max_retries:
+                raise
+            _LOG.warning("ingest, attempt %d of %d failed: %s", attempt + 1, settings.run.max_retries + 1, error)
+        except BaseException:
+            job.cancel()
+            raise
+    raise AssertionError("unreachable")
+
+
+def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) -> tuple[Program, Any]:
+    batch = sample_batch(ingested.sample, ingested.schema, program)
+    materialize(program.model, batch, settings.local.seed)
+    output = rehearse(program, batch, ingested.schema)
+    pack_program(program)
+    if output is not None:
+        Prediction.of(settings.prediction, output)
+    return program, output
+
+
+def _assemble(
+    settings: TorchEstimator,
+    spark: SparkSession,
+    stack: contextlib.ExitStack,
+    program: Program,
+    ingested: Ingested,
+    launcher: BarrierLauncher,
+    run: str,
+    progress: Progress,
+) -> Fit:
+    conf = spark.sparkContext.getConf()
+    host = conf.get("spark.driver.host", "localhost")
+    coordinator = Coordinator(
+        bind_host=conf.get("spark.driver.bindAddress", host),
+        advertised_host=settings.coordinator_host or host,
+        ports=parse_ports(settings.coordinator_port),
+    )
+    stack.callback(coordinator.close)
+    fit = Fit(
+        program=program,
+        local=settings.local,
+        settings=settings.run,
+        plan=plan_of(program, settings.local, ingested.schema),
+        shards=ingested.facts,
+        launcher=launcher,
+        coordinator=coordinator,
+        run=run,
+        outer_optimizer=settings.outer_optimizer,
+        checkpoints=_checkpoints(settings, spark, program, ingested),
+        resume=bool(settings.resume),
+        on_beat=progress.beat,
+        on_log=progress.log,
+    )
+    rows = sum(shard.rows["train"] for shard in ingested.facts)
+    _LOG.info(
+        "%d training rows on %d replicas, batch %d each (%d together), %d rounds, %.1f MB of parameters",
+        rows,
+        settings.run.num_workers,
+        settings.local.batch_size,
+        settings.local.batch_size * settings.run.num_workers,
+        fit.schedule.num_rounds,
+        fit.layout.num_bytes / 1e6,
+    )
+    return fit
+
+
+def _checkpoints(
+    settings: TorchEstimator, spark: SparkSession, program: Program, ingested: Ingested
+) -> CheckpointDirectory | None:
+    if settings.checkpoint_dir is None:
+        return None
+    store = open_store(settings.checkpoint_dir, fallback=lambda uri: HadoopStore(spark, uri))
+    identity: dict[str, Any] = {
+        "layout": Layout.of(program.model).fingerprint(),
+        "schema": ingested.schema.to_json(),
+        "shards": [[shard.digest, shard.rows] for shard in ingested.facts],
+        "num_workers": settings.run.num_workers,
+        "batch_size": settings.local.batch_size,
+        "accumulate_batches": settings.local.accumulate_batches,
+        "sync_every": settings.run.sync_every,
+        "inner_state": settings.local.inner_state,
+        "seed": settings.local.seed,
+    }
+    return CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)
+
+
+def _run_rounds(settings: TorchEstimator, fit: Fit, progress: Progress) -> None:
+    progress.start(fit.schedule.num_rounds, fit.state.committed)
+    with contextlib.closing(fit.rounds()) as records:
+        for record in records:
+            progress.advance(record)
+            for callback in settings.callbacks:
+                if getattr(callback, "needs_spark", False):
+                    fit.close_stage()
+                if callback(record) is True:
+                    fit.stop(f"callback {getattr(callback, '__name__', type(callback).__name__)} asked for it")
+    progress.finish(summary(fit.state.records[fit.resumed_from :]))
+
+
+def _warm(module: nn.Module, source: nn.Module) -> None:
+    try:
+        module.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"warm_start: the model's parameters do not fit this estimator's: {error}. Use the same model and model_args."
+        ) from error
+
+
+def _names_in(columns: ColumnNames | None) -> list[str]:
+    if columns is None:
+        return []
+    if isinstance(columns, str):
+        return [columns]
+    values = columns.values() if isinstance(columns, Mapping) else columns
+    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+
+def _clean(spark: SparkSession, run: str, shard_dir: str | None) -> None:
+    if not clean_executors(spark, run, shard_dir):
+        _LOG.warning(
+            "not every executor could be cleaned of run %s; the next fit on its host sweeps what is left.", run
+        )
