@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, UserCodeError
+from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction, forward
 from sparkdeep.program import Program
-from sparkdeep.replica import prepared
 from sparkdeep.validation import check_metrics, is_torchmetric
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]

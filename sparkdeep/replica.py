@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +21,7 @@ from sparkdeep.data.order import EpochOrder, batch_range, num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ConfigError
+from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout, named_tensors, raw_bytes
@@ -289,7 +291,7 @@ class Replica:
         rows = self.shard.info.rows["validation"]
         size = self._settings.batch_size
         for start in range(0, rows, size):
-            yield self._batch("validation", slice_indices(start, min(start + size, rows)), augment=False)
+            yield self._batch("validation", np.arange(start, min(start + size, rows)), augment=False)
 
 
 class _Progress:
@@ -319,23 +321,6 @@ class _Progress:
     def loss_sum(self) -> float:
         losses = torch.stack([loss.reshape(()) for loss, _ in self._losses]).to("cpu", torch.float64)
         return float(losses @ torch.tensor([weight for _, weight in self._losses], dtype=torch.float64))
-
-
-def prepared(batch: Batch, program: Program, *, augment: bool) -> Batch:
-    """Apply `preprocess`, and in training `augment`, to a batch's features."""
-    features = batch.features
-    if program.preprocess is not None:
-        features = program.preprocess(features)
-    if augment and program.augment is not None:
-        features = program.augment(features)
-    if features is batch.features:
-        return batch
-    return Batch(features=features, labels=batch.labels, weights=batch.weights, rows=batch.rows)
-
-
-def slice_indices(start: int, stop: int) -> Any:
-    """Consecutive row numbers, int64."""
-    return torch.arange(start, stop).numpy()
 
 
 class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)

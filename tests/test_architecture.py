@@ -16,8 +16,9 @@ MAX_LINES = 350
 MAX_ARGUMENTS = 8
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-# Constructors that a user writes out by hand; everything else with many arguments takes a settings object.
-MANY_ARGUMENTS = {"TorchEstimator"}
+# The two facades: what a user writes out by hand, and what it gives. Everything else with many arguments takes a
+# settings object.
+MANY_ARGUMENTS = {"TorchEstimator", "TorchModel"}
 
 # Where code that can run what it reads is called, and why that is safe. (file, call) -> reason.
 UNPICKLERS = {

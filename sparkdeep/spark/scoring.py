@@ -21,12 +21,12 @@ from sparkdeep.data.arrow import Ragged
 from sparkdeep.data.batches import make_batch
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
+from sparkdeep.inputs import prepared
 from sparkdeep.losses import forward
 from sparkdeep.parameters import named_tensors
 from sparkdeep.prediction import Prediction, to_arrow
 from sparkdeep.program import Program, unpack_program
 from sparkdeep.rehearsal import float_dtype_of
-from sparkdeep.replica import prepared
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
