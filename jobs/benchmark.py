@@ -155,6 +155,7 @@ def ddp_loop(folder: str, steps: int) -> float:
         model = nn.parallel.DistributedDataParallel(network())
         rate = torch.tensor(plain_loop(model, folder, dist.get_rank(), steps, dist.barrier))
         dist.all_reduce(rate)
+        dist.barrier()  # whoever leaves first takes its connections along
         return float(rate)
     finally:
         dist.destroy_process_group()
