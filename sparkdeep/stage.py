@@ -21,7 +21,7 @@ from sparkdeep.messages import Hello, Open, Opened, Saved, Update, parse, to_hea
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors, unpack
-from sparkdeep.wire import Connection, ConnectionLostError
+from sparkdeep.wire import Connection, ConnectionLostError, SilentError
 
 __all__ = ["Globals", "RoundResult", "Stage"]
 
@@ -294,8 +294,10 @@ class Stage:
         for error in errors.values():
             if isinstance(error, ReplicaLostError):
                 return error
-        deadline = time.monotonic() + _REASON_S
-        while failure is None and time.monotonic() < deadline:  # Spark often knows better why a line went dead
+        # Spark often knows better why a line went dead; of a replica that is merely silent it knows nothing.
+        dead = not all(isinstance(error, SilentError) for error in errors.values())
+        deadline = time.monotonic() + (_REASON_S if dead else 0.0)
+        while failure is None and time.monotonic() < deadline:
             assert self._running is not None
             failure = self._running.failure()
             time.sleep(0.05)

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from sparkdeep.errors import ProtocolError
 
-__all__ = ["HEADER_LIMIT_BYTES", "TOKEN_BYTES", "Connection", "ConnectionLostError", "Frame"]
+__all__ = ["HEADER_LIMIT_BYTES", "TOKEN_BYTES", "Connection", "ConnectionLostError", "Frame", "SilentError"]
 
 _MAGIC: Final = b"SPD1"
 TOKEN_BYTES: Final = 32
@@ -36,6 +36,10 @@ Buffer = bytes | bytearray | memoryview
 
 class ConnectionLostError(ProtocolError):
     """The other end closed the connection, or kept silent past the deadline."""
+
+
+class SilentError(ConnectionLostError):
+    """The other end kept silent past the deadline; its line still stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +173,7 @@ class Connection:
             except TimeoutError:
                 self.check()
                 if time.monotonic() - last > timeout_s:
-                    raise ConnectionLostError(f"{self.peer} sent nothing for {timeout_s:g} s.") from None
+                    raise SilentError(f"{self.peer} sent nothing for {timeout_s:g} s.") from None
                 continue
             except OSError as error:
                 raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
