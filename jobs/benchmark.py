@@ -138,10 +138,10 @@ def measure_sparkdeep(frame: Any, epochs: int, records: list[dict[str, float]]) 
     rounds = estimator.fit(frame).history[1:]
     if any(record.stage_seconds or record.retries for record in rounds):
         raise RuntimeError("a stage was opened or repeated in the measured part: run again on a quiet machine")
-    parts = ("seconds", "compute_seconds", "exchange_seconds", "outer_seconds")
-    parts_ms = {part: 1e3 * statistics.median(record[part] for record in rounds) for part in parts}
-    parts_ms["input_seconds"] = 1e3 * statistics.median(r.input_seconds for x in rounds for r in x.replicas)
-    records.append({name.replace("seconds", "ms"): round(value, 3) for name, value in parts_ms.items()})
+    parts = {"whole": "seconds", "compute": "compute_seconds", "exchange": "exchange_seconds", "outer": "outer_seconds"}
+    medians_s = {name: statistics.median(record[part] for record in rounds) for name, part in parts.items()}
+    medians_s["input"] = statistics.median(replica.input_seconds for record in rounds for replica in record.replicas)
+    records.append({f"{name}_ms": round(1e3 * value, 3) for name, value in medians_s.items()})
     rows: int = sum(record.rows for record in rounds)
     return rows / (ends[-1] - ends[0])
 

@@ -85,7 +85,8 @@ def test_paths_that_the_text_names_exist():
 
 
 def test_it_stays_short_enough_to_read():
-    assert len(README.splitlines()) <= 350
+    # The file tree grows with the package; the rest is what is read from top to bottom.
+    assert len(README.replace(section(README, "Files"), "").splitlines()) <= 270
 
 
 @pytest.mark.spark
