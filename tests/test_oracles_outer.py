@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,10 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.outer import Assign, TorchOuter
 from sparkdeep.parameters import Layout
 from sparkdeep.program import Program
-from sparkdeep.stage import RoundResult
 
 
 def mean_of(vector):
-    return RoundResult(mean=vector, buffers={}, sections=[], inner=torch.empty(0), loss=1.5, updates=[], seconds=0.0)
+    return SimpleNamespace(mean=vector, loss=1.5)
 
 
 def module():

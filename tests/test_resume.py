@@ -148,12 +148,15 @@ def test_early_stopping_remembers_its_best_round_through_a_checkpoint(tmp_path):
     assert again.state.best.round == fit.state.best.round
 
 
-def test_another_runs_checkpoint_and_an_unwanted_one_are_refused_with_a_remedy(tmp_path):
-    go(tmp_path, directory(tmp_path / "c", model="a"), stop_after=1, checkpoint_every=1)
+def test_another_runs_checkpoint_is_refused_and_starting_over_is_asked_for(tmp_path):
+    expected, records, _ = go(tmp_path, None)
+    go(tmp_path, directory(tmp_path / "c", model="a"), stop_after=2, checkpoint_every=1)
     with pytest.raises(CheckpointError, match=r"belongs to another run.*model"):
         go(tmp_path, directory(tmp_path / "c", model="b"))
-    with pytest.raises(CheckpointError, match=r"committed round 1.*resume='auto'"):
-        go(tmp_path, directory(tmp_path / "c", model="a"), resume=False)
+    values, again, fit = go(tmp_path, directory(tmp_path / "c", model="a"), resume=False, checkpoint_every=1)
+    assert fit.resumed_from == 0
+    assert essence(again) == essence(records)
+    assert torch.equal(values, expected)
 
 
 def test_a_resumed_run_survives_the_loss_of_a_replica(tmp_path):

@@ -25,7 +25,7 @@ from sparkdeep.state_files import StateFiles
 SIZES = [22, 14]
 X, Y = marked_table(SIZES)
 # 22 rows in batches of 4 are 6 steps, 14 rows 4: rounds of 2 steps are 3 an epoch, 6 in all.
-OPTIONS = {"epochs": 2, "batch_size": 4, "sync_every": 2, "retry_backoff_s": 0.001}
+OPTIONS = {"epochs": 2, "batch_size": 4, "sync_every": 2, "retry_backoff_s": 0.001, "rounds_per_stage": 100}
 
 
 def program(plan, **parts):

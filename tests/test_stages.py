@@ -34,7 +34,14 @@ def fit_of(tmp_path):
         program = Program(
             model=nn.Linear(4, 1), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.05), augment=plan.hook()
         )
-        settings = {"epochs": 2, "batch_size": 4, "sync_every": 2, "retry_backoff_s": 0.001, **options}
+        settings = {
+            "epochs": 2,
+            "batch_size": 4,
+            "sync_every": 2,
+            "retry_backoff_s": 0.001,
+            "rounds_per_stage": 100,
+            **options,
+        }
         parts, schema = deal(X, Y, sizes), schema_of(X, Y)
         return make_fit(tmp_path, program, parts, schema, coordinator=coordinator, wrap=wrap or plan.wrap, **settings)
 
@@ -128,7 +135,7 @@ def test_replicas_that_do_not_come_in_time_are_named_and_cancelled(fit_of):
         result(fit_of(wrap=lambda _: nobody, open_timeout_s=0.3, max_retries=0))
     assert time.monotonic() - began < 3.0
     assert nobody.cancelled >= 1
-    assert "rounds from 1 of 4" in nobody.description
+    assert "rounds 1-4 of 4" in nobody.description
 
 
 def test_a_launch_that_fails_says_why_without_waiting(fit_of):
