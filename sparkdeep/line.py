@@ -55,8 +55,12 @@ class Line:
         """The replica with its host and process, for messages."""
         return f"replica {self.hello.replica} on {self.hello.host} (process {self.hello.pid})"
 
-    def expect(self, kind: str) -> Frame:
+    def expect(self, kind: str, *, timeout_s: float | None = None) -> Frame:
         """The next frame of `kind`; beats and printed lines on the way there are passed on.
+
+        Args:
+            kind: of the frame.
+            timeout_s: of silence; None for that of a replica at work.
 
         Raises:
             UserCodeError, ReplicaLostError, SparkdeepError: the replica reports a failure.
@@ -64,7 +68,7 @@ class Line:
         """
         replica = self.hello.replica
         while True:
-            frame = self.connection.receive(timeout_s=self._stall_s)
+            frame = self.connection.receive(timeout_s=timeout_s or self._stall_s)
             if frame.kind == kind:
                 return frame
             if frame.body_bytes:

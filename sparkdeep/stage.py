@@ -147,14 +147,14 @@ class Stage:
                     )
         return [self.hellos[i] for i in range(self.num_replicas)]
 
-    def open(self, answers: Sequence[tuple[Open, bytes, bytes]]) -> list[str]:
+    def open(self, answers: Sequence[tuple[Open, bytes, bytes]], *, timeout_s: float) -> list[str]:
         """Answer every hello with its `Open`, the module's tensors and its state; returns what became of each state."""
 
         def welcome(replica: int) -> str:
             answer, tensors, state = answers[replica]
             line = self._lines[replica]
             line.connection.send("open", to_header(answer), tensors, state, timeout_s=self._stall_s)
-            return parse(Opened, line.expect("opened").header).state
+            return parse(Opened, line.expect("opened", timeout_s=timeout_s).header).state
 
         return self._all(welcome)
 

@@ -99,7 +99,7 @@ class Stages:
             running = self.launcher.launch(ticket, self._description(state))
             hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
             self._check(hellos)
-            outcome = stage.open(self._answers(state, snapshot))
+            outcome = stage.open(self._answers(state, snapshot), timeout_s=self.settings.open_timeout_s)
         except BaseException:
             stage.abort()
             raise
