@@ -18,7 +18,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, UserCodeError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction, forward
-from sparkdeep.program import Program
+from sparkdeep.program import Program, pack_program
 from sparkdeep.validation import check_metrics, is_torchmetric
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
@@ -28,14 +28,18 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
     """A module of our own on the CPU: a copy of the given one, or what the factory makes after `manual_seed(seed)`.
 
     Raises:
-        ConfigError: the factory gives no module.
+        ConfigError: the factory gives no module, or the module holds what cannot be copied and sent.
     """
     if isinstance(factory, nn.Module):
         if arguments:
             raise ConfigError(
                 f"model_args={dict(arguments)!r} with a model that is built already; give the class instead."
             )
-        return copy.deepcopy(factory).cpu()
+        try:
+            return copy.deepcopy(factory).cpu()
+        except Exception:
+            pack_program(Program(model=factory, loss=None, optimizer=torch.optim.SGD))  # names the attribute
+            raise
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = factory(**arguments)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sparkdeep import errors
 from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, UserCodeError, VersionMismatchError
 
-__all__ = ["RemoteFailureError", "named_failures", "translate"]
+__all__ = ["RemoteFailureError", "missing_module", "named_failures", "translate"]
 
 _MARK: Final = "sparkdeep-failure:"
 _LOST: Final = (
@@ -73,7 +73,7 @@ def translate(error: BaseException) -> BaseException:
             "PYSPARK_PYTHON) to the same interpreter on every host."
         )
     if (missing := re.search(r"No module named '([\w.]+)'", text)) is not None:
-        return _missing(missing[1], text)
+        return missing_module(missing[1], text)
     if any(sign in text for sign in _LOST):
         return ReplicaLostError(f"Spark lost a task: {_cause(text)}{_memory_hint(text)}")
     return error
@@ -100,7 +100,8 @@ def _rebuilt(text: str, cause: BaseException) -> BaseException:
     return cause
 
 
-def _missing(module: str, text: str) -> BaseException:
+def missing_module(module: str, text: str) -> SparkdeepError:
+    """An import that failed on an executor: whose module it is says what to do."""
     root = module.split(".", maxsplit=1)[0]
     if root in {"sparkdeep", "torch", "pyarrow", "numpy", "safetensors", "cloudpickle", "tqdm"}:
         return VersionMismatchError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from sparkdeep.data.columns import Faults
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.errors import ConfigError, DataError
-from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task
+from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
 from sparkdeep.stages import ShardFacts
 
@@ -56,24 +56,26 @@ def dealt(
     """
     columns = schema.columns()
     kinds = {field.name: field.dataType for field in frame.schema.fields}
-    rows = frame.select(*(selectable(name, kinds[name]) for name in columns), *_flag_column(frame, validation))
+    rows = frame.select(*_numbered(columns, kinds), *_flag_column(frame, validation))
     if isinstance(validation, DataFrame):
         missing = [name for name in columns if name not in validation.columns]
         if missing:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
         other = {field.name: field.dataType for field in validation.schema.fields}
-        held_out = validation.select(
-            *(selectable(name, other[name]) for name in columns),
-            F.lit(True).alias(FLAG),
-        )
+        held_out = validation.select(*_numbered(columns, other), F.lit(True).alias(FLAG))
         rows = rows.withColumn(FLAG, F.lit(False)).unionByName(held_out)
-    rows = rows.withColumn(HASH, F.xxhash64(F.lit(seed), *(F.col(quoted(name)) for name in columns)))
+    rows = rows.withColumn(HASH, F.xxhash64(F.lit(seed), *(F.col(numbered(i)) for i in range(len(columns)))))
     if isinstance(validation, float):
         bucket = F.pmod(F.xxhash64(F.lit(seed), F.lit("validation"), F.col(HASH)), F.lit(_BUCKETS))
         rows = rows.withColumn(FLAG, bucket < F.lit(round(validation * _BUCKETS)))
     elif validation is None:
         rows = rows.withColumn(FLAG, F.lit(False))
     return rows.repartition(num_workers, F.col(HASH)).sortWithinPartitions(HASH, FLAG)
+
+
+def _numbered(columns: Sequence[str], kinds: Mapping[str, T.DataType]) -> list[Column]:
+    # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
+    return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
 
 
 def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:

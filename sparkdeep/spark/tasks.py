@@ -26,12 +26,23 @@ from sparkdeep.data.shards import Shard, ShardWriter, encode_rows
 from sparkdeep.errors import DataError, PreflightError
 from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
 from sparkdeep.messages import Hello
+from sparkdeep.replica import Replica
 from sparkdeep.session import serve, versions
-from sparkdeep.spark.failures import named_failures
+from sparkdeep.spark.failures import missing_module, named_failures
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.state_files import StateFiles
 
-__all__ = ["FLAG", "HASH", "IngestJob", "ReplicaJob", "ReplicaTask", "clean_task", "ingest_task", "replica_task"]
+__all__ = [
+    "FLAG",
+    "HASH",
+    "IngestJob",
+    "ReplicaJob",
+    "ReplicaTask",
+    "clean_task",
+    "ingest_task",
+    "numbered",
+    "replica_task",
+]
 
 FLAG: Final = "__sparkdeep_validation"
 HASH: Final = "__sparkdeep_hash"
@@ -79,6 +90,11 @@ class ReplicaTask:
     state_dir: str
 
 
+def numbered(index: int) -> str:
+    """Name under which the schema's `index`-th column travels through Spark."""
+    return f"__sparkdeep_column_{index}"
+
+
 def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Write this partition's rows as one shard; yields one manifest row."""
     with named_failures():
@@ -89,8 +105,10 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
         decode = cloudpickle.loads(job.decode)
         writer = ShardWriter(directory, job.schema)
+        names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
         for batch in batches:
-            for split, part in _splits(batch):
+            named = batch.rename_columns([names.get(name, name) for name in batch.schema.names])
+            for split, part in _splits(named):
                 fields = read_fields(part, job.schema, faults, decode)
                 if not faults.found:  # what follows a fault is counted, not kept
                     writer.append(split, fields)
@@ -185,9 +203,16 @@ def run_replica(task: ReplicaTask) -> None:
         serve(
             channel,
             hello,
-            lambda: open_replica(job.plan, ticket, channel, shard, number=task.replica, device=device),
+            lambda: _built(task, channel, shard, device),
             StateFiles(Path(task.state_dir)),
         )
+
+
+def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.device) -> Replica:
+    try:
+        return open_replica(task.job.plan, task.job.ticket, channel, shard, number=task.replica, device=device)
+    except ModuleNotFoundError as error:
+        raise missing_module(error.name or str(error), str(error)) from error
 
 
 def clean_task(run: str, shard_dir: str | None, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -157,8 +157,8 @@ def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame
 def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) -> tuple[Program, Any]:
     batch = sample_batch(ingested.sample, ingested.schema, program)
     materialize(program.model, batch, settings.local.seed)
+    pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
     output = rehearse(program, batch, ingested.schema)
-    pack_program(program)
     if output is not None:
         Prediction.of(settings.prediction, output)
     return program, output

@@ -37,17 +37,23 @@ class Dropped(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Accepts rows of one shape and dtype only, and says what it got otherwise; one output a row."""
+    """Named arguments of stated (shape of a row, dtype), refused otherwise; gives the mean of each, a column apiece."""
 
-    def __init__(self, shape, dtype):
+    def __init__(self, expected):
         super().__init__()
-        self.shape, self.dtype = tuple(shape), dtype
+        self.expected = dict(expected)
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x):
-        if tuple(x.shape[1:]) != self.shape or x.dtype != self.dtype:
-            raise AssertionError(f"got {x.dtype} {tuple(x.shape)}")
-        return x.reshape(len(x), -1).float().mean(1, keepdim=True) * self.scale
+    def forward(self, **columns):
+        got = {name: (tuple(x.shape[1:]), x.dtype) for name, x in columns.items()}
+        if got != self.expected:
+            raise AssertionError(f"got {got}")
+        means = [x.reshape(len(x), -1).float().mean(1) for x in columns.values()]
+        return torch.stack(means, 1) * self.scale
+
+
+def distance_of_means(output, label):
+    return ((output.mean(1) - label) ** 2).mean()
 
 
 class TwoTowers(nn.Module):
@@ -107,6 +113,21 @@ class Affine(nn.Module):
 
     def forward(self, x):
         return self.linear(x)
+
+
+class LabelCount(nn.Module):
+    """Learns nothing; its loss is the mean label."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.nothing.expand(len(x))
+
+
+def label_share(output, label):
+    return label.float().mean() + 0 * output.sum()
 
 
 class CountsBuilds(nn.Module):
