@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def deal(x, y, sizes, w=None):
     """Contiguous parts of the given sizes."""
     bounds = np.cumsum([0, *sizes])
     parts = []
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         part = {"features": x[a:b]}
         if y is not None:
             part["label"] = y[a:b]

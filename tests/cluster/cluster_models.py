@@ -12,7 +12,6 @@ from torch import nn
 
 from sparkdeep import TorchEstimator
 
-
 HOSTS = ("127.0.0.2", "127.0.0.3")
 
 

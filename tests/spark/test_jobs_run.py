@@ -52,7 +52,7 @@ def test_training_leaves_a_model_records_predictions_and_a_result(trained):
 
 
 def test_evaluate_and_predict_read_that_model(trained):
-    folder, trained_run = trained
+    folder, _ = trained
     evaluated = submit("evaluate", "--set", f'output.dir="{folder}"')
     assert evaluated.returncode == 0, evaluated.stderr[-4000:]
     shown = next(line for line in evaluated.stdout.splitlines() if line.startswith("accuracy "))
