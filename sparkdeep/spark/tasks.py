@@ -107,7 +107,8 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         writer = ShardWriter(directory, job.schema)
         names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
         for batch in batches:
-            named = batch.rename_columns([names.get(name, name) for name in batch.schema.names])
+            # (RecordBatch.rename_columns came with pyarrow 15)
+            named = pa.RecordBatch.from_arrays(batch.columns, [names.get(name, name) for name in batch.schema.names])
             for split, part in _splits(named):
                 fields = read_fields(part, job.schema, faults, decode)
                 if not faults.found:  # what follows a fault is counted, not kept
