@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from typing import Any
 
 import pyspark
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from sparkdeep.errors import PreflightError
@@ -90,7 +90,18 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
     requests = TaskResourceRequests().cpus(cpus_per_worker if cpus_per_worker is not None else own_cpus)
     if gpus_per_worker is not None:
         requests = requests.resource("gpu", gpus_per_worker)
-    return ResourceProfileBuilder().require(requests).build
+    profile = ResourceProfileBuilder().require(requests).build
+    try:
+        # Spark would do it with the first stage; slots can be counted only for a profile that it knows.
+        context: Any = spark.sparkContext._jsc.sc()
+        context.resourceProfileManager().addResourceProfile(profile._java_resource_profile)
+    except Py4JJavaError as error:
+        reason = str(error.java_exception.getMessage())
+        raise PreflightError(
+            f"cpus_per_worker={cpus_per_worker}, gpus_per_worker={gpus_per_worker}: Spark refuses a resource profile here: "
+            f"{reason} Start the application with {properties} instead."
+        ) from error
+    return profile
 
 
 def available_slots(spark: SparkSession, profile: Any) -> int:
@@ -100,8 +111,6 @@ def available_slots(spark: SparkSession, profile: Any) -> int:
         java_profile = context.resourceProfileManager().defaultResourceProfile()
     else:
         java_profile = profile._java_resource_profile
-        if java_profile is None:
-            return sys.maxsize  # not registered with the JVM yet; Spark checks it when the stage is submitted
     return int(context.maxNumConcurrentTasks(java_profile))
 
 
