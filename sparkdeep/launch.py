@@ -37,7 +37,7 @@ class Ticket:
     run: str
     stage: str
     """Unique to this opening; what names a zombie."""
-    connect_timeout_s: float = 20.0
+    connect_timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
