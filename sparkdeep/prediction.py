@@ -43,7 +43,8 @@ class Prediction:
 
     choice: Choice
     sql_type: str
-    """"float" for one number a row, "array<float>" for a vector, and so on; double for float64 models."""
+    """"float" for one number a row, "array<float>" for a vector, and so on; double for float64 models; "" when the output
+    cannot be written."""
 
     @classmethod
     def of(cls, choice: Choice, output: Any) -> Prediction:

@@ -13,11 +13,12 @@ import io
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparkdeep.errors import PreflightError
 from sparkdeep.parameters import named_tensors
@@ -56,8 +57,26 @@ class _Pickler(cloudpickle.Pickler):
         super().__init__(file)
         self._names = names
 
+    def reducer_override(self, obj: Any) -> Any:
+        # A module with parametrizations (weight_norm, orthogonal, ...) is of a class that torch makes at run time and
+        # refuses to pickle; its own class, its state and the injection of that class again are all there is to it.
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            return _parametrized, (type(obj).__bases__[0],), obj.__dict__, None, None, _set_parametrized
+        return super().reducer_override(obj)
+
     def persistent_id(self, obj: Any) -> Any:
         return self._names.get(id(obj)) if isinstance(obj, Tensor) else None
+
+
+def _parametrized(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__dict__.update(state)
+    parametrize._inject_new_class(module)
+    for name in cast("nn.ModuleDict", module.parametrizations):
+        parametrize._inject_property(module, name)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from functools import partial
 
@@ -122,3 +123,16 @@ def test_the_attribute_that_cannot_be_pickled_is_named(parts, where):
     with pytest.raises(PreflightError, match=where) as caught:
         pack_program(program(**{"model": nn.Linear(1, 1), **parts}))
     assert "must be made inside the model" in str(caught.value)
+
+
+def test_parametrized_modules_travel_though_torch_refuses_to_pickle_them():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(model)
+    twin = unpack_program(pack_program(Program(model=model, loss=nn.MSELoss(), optimizer=torch.optim.SGD))).model
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(twin(x), model(x))
+    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in model.named_parameters()]
+    twin(x).sum().backward()
+    assert all(p.grad is not None for p in twin.parameters())

@@ -104,6 +104,11 @@ class TorchModel(Model):
             raise ConfigError(
                 f"column {taken[0]!r} is in the DataFrame already; drop or rename it, or choose another prediction_col."
             )
+        if not self._settings.prediction.sql_type:
+            raise ConfigError(
+                "this model's output is no tensor with one row per input row: choose what transform writes with "
+                "prediction=lambda output: ..., or model.set_prediction(...)."
+            )
         columns = self._feature_columns()
         missing = [name for name in columns if name not in dataset.columns]
         if missing:

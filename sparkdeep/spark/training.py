@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
-from torch import nn
+from torch import Tensor, nn
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.coordinator import Coordinator, parse_ports
@@ -89,15 +89,22 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
     return TorchModel(
         module=program.model.eval(),
         schema=ingested.schema,
-        prediction=Prediction.of(settings.prediction, output),
+        prediction=_prediction(settings, output),
         prediction_col=settings.prediction_col,
         history=fit.state.records,
-        batch_size=max(settings.local.batch_size, 64),
+        batch_size=max(settings.local.batch_size, 256),
         preprocess=settings.preprocess,
         collate=settings.collate,
         decode=settings.decode,
         reference=reference_of(settings.model, settings.model_args),
     )
+
+
+def _prediction(settings: TorchEstimator, output: Any) -> Prediction:
+    """What `transform` will write; a training_step's model need not have an output that can be written."""
+    if settings.training_step is not None and settings.prediction is None and not isinstance(output, Tensor):
+        return Prediction(choice=None, sql_type="")
+    return Prediction.of(settings.prediction, output)
 
 
 def _validation(settings: TorchEstimator) -> float | str | DataFrame | None:
@@ -159,8 +166,7 @@ def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) ->
     materialize(program.model, batch, settings.local.seed)
     pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
     output = rehearse(program, batch, ingested.schema)
-    if output is not None:
-        Prediction.of(settings.prediction, output)
+    _prediction(settings, output)
     return program, output
 
 
