@@ -57,6 +57,11 @@ def translate(error: BaseException) -> BaseException:
     text = str(error)
     if (match := re.search(re.escape(_MARK) + r"(\{.*\})", text)) is not None:
         return _rebuilt(match[1], error)
+    if "SPARK_JOB_CANCELLED" in text or "cancelled because SparkContext was shut down" in text:
+        return SparkdeepError(
+            f"the fit's Spark job was cancelled from outside (the UI, cancelJobGroup, a stopped session), and is not "
+            f"repeated: {_first_line(text)}"
+        )
     if "SPARK-24942" in text or "Barrier execution mode does not support dynamic resource allocation" in text:
         return PreflightError(
             "barrier stages do not run with dynamic allocation: set spark.dynamicAllocation.enabled=false and a fixed "

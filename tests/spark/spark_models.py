@@ -8,10 +8,12 @@ import time
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
 from sparkdeep import TorchEstimator
+from sparkdeep.spark.tasks import FLAG, numbered
 
 
 class Net(nn.Module):
@@ -158,6 +160,15 @@ def blob_rows(count, *, seed=0):
     labels = rng.integers(0, 3, count)
     points = centres[labels] + rng.normal(size=(count, 8)) * 0.5
     return [(i, p.tolist(), int(c)) for i, (p, c) in enumerate(zip(points, labels, strict=True))]
+
+
+def emit(parts, batches):
+    """Partition i holds the rows of `parts[i]`, in their order."""
+    for batch in batches:
+        for number in batch.column(0).to_pylist():
+            columns = {numbered(i): pa.array(rows) for i, rows in enumerate(parts[number])}
+            columns[FLAG] = pa.array([False] * len(parts[number][0]))
+            yield pa.RecordBatch.from_pydict(columns)
 
 
 def estimator(**options):

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from spark_models import Chatty, Dropped, blob_rows, estimator, same_bits, weights
+from spark_models import Chatty, Dropped, blob_rows, estimator, same_bits, slowly, weights
 
 from sparkdeep import EarlyStopping
-from sparkdeep.errors import CheckpointError
+from sparkdeep.errors import CheckpointError, SparkdeepError
 
 pytestmark = pytest.mark.spark
 
@@ -107,10 +107,20 @@ def test_early_stopping_returns_the_best_round(blobs):
     ).fit(blobs)
     losses = [record.metrics["loss"] for record in model.history]
     assert losses.index(min(losses)) + 1 + 2 == len(losses) < 16
-    from sparkdeep import TorchModel
-
-    scored = TorchModel.set_prediction(model, None).transform(blobs)
-    assert scored.count() == 200
+    # Stopping there by hand gives that round's parameters; the last round's are others.
+    stopped = {
+        number: estimator(
+            epochs=8,
+            sync_every=3,
+            validation=0.2,
+            lr_scheduler=schedule,
+            callbacks=[lambda record, number=number: record.round == number],
+        ).fit(blobs)
+        for number in (losses.index(min(losses)) + 1, len(losses))
+    }
+    best_round, last_round = stopped.values()
+    assert same_bits(weights(model), weights(best_round))
+    assert not same_bits(weights(model), weights(last_round))
 
 
 def test_a_torchmetric_is_merged_over_replicas_and_a_function_averaged(blobs):
@@ -123,3 +133,15 @@ def test_a_torchmetric_is_merged_over_replicas_and_a_function_averaged(blobs):
     scores = model.history[-1].metrics
     assert scores["accuracy"] == pytest.approx(scores["share"], abs=1e-6)
     assert scores["accuracy"] > 0.8
+
+
+def test_a_job_that_is_cancelled_from_outside_ends_the_fit(spark, blobs):
+    rounds = []
+
+    def cancel(record):
+        rounds.append(record.round)
+        spark.sparkContext.cancelAllJobs()
+
+    with pytest.raises(SparkdeepError, match=r"cancelled from outside.*not repeated"):
+        estimator(epochs=20, sync_every=2, callbacks=[cancel], preprocess=slowly).fit(blobs)
+    assert len(rounds) < 40  # of 80

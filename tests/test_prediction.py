@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+
+from sparkdeep.errors import ConfigError
+from sparkdeep.prediction import Prediction, check_choice, to_arrow
+
+OUTPUT = torch.tensor([[1.0, 3.0, 2.0], [0.5, -1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("choice", "output", "sql", "values"),
+    [
+        (None, OUTPUT, "array<float>", OUTPUT.tolist()),
+        (None, OUTPUT.double(), "array<double>", OUTPUT.tolist()),
+        (None, OUTPUT.bfloat16(), "array<float>", OUTPUT.tolist()),
+        (None, torch.tensor([[1.5], [2.5]]), "float", [1.5, 2.5]),
+        (None, torch.tensor([1.5, 2.5]), "float", [1.5, 2.5]),
+        (None, torch.tensor([7, 8], dtype=torch.int32), "bigint", [7, 8]),
+        (None, torch.tensor([True, False]), "boolean", [True, False]),
+        (None, OUTPUT.reshape(2, 3, 1), "array<array<float>>", OUTPUT.reshape(2, 3, 1).tolist()),
+        ("argmax", OUTPUT, "bigint", [1, 0]),
+        ("argmax", torch.tensor([[0.1], [-0.1]]), "bigint", [1, 0]),
+        ("probability", torch.zeros(2, 4), "array<float>", [[0.25] * 4] * 2),
+        ("probability", torch.zeros(2, 1), "float", [0.5, 0.5]),
+        (lambda pair: pair[1], (None, torch.tensor([4, 5])), "bigint", [4, 5]),
+    ],
+)
+def test_an_output_becomes_a_column_of_the_named_type_with_its_numbers(choice, output, sql, values):
+    prediction = Prediction.of(choice, output)
+    assert prediction.sql_type == sql
+    array = to_arrow(prediction.apply(output))
+    assert array.to_pylist() == values
+    kinds = {"float": pa.float32(), "double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_()}
+    expected = kinds[sql.replace("array<", "").replace(">", "")]
+    for _ in range(sql.count("array<")):
+        expected = pa.list_(expected)
+    assert array.type == expected
+
+
+def test_no_rows_make_an_empty_column_of_the_same_type():
+    full, empty = to_arrow(OUTPUT), to_arrow(OUTPUT[:0])
+    assert (len(empty), empty.type) == (0, full.type)
+    assert pa.concat_arrays([empty, full]).to_pylist() == OUTPUT.tolist()
+
+
+@pytest.mark.parametrize("output", [(OUTPUT,), "text", torch.tensor(1.0), None])
+def test_an_output_that_is_no_tensor_of_rows_is_refused(output):
+    with pytest.raises(ConfigError, match=r"output is .*one row per input row. Pass prediction=lambda"):
+        Prediction.of(None, output)
+
+
+def test_a_choice_that_means_nothing_is_refused():
+    for choice in (None, "argmax", "probability", len):
+        check_choice(choice)
+    for choice in ("softmax", 3):
+        with pytest.raises(ConfigError, match=r"prediction=.*'argmax', 'probability' or a callable"):
+            check_choice(choice)
