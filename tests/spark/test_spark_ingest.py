@@ -27,14 +27,15 @@ from spark_models import (
 from torch import nn
 
 from sparkdeep.data.schema import build_schema
-from sparkdeep.spark.barrier import SparkJob
+from sparkdeep.fitting import new_run_id
+from sparkdeep.spark.barrier import SparkJob, clean_executors
 from sparkdeep.spark.ingest import dealt, read_manifests, shards_of
 from sparkdeep.spark.types import column_types
 
 pytestmark = pytest.mark.spark
 
 
-def ingest(frame, *, seed=0, num_workers=2, validation=None, features=("pixels",), labels="label", run="test"):
+def ingest(frame, *, seed=0, num_workers=2, validation=None, features=("pixels",), labels="label"):
     """Only the ingest: what the manifests say."""
     schema = build_schema(
         types=column_types(frame.schema, [*features, labels]),
@@ -43,19 +44,14 @@ def ingest(frame, *, seed=0, num_workers=2, validation=None, features=("pixels",
         weight_col=None,
     )
     rows = dealt(frame, schema, validation=validation, num_workers=num_workers, seed=seed)
-    shards = shards_of(
-        rows,
-        schema,
-        run=f"{run}{np.random.default_rng().integers(1 << 60):x}",
-        decode=None,
-        shard_dir=None,
-        profile=None,
-    )
+    run = new_run_id()
+    shards = shards_of(rows, schema, run=run, decode=None, shard_dir=None, profile=None)
     job = SparkJob(frame.sparkSession, shards, tag="sparkdeep-test-ingest", description="test")
     try:
         return read_manifests(job.result(60.0, "ingest"), schema, num_workers)
     finally:
         shards.unpersist()
+        clean_executors(frame.sparkSession, run, None)
 
 
 def digests(ingested):

@@ -50,14 +50,11 @@ def left(spark, folders, port):
     context = spark.sparkContext._jsc.sc()
     tracker = spark.sparkContext.statusTracker()
     return {
-        "folders": [str(path) for folder in folders for path in folder.glob("sparkdeep-*")],
-        "persisted": [info.name() for info in context.getRDDStorageInfo()],
+        "folders": {str(path) for folder in folders for path in folder.glob("sparkdeep-*")},
+        "persisted": {info.id() for info in context.getRDDStorageInfo()},
         "jobs": list(tracker.getActiveJobsIds()),
         "port": answers(port),
     }
-
-
-NOTHING = {"folders": [], "persisted": [], "jobs": [], "port": False}
 
 
 def settles(look, expected, within_s=10.0):
@@ -94,6 +91,8 @@ def test_no_folder_no_persisted_rows_no_job_and_no_port_are_left(spark, frame, o
     from pyspark.sql import functions as F
 
     folders, port = local_dirs(spark), free_port()
+    before = left(spark, folders, port)
+    assert not before["port"]
     seen = []
 
     def look_while_open(record):
@@ -115,10 +114,10 @@ def test_no_folder_no_persisted_rows_no_job_and_no_port_are_left(spark, frame, o
         with pytest.raises(error):
             fit.fit(used)
     if error in {None, KeyError}:  # the looking itself sees what there is to see
-        assert seen[0]["folders"]
-        assert seen[0]["persisted"]
+        assert seen[0]["folders"] > before["folders"]
+        assert seen[0]["persisted"] > before["persisted"]
         assert seen[0]["port"]
-    assert settles(lambda: left(spark, folders, port), NOTHING) == NOTHING
+    assert settles(lambda: left(spark, folders, port), before) == before
 
 
 def test_shards_on_shared_storage_are_removed_too(frame, tmp_path):
