@@ -145,6 +145,11 @@ class Fit:
         with closing(run_rounds(run)) as records:
             yield from records
 
+    @property
+    def finished(self) -> bool:
+        """Whether no round is left to train."""
+        return bool(self.state.stopped) or self.schedule.next(self.state.committed) is None
+
     def close_stage(self) -> None:
         """Close the open stage: its slots are free for other Spark jobs until the next round."""
         self._stages.close(self.state.committed)

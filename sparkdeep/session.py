@@ -28,7 +28,8 @@ def versions() -> dict[str, str]:
     from sparkdeep import __version__
 
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, "torch": torch.__version__, "sparkdeep": __version__}
+    # A driver without a GPU may have torch's CPU build: "+cpu" and "+cu128" are the same release.
+    return {"python": python, "torch": torch.__version__.split("+")[0], "sparkdeep": __version__}
 
 
 def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: StateFiles) -> None:

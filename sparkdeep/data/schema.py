@@ -19,6 +19,7 @@ __all__ = [
     "Schema",
     "build_schema",
     "callable_for",
+    "names_in",
 ]
 
 ColumnKind = Literal["scalar", "array", "vector", "binary"]
@@ -173,6 +174,16 @@ def build_schema(
 def callable_for(column: str, given: Callables) -> Callable[..., Any] | None:
     """Return the callable for a column from a setting that is one callable, one a column, or None."""
     return given.get(column) if isinstance(given, Mapping) else given
+
+
+def names_in(columns: ColumnNames | None) -> list[str]:
+    """Return every column that a setting names, in order."""
+    if columns is None:
+        return []
+    if isinstance(columns, str):
+        return [columns]
+    values = columns.values() if isinstance(columns, Mapping) else columns
+    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
 
 
 # What a field has before the types of its columns are looked at.

@@ -21,6 +21,7 @@ __all__ = ["BarrierLauncher", "SparkJob", "clean_executors"]
 
 _LOG = logging.getLogger("sparkdeep")
 _CLEAN_ATTEMPTS = 3
+_LOOK_EVERY_S = 1.0
 _CLEAN_TIMEOUT_S = 30.0
 
 
@@ -50,22 +51,51 @@ class SparkJob:
         """Why the job failed, named if we can name it; None while it runs or when it ended well."""
         return self._failure
 
-    def result(self, timeout_s: float, what: str) -> Sequence[Any]:
+    def result(self, timeout_s: float, what: str, *, idle_timeout_s: float | None = None) -> Sequence[Any]:
         """Wait for the rows.
 
+        Args:
+            timeout_s: for the whole job.
+            what: it is, for the message.
+            idle_timeout_s: for which it may have no running task: other jobs hold the slots that it waits for.
+
         Raises:
-            ReplicaLostError: the job did not end in time; it is cancelled.
+            ReplicaLostError: the job did not end, or had no slots, in time; it is cancelled.
             Exception: why it failed.
         """
-        deadline = time.monotonic() + timeout_s
+        began = busy = looked = time.monotonic()
         while self._thread.is_alive():
             self._thread.join(timeout=0.1)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - began > timeout_s:
                 self.cancel()
                 raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was cancelled.")
+            if idle_timeout_s is None or now - looked < _LOOK_EVERY_S:
+                continue
+            looked = now
+            if self._has_tasks():
+                busy = now
+            elif now - busy > idle_timeout_s:
+                self.cancel()
+                raise ReplicaLostError(
+                    f"{what} had no running task for {idle_timeout_s:g} s and was cancelled: a barrier stage needs all its "
+                    "slots at the same time, and other jobs hold them. Let those end, give this session more executors, "
+                    "lower num_workers, or raise open_timeout_s."
+                )
         if self._failure is not None:
             raise self._failure
         return self._rows
+
+    def _has_tasks(self) -> bool:
+        tracker = self._context.statusTracker()
+        jobs: Any = self._context._jsc.sc().statusTracker().getJobIdsForTag(self._tag)
+        for job in jobs:
+            info = tracker.getJobInfo(job)
+            for stage in info.stageIds if info is not None else ():
+                detail = tracker.getStageInfo(stage)
+                if detail is not None and detail.numActiveTasks > 0:
+                    return True
+        return False
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the end; what the tasks had to say they have said."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings, refuse_unknown
 from sparkdeep.coordinator import parse_ports
-from sparkdeep.data.schema import ColumnNames
+from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.prediction import check_choice
@@ -160,6 +160,11 @@ class TorchEstimator(Estimator):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
         if self.worker_process not in ("auto", "spawn", "reuse"):
             raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
+        used = names_in(self.feature_cols) + names_in(self.label_cols) + names_in(self.weight_col)
+        if self.prediction_col in used:
+            raise ConfigError(
+                f"prediction_col={self.prediction_col!r} is a column that training reads; choose another."
+            )
         check_choice(self.prediction)
         parse_ports(self.coordinator_port)
 

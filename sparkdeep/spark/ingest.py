@@ -112,11 +112,18 @@ def shards_of(
     return rows.mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
 
 
-def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int) -> Ingested:
+def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool) -> Ingested:
     """Check what the ingest tasks report.
 
+    Args:
+        rows: of the manifest DataFrame.
+        schema: before any row was seen.
+        num_workers: replicas.
+        validated: whether validation rows were asked for.
+
     Raises:
-        DataError: nulls, NaN, ragged arrays, or fewer training rows than replicas.
+        DataError: nulls, NaN, ragged arrays, fewer training rows than replicas, no validation rows though asked for,
+            or weights that are all zero.
     """
     manifests = sorted((json.loads(row["manifest"]) for row in rows), key=lambda m: m["replica"])
     infos = [ShardInfo.from_json(m["info"]) for m in manifests]
@@ -131,6 +138,13 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int) -> Ing
             f"{total} training row(s) ({held_out} for validation) for num_workers={num_workers}: there must be at least as "
             "many rows as replicas. Lower num_workers, or check the filter that made this DataFrame."
         )
+    if validated and not any(info.rows["validation"] for info in infos):
+        raise DataError(
+            f"validation= was given, but none of the {total} rows is for validation: raise the fraction (rows that are equal "
+            "go to the same side), or check the boolean column or DataFrame."
+        )
+    if all(m["weight"] == 0 for m in manifests):
+        raise DataError("the training rows' weights in weight_col are all zero: nothing could be learned from them.")
     for info in infos:
         if sum(info.rows.values()):
             schema = schema.with_seen(info.seen)

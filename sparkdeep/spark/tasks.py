@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import cloudpickle
+import numpy as np
 import pyarrow as pa
 import torch
 from pyspark import BarrierTaskContext, TaskContext
@@ -105,12 +106,16 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
         decode = cloudpickle.loads(job.decode)
         writer = ShardWriter(directory, job.schema)
+        weight = 0.0
         names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
         for batch in batches:
             # (RecordBatch.rename_columns came with pyarrow 15)
             named = pa.RecordBatch.from_arrays(batch.columns, [names.get(name, name) for name in batch.schema.names])
             for split, part in _splits(named):
                 fields = read_fields(part, job.schema, faults, decode)
+                if split == "train":
+                    weights = fields.get("weight")
+                    weight += float(weights.sum()) if isinstance(weights, np.ndarray) else part.num_rows
                 if not faults.found:  # what follows a fault is counted, not kept
                     writer.append(split, fields)
         info = writer.close()
@@ -124,6 +129,7 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
             "root": str(root),
             "info": info.to_json(),
             "faults": faults.to_json(),
+            "weight": weight,
             "versions": versions(),
         }
     yield pa.RecordBatch.from_pydict(
@@ -155,8 +161,8 @@ def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator
             ),
             num_threads=context.cpus(),
             shard=str(path),
-            problem=_problem(path, root, manifest["host"]),
-            state_dir=str(root / f"state-{manifest['replica']:05d}"),
+            problem=_problem(path, None if job.shard_dir is not None else root, manifest["host"]),
+            state_dir=str(path.parent / f"state-{manifest['replica']:05d}"),
         )
         spawn = job.worker_process == "spawn" or (job.worker_process == "auto" and task.device.startswith("cuda"))
         if spawn:
@@ -255,17 +261,17 @@ def _local_dirs() -> list[str]:
 
 
 def _root(run: str, shard_dir: str | None) -> Path:
-    if shard_dir is not None:
-        root = Path(shard_dir) / f"sparkdeep-{run}"
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return root
+    """This executor's folder for the run, after sweeping what dead ones left beside it."""
     folders = _local_dirs()
+    if shard_dir is not None:
+        Path(shard_dir).mkdir(parents=True, exist_ok=True)
+        folders = [shard_dir]
     sweep(folders)
     return claim(folders, run)
 
 
-def _problem(path: Path, root: Path, host: str) -> str:
-    if path.parent != root:
+def _problem(path: Path, root: Path | None, host: str) -> str:
+    if root is not None and path.parent != root:
         return f"its shard lies with another executor ({host}); Spark placed the task elsewhere."
     if not (path / "shard.json").is_file():
         return f"its shard {path.name} is no longer on the disk of {host}."

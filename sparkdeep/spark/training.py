@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.coordinator import Coordinator, parse_ports
-from sparkdeep.data.schema import ColumnNames, Schema, build_schema
+from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.identity import run_identity
 from sparkdeep.metrics import summary
-from sparkdeep.parameters import Layout
 from sparkdeep.prediction import Prediction
 from sparkdeep.program import Program, pack_program
 from sparkdeep.progress import Progress
@@ -29,7 +29,7 @@ from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.preflight import check_session, check_slots, task_profile
 from sparkdeep.spark.types import column_types
-from sparkdeep.store import open_store
+from sparkdeep.store import Store, open_store
 
 if TYPE_CHECKING:
     from sparkdeep.spark.estimator import TorchEstimator
@@ -51,6 +51,12 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
     check_session(spark)
     profile = task_profile(spark, settings.cpus_per_worker, settings.gpus_per_worker)
     check_slots(spark, settings.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
+    if warm_start is not None and not isinstance(warm_start, TorchModel):
+        raise ConfigError(
+            f"warm_start is a {type(warm_start).__name__}; give the TorchModel of an earlier fit or of TorchModel.load. To "
+            "start from a module of your own, pass it as model=."
+        )
+    store = _store(settings, spark)
     program = _program(settings, warm_start)
     schema = _schema(settings, dataset, program)
     run = new_run_id()
@@ -83,7 +89,8 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
             profile=profile,
         )
         progress = stack.enter_context(Progress(enabled=settings.progress))
-        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress)
+        checkpoints = _checkpoints(settings, store, program, ingested, warm_start)
+        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints)
         _run_rounds(settings, fit, progress)
         fit.load_result()
     return TorchModel(
@@ -133,7 +140,7 @@ def _program(settings: TorchEstimator, warm_start: TorchModel | None) -> Program
 
 
 def _schema(settings: TorchEstimator, dataset: DataFrame, program: Program) -> Schema:
-    used = _names_in(settings.feature_cols) + _names_in(settings.label_cols) + _names_in(settings.weight_col)
+    used = names_in(settings.feature_cols) + names_in(settings.label_cols) + names_in(settings.weight_col)
     wide = str(float_dtype_of(program.model)) == "torch.float64"
     return build_schema(
         types=column_types(dataset.schema, used),
@@ -150,7 +157,8 @@ def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame
     for attempt in range(settings.run.max_retries + 1):
         job = SparkJob(spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest")
         try:
-            return read_manifests(job.result(_INGEST_TIMEOUT_S, "ingest"), schema, settings.run.num_workers)
+            rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=settings.run.open_timeout_s)
+            return read_manifests(rows, schema, settings.run.num_workers, validated=settings.validation is not None)
         except ReplicaLostError as error:
             if attempt == settings.run.max_retries:
                 raise
@@ -179,6 +187,7 @@ def _assemble(
     launcher: BarrierLauncher,
     run: str,
     progress: Progress,
+    checkpoints: CheckpointDirectory | None,
 ) -> Fit:
     conf = spark.sparkContext.getConf()
     host = conf.get("spark.driver.host", "localhost")
@@ -198,11 +207,21 @@ def _assemble(
         coordinator=coordinator,
         run=run,
         outer_optimizer=settings.outer_optimizer,
-        checkpoints=_checkpoints(settings, spark, program, ingested),
+        checkpoints=checkpoints,
         resume=bool(settings.resume),
         on_beat=progress.beat,
         on_log=progress.log,
     )
+    if fit.state.committed:
+        _LOG.warning(
+            "going on with the run in %s after round %d of %d%s",
+            settings.checkpoint_dir,
+            fit.state.committed,
+            fit.schedule.num_rounds,
+            ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
+            if fit.finished
+            else "",
+        )
     rows = sum(shard.rows["train"] for shard in ingested.facts)
     _LOG.info(
         "%d training rows on %d replicas, batch %d each (%d together), %d rounds, %.1f MB of parameters",
@@ -216,23 +235,26 @@ def _assemble(
     return fit
 
 
-def _checkpoints(
-    settings: TorchEstimator, spark: SparkSession, program: Program, ingested: Ingested
-) -> CheckpointDirectory | None:
+def _store(settings: TorchEstimator, spark: SparkSession) -> Store | None:
     if settings.checkpoint_dir is None:
         return None
-    store = open_store(settings.checkpoint_dir, fallback=lambda uri: HadoopStore(spark, uri))
-    identity: dict[str, Any] = {
-        "layout": Layout.of(program.model).fingerprint(),
-        "schema": ingested.schema.to_json(),
-        "shards": [[shard.digest, shard.rows] for shard in ingested.facts],
-        "num_workers": settings.run.num_workers,
-        "batch_size": settings.local.batch_size,
-        "accumulate_batches": settings.local.accumulate_batches,
-        "sync_every": settings.run.sync_every,
-        "inner_state": settings.local.inner_state,
-        "seed": settings.local.seed,
-    }
+    return open_store(os.fspath(settings.checkpoint_dir), fallback=lambda uri: HadoopStore(spark, uri))
+
+
+def _checkpoints(
+    settings: TorchEstimator, store: Store | None, program: Program, ingested: Ingested, warm_start: TorchModel | None
+) -> CheckpointDirectory | None:
+    if store is None:
+        return None
+    identity = run_identity(
+        program,
+        settings.local,
+        settings.run,
+        ingested.facts,
+        schema=ingested.schema.to_json(),
+        outer_optimizer=settings.outer_optimizer,
+        warm_start=None if warm_start is None else warm_start.model,
+    )
     return CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)
 
 
@@ -256,15 +278,6 @@ def _warm(module: nn.Module, source: nn.Module) -> None:
         raise ConfigError(
             f"warm_start: the model's parameters do not fit this estimator's: {error}. Use the same model and model_args."
         ) from error
-
-
-def _names_in(columns: ColumnNames | None) -> list[str]:
-    if columns is None:
-        return []
-    if isinstance(columns, str):
-        return [columns]
-    values = columns.values() if isinstance(columns, Mapping) else columns
-    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
 
 
 def _clean(spark: SparkSession, run: str, shard_dir: str | None) -> None:
