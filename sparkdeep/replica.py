@@ -28,6 +28,7 @@ from sparkdeep.parameters import Layout, named_tensors, raw_bytes
 from sparkdeep.program import Program
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
+from sparkdeep.state_files import own_files
 from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
 from sparkdeep.validation import Evaluator
 
@@ -225,7 +226,8 @@ class Replica:
         return batches
 
     def _batch(self, split: str, indices: Any, *, augment: bool) -> Batch:
-        fields = self.shard.take(split, indices)
+        with own_files("it read the shard"):
+            fields = self.shard.take(split, indices)
         batch = make_batch(fields, self._schema, float_dtype=self._float_dtype, collate=self._program.collate)
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from sparkdeep.channel import Channel
-from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError, UserCodeError
+from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.messages import Failure, Hello, Open
 from sparkdeep.replica import Replica
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.state_files import StateFiles
+from sparkdeep.state_files import StateFiles, own_files
 from sparkdeep.trees import pack
 from sparkdeep.wire import ConnectionLostError
 
@@ -52,27 +52,33 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
                 if (committed := frame.header.get("save")) is not None:
-                    states.write(committed, replica.save_state())
+                    _keep(states, committed, replica.save_state())
                 channel.send("bye")
                 return
             _obey(channel, replica, frame.kind, frame.header, states, keep=answer.keep)
     except (ConnectionLostError, ProtocolError):
         raise
     except Exception as error:
-        cause = "user"
-        if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError):
-            cause = "ours"
-        elif isinstance(error, OSError):
-            cause = "lost"
         channel.fail(
             Failure(
-                cause=cause,
+                cause=_cause(error),
                 message=f"{type(error).__name__}: {error}"[:8192],
                 traceback="".join(traceback.format_exception(error))[-65536:],
                 where=where,
             )
         )
         raise
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, ReplicaLostError):
+        return "lost"
+    return "ours" if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError) else "user"
+
+
+def _keep(states: StateFiles, round_number: int, data: bytes) -> None:
+    with own_files("it kept the replica's state"):
+        states.write(round_number, data)
 
 
 def _obey(
@@ -85,7 +91,7 @@ def _obey(
         began = time.perf_counter()
         data = replica.save_state() if keep else b""
         if keep:
-            states.write(spec.round, data)
+            _keep(states, spec.round, data)
         channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
     elif kind == "evaluate":
         _load(channel, replica, header)
@@ -110,7 +116,7 @@ def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) ->
     if answer.state == "sent":
         replica.load_state(sent)
         return "restored"
-    if answer.state == "local" and answer.committed in states.rounds():
+    if answer.state == "local":
         # Damaged or gone: reported as "reset", and the driver names the loss in the round's record.
         with contextlib.suppress(CheckpointError, OSError):
             replica.load_state(states.read(answer.committed))

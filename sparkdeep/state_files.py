@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["StateFiles"]
+from sparkdeep.errors import ReplicaLostError
+
+__all__ = ["StateFiles", "own_files"]
 
 _NAME = re.compile(r"round-(\d{9})\.safetensors")
+
+
+@contextlib.contextmanager
+def own_files(what: str) -> Iterator[None]:
+    """Call an OSError inside the loss of this replica: another executor's disk may do better.
+
+    Only for files of our own. An OSError of the user's code, such as a missing file, would be met again.
+
+    Raises:
+        ReplicaLostError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ReplicaLostError(f"this executor's disk failed while {what}: {type(error).__name__}: {error}") from error
 
 
 class StateFiles:

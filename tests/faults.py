@@ -8,6 +8,8 @@ import threading
 
 import numpy as np
 
+from sparkdeep.errors import ReplicaLostError
+
 PLANS = {}
 _NUMBERS = itertools.count()
 
@@ -57,9 +59,14 @@ class Plan:
         def action(_features):
             for replica in replicas:
                 shutil.rmtree(self.launcher._state_dir / f"{replica}", ignore_errors=True)
-            raise ConnectionResetError("the executor went away")
+            raise ReplicaLostError("the executor went away")
 
         return action
+
+
+def lost(text):
+    """What sparkdeep itself raises where the executor fails, not the user's code."""
+    return raises(ReplicaLostError(text))
 
 
 def raises(error):

@@ -12,12 +12,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from faults import Plan, marked_table, raises
+from faults import Plan, lost, marked_table, raises
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
 
 from sparkdeep.config import EarlyStopping
+from sparkdeep.data.shards import Shard
 from sparkdeep.errors import NonFiniteError, ReplicaLostError, UserCodeError
 from sparkdeep.program import Program
 from sparkdeep.state_files import StateFiles
@@ -84,7 +85,7 @@ def assert_same_run(got, expected):
 @pytest.mark.parametrize("way", ["error", "line"])
 def test_a_round_whose_replica_is_lost_is_repeated_to_the_same_bits(tmp_path, undisturbed, batch, way):
     plan = Plan()
-    plan.when[0, batch] = raises(OSError("disk gone")) if way == "error" else plan.hang_up(0)
+    plan.when[0, batch] = lost("disk gone") if way == "error" else plan.hang_up(0)
     got = train(tmp_path, plan)
     assert_same_run(got, undisturbed)
     assert plan.launches == 2
@@ -156,7 +157,7 @@ def test_a_replica_lost_while_scoring_costs_nothing_but_time(tmp_path, undisturb
     def metric(output, _label):
         calls.append(1)
         if len(calls) == 3:
-            raise OSError("gone")
+            raise ReplicaLostError("gone")
         return float(output.mean())
 
     plan.meet_metric = metric
@@ -194,11 +195,26 @@ def test_a_full_disk_after_the_update_was_sent_repeats_the_round_to_the_same_bit
     assert_same_run(got, undisturbed)
 
 
+def test_a_disk_that_cannot_be_read_repeats_the_round_to_the_same_bits(tmp_path, undisturbed, monkeypatch):
+    plan, take, calls = Plan(), Shard.take, []
+
+    def unreadable_once(self, split, indices):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(5, "Input/output error")
+        return take(self, split, indices)
+
+    monkeypatch.setattr(Shard, "take", unreadable_once)
+    got = train(tmp_path, plan)
+    assert plan.launches == 2
+    assert_same_run(got, undisturbed)
+
+
 def test_every_replica_lost_in_turn_is_still_the_same_run(tmp_path, undisturbed):
     plan = Plan()
     for batch in (1, 3, 7, 12):
         plan.when[0, batch] = plan.hang_up(0)
-    plan.when[1, 4] = raises(OSError("gone"))
+    plan.when[1, 4] = lost("gone")
     assert_same_run(train(tmp_path, plan, max_retries=10), undisturbed)
     assert plan.launches == 6
 
@@ -218,6 +234,31 @@ def test_the_users_own_exception_ends_the_fit_at_once_traceback_first(tmp_path):
     assert "not retried" in text
     assert caught.value.replica == 1
     assert "faults.py" in caught.value.traceback_text
+    assert plan.launches == 1
+
+
+def open_a_file_that_is_not_there(_features):
+    open("no such colour.json")  # noqa: SIM115 (as a user's code would)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [open_a_file_that_is_not_there, raises(ConnectionRefusedError("no service")), raises(TimeoutError("too slow"))],
+    ids=["file", "network", "timeout"],
+)
+def test_an_os_error_of_the_users_code_is_the_users_and_never_repeated(tmp_path, action):
+    plan = Plan({(1, 2): action})
+    with pytest.raises(UserCodeError, match=r"(?s)^Traceback.*not retried"):
+        train(tmp_path, plan)
+    assert plan.launches == 1
+
+
+def test_an_os_error_of_the_users_metric_is_the_users(tmp_path):
+    plan = Plan()
+    plan.meet_metric = lambda output, _label: open_a_file_that_is_not_there(output)
+    parts = {"metrics": {"m": Metric(plan.key)}}
+    with pytest.raises(UserCodeError, match=r"no such colour\.json"):
+        train(tmp_path, plan, validation=validation_rows(), parts=parts, validate_every=1)
     assert plan.launches == 1
 
 
@@ -247,7 +288,7 @@ def test_a_loss_that_is_not_finite_names_round_and_replica_and_never_reaches_the
 
 
 def test_when_retries_are_used_up_the_loss_of_the_replica_is_raised(tmp_path):
-    plan = Plan({(0, batch): raises(OSError("no disk on this host")) for batch in range(100)})
+    plan = Plan({(0, batch): lost("no disk on this host") for batch in range(100)})
     with pytest.raises(ReplicaLostError, match=r"replica 0 .*no disk on this host") as caught:
         train(tmp_path, plan, max_retries=2)
     assert plan.launches == 3
@@ -257,10 +298,10 @@ def test_when_retries_are_used_up_the_loss_of_the_replica_is_raised(tmp_path):
 def test_progress_gives_new_retries(tmp_path, undisturbed):
     plan = Plan()
     for batch in (0, 1, 4, 5):
-        plan.when[0, batch] = raises(OSError("flaky"))
+        plan.when[0, batch] = lost("flaky")
     assert_same_run(train(tmp_path, plan, max_retries=2), undisturbed)
     with pytest.raises(ReplicaLostError):
-        train(tmp_path, Plan({(0, batch): raises(OSError("flaky")) for batch in (0, 1, 2)}), max_retries=2)
+        train(tmp_path, Plan({(0, batch): lost("flaky") for batch in (0, 1, 2)}), max_retries=2)
 
 
 # -- ending early ------------------------------------------------------------------------------------------------------
