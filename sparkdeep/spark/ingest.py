@@ -112,7 +112,7 @@ def shards_of(
     return rows.mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
 
 
-def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool) -> Ingested:
+def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:
     """Check what the ingest tasks report.
 
     Args:
