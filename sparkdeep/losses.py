@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,12 @@ class LossFunction:
     """The training loss of a batch, and its output where there is one.
 
     A torch loss module meets its usual trap here: for an output of shape (B, 1) and labels of shape (B,) it would
-    broadcast to (B, B); the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`.
+    broadcast to (B, B); the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`, and where
+    elements count differently in torch's own mean (class weights, `ignore_index`), they do so here: weights of one
+    change nothing.
 
     Raises:
-        ConfigError: a weight column with a loss that cannot be had per row.
+        ConfigError: a loss that is no mean, or a weight column with a loss that cannot be had per row.
     """
 
     def __init__(self, program: Program, *, weighted: bool) -> None:
@@ -38,8 +42,23 @@ class LossFunction:
         self._loss = program.loss
         self._per_row: Callable[..., Tensor] | None = None
         self._takes_weight = False
-        if not weighted or self._step is not None:
+        if self._step is not None:
             return
+        if (reduction := getattr(program.loss, "reduction", None)) in {"sum", "none"}:
+            raise ConfigError(
+                f"{program.loss!r} has reduction={reduction!r}, but the loss must be one number a batch (reduction='mean'): "
+                "the learning rate must not depend on how many rows a batch has. Use the mean, or training_step(model, "
+                "batch) for another scale."
+            )
+        if not weighted:
+            return
+        function = program.loss.func if isinstance(program.loss, functools.partial) else program.loss
+        if getattr(function, "__module__", "") == "torch.nn.functional":
+            # Their argument `weight` is one a class, or does not divide by the sum of the weights.
+            raise ConfigError(
+                f"weight_col with {getattr(function, '__name__', function)}: it does not take a weight a row. Use the loss "
+                "module of that name (nn.CrossEntropyLoss() for F.cross_entropy), or write loss(output, label, weight)."
+            )
         if hasattr(program.loss, "reduction"):
             per_row: Any = copy.copy(program.loss)
             per_row.reduction = "none"
@@ -68,12 +87,67 @@ class LossFunction:
         if self._takes_weight:
             return self._loss(output, labels, weight=batch.weights)
         assert self._per_row is not None
-        per_row = self._per_row(output, labels)
-        if per_row.dim() > 1:
-            per_row = per_row.flatten(1).mean(1)
-        total = batch.weights.sum()
+        return self._weighted(output, labels, batch.weights)
+
+    def _weighted(self, output: Any, labels: Any, weights: Tensor) -> Tensor:
+        assert self._per_row is not None
+        losses = self._per_row(output, labels)
+        if losses.dim() == 0 or len(losses) != len(weights):
+            raise ConfigError(
+                f"weight_col needs a loss per row, but {self._loss!r} with reduction='none' gives shape "
+                f"{tuple(losses.shape)} for {len(weights)} rows. Write loss(output, label, weight), or use "
+                "training_step(model, batch) with batch.weights."
+            )
+        counts = _counts(self._loss, labels)
+        if counts is None:
+            flat = losses.flatten(1) if losses.dim() > 1 else losses[:, None]
+            losses = flat.sum(1) if getattr(self._loss, "reduction", "") == "batchmean" else flat.mean(1)
+            total = weights.sum()
+        else:
+            weights = weights.reshape(-1, *[1] * (losses.dim() - 1))
+            total = (counts * weights).sum()
         # A batch whose weights are all zero teaches nothing; its mean would be 0/0.
-        return (per_row * batch.weights).sum() / torch.where(total > 0, total, torch.ones_like(total))
+        return (losses * weights).sum() / torch.where(total > 0, total, torch.ones_like(total))
+
+    def check_weights(self, output: Any, batch: Batch) -> None:
+        """Compare the loss under weights of one with the loss without weights, which must be the same number.
+
+        Raises:
+            ConfigError: they differ, so a weight column would train on another loss; with both numbers.
+        """
+        if batch.weights is None or self._step is not None or not self._has_plain():
+            return
+        stream = torch.get_rng_state()
+        ones = dataclasses.replace(batch, weights=torch.ones_like(batch.weights))
+        weighted = self.of_output(output, ones)
+        torch.set_rng_state(stream)
+        plain = self.of_output(output, dataclasses.replace(batch, weights=None))
+        if plain.numel() != 1 or weighted.numel() != 1 or not bool(torch.isfinite(plain).all()):
+            return
+        got, expected = float(weighted.detach()), float(plain.detach())
+        eps = torch.finfo(plain.dtype).eps if plain.is_floating_point() else 0.0
+        if abs(got - expected) > eps**0.5 * abs(expected) + 8 * eps:
+            raise ConfigError(
+                f"weight_col would change the loss itself: with a weight of 1 for every row it is {got:.6g}, without weights "
+                f"{expected:.6g}, on the first rows. {self._loss!r} is no plain mean over rows; write "
+                "loss(output, label, weight), or use training_step(model, batch) with batch.weights."
+            )
+
+    def _has_plain(self) -> bool:
+        if not self._takes_weight:
+            return self._per_row is not None
+        assert self._loss is not None
+        return inspect.signature(self._loss).parameters["weight"].default is not inspect.Parameter.empty
+
+
+def _counts(loss: Any, labels: Any) -> Tensor | None:
+    """How much each label counts in torch's mean over class labels, in their shape; None: all the same."""
+    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
+        return None
+    counted = labels != loss.ignore_index
+    if loss.weight is None:
+        return counted
+    return cast("Tensor", loss.weight[labels.long().masked_fill(~counted, 0)] * counted)
 
 
 def _aligned(loss: Any, output: Any, labels: Any) -> Any:

@@ -134,6 +134,7 @@ def _rehearse_loss(
         )
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on any trainable parameter; it was given {produced}.")
+    loss_function.check_weights(output, batch)
 
 
 class _BroadcastWatch(TorchFunctionMode):

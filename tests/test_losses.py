@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,91 @@ def test_weights_of_one_are_no_weights():
     ones = torch.ones(3)
     got = loss_of(nn.MSELoss(), weighted=True).of_output(OUTPUT, batch(LABELS, ones))
     torch.testing.assert_close(got, loss_of(nn.MSELoss()).of_output(OUTPUT, batch(LABELS)))
+
+
+LOGITS = torch.tensor([[0.2, -1.0, 0.5], [1.5, 0.1, 0.3], [0.0, 0.4, -0.7], [2.0, -2.0, 0.0]])
+CLASSES = torch.tensor([0, 2, 1, 2])
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.5])
+SEQUENCE = torch.linspace(-2, 3, 4 * 3 * 5).reshape(4, 3, 5).sin()
+STEPS = torch.tensor([[0, 1, 2, -100, 1], [2, 2, -100, -100, -100], [1, 0, 1, 0, 1], [-100, 2, 0, 1, 2]])
+PROBABILITIES = LOGITS.flip(0).softmax(1)
+
+MEANS = [
+    (nn.CrossEntropyLoss(), LOGITS, CLASSES),
+    (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), LOGITS, CLASSES),
+    (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), LOGITS, PROBABILITIES),
+    (nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1), LOGITS, CLASSES),
+    (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=1, label_smoothing=0.2), LOGITS, CLASSES),
+    (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), SEQUENCE, STEPS),
+    (nn.CrossEntropyLoss(), SEQUENCE, STEPS),
+    (nn.NLLLoss(weight=CLASS_WEIGHTS, ignore_index=0), LOGITS.log_softmax(1), CLASSES),
+    (nn.NLLLoss(), SEQUENCE.log_softmax(1), STEPS),
+    (nn.KLDivLoss(reduction="batchmean"), LOGITS.log_softmax(1), PROBABILITIES),
+    (nn.KLDivLoss(), LOGITS.log_softmax(1), PROBABILITIES),
+    (nn.BCEWithLogitsLoss(pos_weight=CLASS_WEIGHTS), LOGITS, PROBABILITIES),
+    (nn.MultiMarginLoss(weight=CLASS_WEIGHTS), LOGITS, CLASSES),
+    (nn.MultiLabelSoftMarginLoss(), LOGITS, PROBABILITIES.round()),
+    (nn.SmoothL1Loss(), SEQUENCE, SEQUENCE.flip(0)),
+    (nn.PoissonNLLLoss(), LOGITS, PROBABILITIES),
+]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+@pytest.mark.parametrize(("kind", "output", "labels"), MEANS, ids=lambda v: repr(v) if isinstance(v, nn.Module) else "")
+def test_weights_of_one_are_no_weights_in_every_loss_of_torch(kind, output, labels):
+    weighted = loss_of(kind, weighted=True)
+    torch.testing.assert_close(weighted.of_output(output, batch(labels, torch.ones(4))), kind(output, labels))
+    weighted.check_weights(output, batch(labels, torch.ones(4)))
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+@pytest.mark.parametrize(("kind", "output", "labels"), MEANS, ids=lambda v: repr(v) if isinstance(v, nn.Module) else "")
+def test_a_whole_weight_is_as_many_copies_of_the_row_in_every_loss_of_torch(kind, output, labels):
+    copies = torch.tensor([2, 1, 0, 3])
+    got = loss_of(kind, weighted=True).of_output(output, batch(labels, copies.float()))
+    torch.testing.assert_close(got, kind(output.repeat_interleave(copies, 0), labels.repeat_interleave(copies, 0)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_loss_that_is_no_mean_is_refused(reduction, weighted):
+    with pytest.raises(ConfigError, match=rf"reduction='{reduction}', but the loss must be one number .*training_step"):
+        loss_of(nn.MSELoss(reduction=reduction), weighted=weighted)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss, partial(F.cross_entropy, ignore_index=0)])
+def test_functions_of_torch_are_refused_under_weights_since_theirs_mean_something_else(loss):
+    loss_of(loss)
+    with pytest.raises(ConfigError, match=r"does not take a weight a row. Use the loss module"):
+        loss_of(loss, weighted=True)
+
+
+class Deaf(nn.Module):
+    reduction = "mean"
+
+    def forward(self, output, label):
+        return (output - label).mean()
+
+
+def test_a_loss_that_gives_no_loss_per_row_is_refused():
+    with pytest.raises(ConfigError, match=r"reduction='none' gives shape \(\) for 3 rows"):
+        loss_of(Deaf(), weighted=True).of_output(OUTPUT, batch(LABELS, WEIGHTS))
+
+
+def test_a_loss_of_the_users_with_weights_is_held_to_its_own_value_without():
+    def fair(output, label, weight=None):
+        losses = (output[:, 0] - label).square()
+        return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
+
+    def unfair(output, label, weight=None):
+        losses = (output[:, 0] - label).square()
+        return losses.mean() if weight is None else (losses * weight).sum()
+
+    given = batch(LABELS, WEIGHTS)
+    loss_of(fair, weighted=True).check_weights(OUTPUT, given)
+    loss_of(lambda o, y, weight: weight.sum(), weighted=True).check_weights(OUTPUT, given)
+    with pytest.raises(ConfigError, match=r"weight of 1 for every row it is 20, without weights 6\.66667"):
+        loss_of(unfair, weighted=True).check_weights(OUTPUT, given)
 
 
 def test_a_batch_of_zero_weights_teaches_nothing_and_is_not_nan():

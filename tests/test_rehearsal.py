@@ -73,7 +73,7 @@ def test_a_loss_that_would_broadcast_is_refused_and_the_usual_case_is_aligned():
 
 def test_a_loss_a_row_or_one_without_gradient_is_refused():
     with pytest.raises(ConfigError, match=r"one number a batch \(reduction='mean'\), got float32 \(4, 1\)"):
-        rehearsed(nn.Linear(3, 1), nn.MSELoss(reduction="none"), X, COLUMN)
+        rehearsed(nn.Linear(3, 1), lambda o, y: (o - y).square(), X, COLUMN)
     with pytest.raises(ConfigError, match="does not depend on any trainable parameter"):
         rehearsed(nn.Linear(3, 1), lambda o, y: (o.detach() - y).square().mean(), X, COLUMN)
 
@@ -83,6 +83,28 @@ def test_a_weight_column_needs_a_loss_that_can_use_it():
     rehearsed(nn.Linear(3, 1), nn.MSELoss(), X, COLUMN, weights)
     with pytest.raises(ConfigError, match="weight_col needs a loss per row"):
         rehearsed(nn.Linear(3, 1), lambda o, y: (o - y).square().mean(), X, COLUMN, weights)
+
+
+class Contrast(nn.Module):
+    """A loss that is no mean over rows, and so no mean under weights of one either."""
+
+    reduction = "mean"
+
+    def forward(self, output, label):
+        losses = (output - label).square()
+        return losses if self.reduction == "none" else losses.mean().sqrt()
+
+
+def test_a_weight_column_that_would_change_the_loss_itself_is_refused_with_both_numbers():
+    weights, model = np.full(4, 2.0, np.float32), nn.Linear(3, 1)
+    nn.init.constant_(model.weight, 1.0)
+    nn.init.zeros_(model.bias)
+    with pytest.raises(
+        ConfigError, match=r"1 for every row it is 4, without weights 2, .*loss\(output, label, weight\)"
+    ):
+        rehearsed(model, Contrast(), X, COLUMN, weights)
+    rehearsed(model, Contrast(), X, COLUMN)
+    rehearsed(model, nn.MSELoss(), X, COLUMN, weights)
 
 
 def broken(_output, _label):
