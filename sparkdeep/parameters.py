@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["Entry", "Layout", "named_tensors", "raw_bytes"]
+__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,17 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of `module`, tied ones once, non-persistent buffers included."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def float_dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of floating-point inputs: that of the first floating-point parameter, float32 without one.
+
+    Frozen parameters count: a frozen bfloat16 backbone under a float32 head is fed bfloat16.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

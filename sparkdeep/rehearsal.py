@@ -18,6 +18,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, UserCodeError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction, forward
+from sparkdeep.parameters import float_dtype_of
 from sparkdeep.program import Program, pack_program
 from sparkdeep.validation import check_metrics, is_torchmetric
 
@@ -49,14 +50,6 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
             "returns one, or 'package.module:function'."
         )
     return module.cpu()
-
-
-def float_dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of floating-point inputs: that of the first floating-point parameter, float32 without one."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
 
 
 def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:

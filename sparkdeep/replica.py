@@ -24,7 +24,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, named_tensors, raw_bytes
+from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, raw_bytes
 from sparkdeep.program import Program
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
@@ -86,7 +86,7 @@ class Replica:
         self._schema = schema
         self._device = device
         self._beat = beat
-        self._float_dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+        self._float_dtype = float_dtype_of(self.model)
         self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]

@@ -13,8 +13,9 @@ from torch import nn
 from twin import schema_of
 
 from sparkdeep.errors import ConfigError, UserCodeError
+from sparkdeep.parameters import float_dtype_of
 from sparkdeep.program import Program
-from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
+from sparkdeep.rehearsal import build_model, materialize, rehearse, sample_batch
 
 
 def rehearsed(model, loss, x, y=None, w=None, **parts):

@@ -17,11 +17,10 @@ from torch import nn
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.errors import ConfigError, DataError, ModelLoadError
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.parameters import named_tensors
+from sparkdeep.parameters import float_dtype_of, named_tensors
 from sparkdeep.prediction import Prediction, check_choice
 from sparkdeep.program import Program, pack_program
 from sparkdeep.registry import ModelReference
-from sparkdeep.rehearsal import float_dtype_of
 from sparkdeep.saving import read_model, write_model
 from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.spark.scoring import Scorer, predict_column, zero_output

@@ -23,10 +23,9 @@ from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import forward
-from sparkdeep.parameters import named_tensors
+from sparkdeep.parameters import float_dtype_of, named_tensors
 from sparkdeep.prediction import Prediction, to_arrow
 from sparkdeep.program import Program, unpack_program
-from sparkdeep.rehearsal import float_dtype_of
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
