@@ -18,6 +18,23 @@ os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 
 
 @pytest.fixture(scope="session")
+def warm_workers():
+    """Only for the session of these tests: other programs that they start have Spark's own daemon."""
+    before = os.environ.get("PYSPARK_SUBMIT_ARGS")
+    os.environ["PYSPARK_SUBMIT_ARGS"] = "--conf spark.python.daemon.module=warm_daemon pyspark-shell"
+    yield
+    if before is None:
+        del os.environ["PYSPARK_SUBMIT_ARGS"]
+    else:
+        os.environ["PYSPARK_SUBMIT_ARGS"] = before
+
+
+@pytest.fixture(scope="session")
+def spark(warm_workers, spark):
+    return spark
+
+
+@pytest.fixture(scope="session")
 def blobs(spark):
     """200 rows of three separable classes: pixels array<double> of 8, label bigint, id int."""
     from spark_models import blob_rows

@@ -30,7 +30,9 @@ def answer(tmp_path_factory):
     script.write_text('#!/bin/sh\necho \'{"name": "gpu", "addresses": ["0", "1"]}\'\n')
     script.chmod(0o755)
     environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYSPARK_GATEWAY", "SPARK_ENV"))
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PYSPARK_GATEWAY", "PYSPARK_SUBMIT_ARGS", "SPARK_ENV"))
     }
     program = subprocess.run(
         [sys.executable, str(HERE / "gpu_program.py"), str(script)],
