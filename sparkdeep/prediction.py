@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["Prediction", "check_choice", "to_arrow"]
+__all__ = ["Prediction", "check_choice", "check_rows", "to_arrow"]
 
 Choice = str | Callable[[Any], Tensor] | None
 _CHOICES = ("argmax", "probability")
@@ -47,13 +47,20 @@ class Prediction:
     cannot be written."""
 
     @classmethod
-    def of(cls, choice: Choice, output: Any) -> Prediction:
+    def of(cls, choice: Choice, output: Any, rows: int | None = None) -> Prediction:
         """The prediction for a model with outputs like `output`.
+
+        Args:
+            choice: what is to be written.
+            output: of the model, for some batch.
+            rows: how many rows that batch has; None: not known, and so not compared.
 
         Raises:
             ConfigError: the output is no tensor with one row per input row, and no callable makes it one.
         """
         values = chosen(output, choice)
+        if rows is not None:
+            check_rows(values, rows)
         sql = _SQL[_dtype_of(values)]
         for _ in range(values.dim() - 1):
             sql = f"array<{sql}>"
@@ -80,6 +87,20 @@ def chosen(output: Any, choice: Choice) -> Tensor:
     if choice == "probability":
         return output.reshape(-1).sigmoid() if single else output.softmax(1)
     return output.reshape(-1) if single else output
+
+
+def check_rows(values: Tensor, rows: int) -> None:
+    """Refuse values that are not one a row.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if len(values) != rows:
+        raise ConfigError(
+            f"the prediction has {len(values)} values for {rows} input rows; transform needs one a row, in dimension 0. "
+            "Pass prediction=lambda output: ... that moves rows there (output.transpose(0, 1) for an RNN without "
+            "batch_first), or correct the model's output."
+        )
 
 
 def _dtype_of(values: Tensor) -> str:

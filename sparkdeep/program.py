@@ -11,19 +11,29 @@ from __future__ import annotations
 import functools
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any, cast
 
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from sparkdeep.errors import PreflightError
+from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.parameters import named_tensors
 
-__all__ = ["Program", "pack_program", "unpack_program"]
+__all__ = [
+    "Program",
+    "check_picklable",
+    "check_trained",
+    "inner_optimizer",
+    "other_modules",
+    "pack_program",
+    "unpack_program",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,66 @@ class Program:
     """For ragged columns: list of 1-d tensors -> tensor."""
     metrics: Mapping[str, Any] | None = None
     """Name -> `f(output, label)` or a torchmetrics Metric; scored on the validation rows."""
+
+
+def inner_optimizer(program: Program, parameters: Sequence[Tensor]) -> tuple[torch.optim.Optimizer, Any]:
+    """A fresh optimizer over `parameters`, and its learning-rate scheduler or None.
+
+    Raises:
+        ConfigError: the factory gives something else.
+    """
+    optimizer = program.optimizer(list(parameters))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer returned {type(optimizer).__name__}; give a callable that takes the parameters and returns "
+            "a torch.optim.Optimizer, such as partial(torch.optim.AdamW, lr=1e-3)."
+        )
+    if program.lr_scheduler is None:
+        return optimizer, None
+    scheduler = program.lr_scheduler(optimizer)
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # the clock may run ahead of this replica
+    return optimizer, scheduler
+
+
+def other_modules(program: Program) -> dict[str, nn.Module]:
+    """Modules that work on the model's device without being part of it, by where they stand in the program.
+
+    Such are a loss with class weights, a `preprocess` with statistics, a metric; also as parts of a partial, or as
+    owners of a method. `collate` works on the CPU.
+    """
+    own = {id(module) for module in program.model.modules()}
+    parts = {name: getattr(program, name) for name in ("loss", "training_step", "preprocess", "augment")}
+    parts |= {f"metrics[{name!r}]": metric for name, metric in (program.metrics or {}).items()}
+    found: dict[str, nn.Module] = {}
+    while parts:
+        name, part = parts.popitem()
+        if isinstance(part, functools.partial):
+            parts |= {f"{name}.func": part.func, **{f"{name}.args[{i}]": arg for i, arg in enumerate(part.args)}}
+            parts |= {f"{name}[{key!r}]": value for key, value in part.keywords.items()}
+        elif isinstance(part, MethodType):
+            parts[f"{name}.__self__"] = part.__self__
+        elif isinstance(part, nn.Module) and id(part) not in own:
+            found[name] = part
+    return found
+
+
+def check_trained(program: Program) -> None:
+    """Refuse a loss with trainable parameters of its own: only the model's are trained, averaged and returned.
+
+    Raises:
+        ConfigError: with the parameter's name.
+    """
+    own = {id(parameter) for parameter in program.model.parameters()}
+    for where, module in other_modules(program).items():
+        if not where.startswith(("loss", "training_step")):
+            continue
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own:
+                raise ConfigError(
+                    f"{where} ({type(module).__name__}) has the trainable parameter {name!r}, which would not be trained: "
+                    "only the model's parameters are. Make it part of the model and use training_step(model, batch), or "
+                    "freeze it with requires_grad_(False)."
+                )
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -100,9 +170,15 @@ def pack_program(program: Program) -> bytes:
 
     Raises:
         PreflightError: a part cannot be pickled; the message names the attribute.
+        ConfigError: a lazy parameter has no shape yet.
     """
+    parts = check_picklable(program)
     named = dict(named_tensors(program.model))
-    names = {id(tensor): name for name, tensor in named.items()}
+    for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"parameter {name!r} is lazy and has no shape yet: run one batch through the module first."
+            )
     table = {
         name: (
             str(t.dtype).removeprefix("torch."),
@@ -112,6 +188,16 @@ def pack_program(program: Program) -> bytes:
         )
         for name, t in named.items()
     }
+    return bytes(cloudpickle.dumps((table, parts)))
+
+
+def check_picklable(program: Program) -> bytes:
+    """Pickle everything but the module's tensors, which need not have a shape yet.
+
+    Raises:
+        PreflightError: a part cannot be pickled; the message names the attribute.
+    """
+    names = {id(tensor): name for name, tensor in named_tensors(program.model)}
     # One pickle for all: a training_step that is a method of the model must meet the same model on the replica.
     parts = {field.name: getattr(program, field.name) for field in fields(program)}
     buffer = io.BytesIO()
@@ -124,7 +210,7 @@ def pack_program(program: Program) -> bytes:
             "Open files, locks, sockets and sessions must be made inside the model (lazily, on the executor), "
             "not kept as attributes."
         ) from error
-    return bytes(cloudpickle.dumps((table, buffer.getvalue())))
+    return buffer.getvalue()
 
 
 def unpack_program(data: bytes) -> Program:

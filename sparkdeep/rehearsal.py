@@ -5,51 +5,25 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
+from sparkdeep.broadcast import BroadcastWatch
+from sparkdeep.building import build_model, copy_of
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
-from sparkdeep.errors import ConfigError, UserCodeError
+from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction, forward
-from sparkdeep.parameters import float_dtype_of
-from sparkdeep.program import Program, pack_program
+from sparkdeep.parameters import float_dtype_of, named_tensors
+from sparkdeep.program import Program, check_trained, inner_optimizer
 from sparkdeep.validation import check_metrics, is_torchmetric
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
-
-
-def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """A module of our own on the CPU: a copy of the given one, or what the factory makes after `manual_seed(seed)`.
-
-    Raises:
-        ConfigError: the factory gives no module, or the module holds what cannot be copied and sent.
-    """
-    if isinstance(factory, nn.Module):
-        if arguments:
-            raise ConfigError(
-                f"model_args={dict(arguments)!r} with a model that is built already; give the class instead."
-            )
-        try:
-            return copy.deepcopy(factory).cpu()
-        except Exception:
-            pack_program(Program(model=factory, loss=None, optimizer=torch.optim.SGD))  # names the attribute
-            raise
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = factory(**arguments)
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"model={factory!r} returned {type(module).__name__}; it must be an nn.Module, a class of one, a callable that "
-            "returns one, or 'package.module:function'."
-        )
-    return module.cpu()
 
 
 def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:
@@ -59,26 +33,46 @@ def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) ->
 
 
 def materialize(module: nn.Module, batch: Batch, seed: int) -> None:
-    """Give lazy parameters (`nn.LazyLinear` and its kin) their shapes, by one forward pass."""
-    if any(is_lazy(t) for t in [*module.parameters(), *module.buffers()]):
-        training = module.training
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            module.eval()
+    """Give lazy parameters (`nn.LazyLinear` and its kin) their shapes, by one forward pass.
+
+    Raises:
+        ConfigError: the rows do not fit, or a lazy parameter is not reached by `forward`.
+        UserCodeError: the user's `forward` raised; its traceback comes first.
+    """
+    if not _lazy(module):
+        return
+    training = module.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module.eval()
+        try:
             forward(module, batch.features)
-        module.train(training)
+        except Exception as error:
+            raise _forward_error(error, batch, "the first ingested rows") from error
+    module.train(training)
+    if names := _lazy(module):
+        raise ConfigError(
+            f"lazy parameter {names[0]!r} has no shape yet, as forward() on the first ingested rows did not reach it. Give "
+            "the layer its input size, or remove it."
+        )
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    return [name for name, tensor in named_tensors(module) if is_lazy(tensor)]
 
 
 def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
-    """One batch through a copy of the model, the loss and the metrics; returns the model's output, detached.
+    """One batch through a copy of the model, the loss and the metrics, and one step of optimizer and learning rate.
+
+    Returns the model's output, detached.
 
     Raises:
         ConfigError: shapes or dtypes do not fit; the message gives them and the remedy.
         UserCodeError: the user's code raised; its traceback comes first.
     """
     check_metrics(program.metrics or {})
-    model = copy.deepcopy(program.model).eval()
-    shapes = f"features {_describe(batch.features)}, labels {_describe(batch.labels)}"
+    check_trained(program)
+    model = copy_of(program.model).eval()
     loss_function = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
     with torch.random.fork_rng(devices=[]):
         output: Any = None
@@ -86,41 +80,34 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
             output = forward(model, batch.features)
         except Exception as error:
             if program.training_step is None:
-                raise _forward_error(error, batch, shapes) from error
-        _rehearse_loss(program, loss_function, model, output, batch, shapes)
+                raise _forward_error(error, batch, "the first ingested rows") from error
+        _rehearse_loss(program, loss_function, model, output, batch)
         with torch.no_grad():
+            _rehearse_one_row(program, model, output, batch)
             for name, metric in (program.metrics or {}).items():
                 _rehearse_metric(name, metric, output, batch)
+        _rehearse_optimizer(program, model)
     return _detached(output)
 
 
-def _rehearse_loss(
-    program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch, shapes: str
-) -> None:
-    produced = shapes if output is None else f"output {_describe(output)}, {shapes}"
-    watch = _BroadcastWatch(batch.rows)
-    with warnings.catch_warnings(record=True) as caught, watch:
-        warnings.simplefilter("always")
-        try:
-            if program.training_step is None:
-                loss = loss_function.of_output(output, batch)
-            else:
-                loss = loss_function(model, batch)
-            if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-                # Some losses take labels of a wrong dtype, and only their gradient refuses them.
-                trainable = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(loss, trainable, allow_unused=True)
-        except Exception as error:
-            remedy = _label_remedy(batch)
-            raise ConfigError(
-                f"the loss cannot take this model's output and these labels: {type(error).__name__}: {error}. It was "
-                f"given {produced}. {remedy}\n{traceback.format_exc()}"
-            ) from error
-    if watch.found or any("target size" in str(w.message) for w in caught):
+def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch) -> None:
+    produced = _shapes(batch) if output is None else f"output {_describe(output)}, {_shapes(batch)}"
+    try:
+        if program.training_step is None:
+            loss = _watched_loss(loss_function, output, batch, produced)
+        else:
+            loss = loss_function(model, batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            # Some losses take labels of a wrong dtype, and only their gradient refuses them.
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+    except SparkdeepError:
+        raise
+    except Exception as error:
         raise ConfigError(
-            f"the loss would broadcast, and train on something else than you mean: {produced}. Make the shapes equal: "
-            "label_cols=['name'] gives labels of shape (B, 1), label_cols='name' gives (B,)."
-        )
+            f"the loss cannot take this model's output and these labels: {type(error).__name__}: {error}. It was "
+            f"given {produced}. {_label_remedy(batch)}\n{traceback.format_exc()}"
+        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ConfigError(
             f"the loss must be one number a batch (reduction='mean'), got {_describe(loss)} from {produced}."
@@ -130,24 +117,58 @@ def _rehearse_loss(
     loss_function.check_weights(output, batch)
 
 
-class _BroadcastWatch(TorchFunctionMode):
-    """Notices when (rows, 1) meets (rows,): an elementwise operation makes (rows, rows) of them, and says nothing."""
+def _watched_loss(loss_function: LossFunction, output: Any, batch: Batch, produced: str) -> Any:
+    watch = BroadcastWatch(batch.rows, batch.labels)
+    with warnings.catch_warnings(record=True) as caught, watch:
+        warnings.simplefilter("always")
+        loss = loss_function.of_output(output, batch)
+    if watch.found or any("target size" in str(w.message) for w in caught):
+        raise ConfigError(
+            f"the loss would broadcast, and train on something else than you mean: {produced}. Make the shapes equal: "
+            "label_cols=['name'] gives labels of shape (B, 1), label_cols='name' gives (B,)."
+        )
+    return loss
 
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self._rows = rows
-        self.found = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Call `func`, and look at what came of which shapes."""
-        del types
-        result = func(*args, **(kwargs or {}))
-        if self._rows > 1 and isinstance(result, Tensor) and result.shape == (self._rows, self._rows):
-            shapes = {tuple(value.shape) for value in args if isinstance(value, Tensor)}
-            self.found = self.found or {(self._rows, 1), (self._rows,)} <= shapes
-        return result
+def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Batch) -> None:
+    """A batch of one row must keep its row: the last batch of validation and of `transform` may be one."""
+    rows = batch.rows
+    if rows == 1 or not isinstance(output, Tensor) or output.shape[:1] != (rows,):
+        return
+    features = batch.features
+    parts = features.values() if isinstance(features, dict) else [features]
+    if not all(isinstance(part, Tensor) and part.shape[:1] == (rows,) for part in parts):
+        return
+    first = {k: v[:1] for k, v in features.items()} if isinstance(features, dict) else features[:1]
+    try:
+        one = forward(model, first)
+    except Exception as error:
+        if program.training_step is not None:
+            return  # its model need not have a forward pass of its own
+        raise _forward_error(error, batch, "a batch of one row, the first of the ingested ones") from error
+    if not isinstance(one, Tensor) or one.dim() != output.dim() or len(one) != 1:
+        raise ConfigError(
+            f"the model's output for one row is {_describe(one)}, for {rows} rows {_describe(output)}: the dimension of rows "
+            "is gone, as .squeeze() does to a batch of one. Name the dimension: .squeeze(-1)."
+        )
+
+
+def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        _, scheduler = inner_optimizer(program, parameters)
+        if scheduler is not None:
+            scheduler.step()
+            scheduler.state_dict()
+    except SparkdeepError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer= or lr_scheduler= cannot be used: {type(error).__name__}: {error}. optimizer is called with the list "
+            "of trainable parameters, lr_scheduler with the optimizer, and its step() with nothing, once a local step: "
+            "optimizer=partial(torch.optim.AdamW, lr=1e-3), lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, "
+            f"step_size=100).\n{traceback.format_exc()}"
+        ) from error
 
 
 def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
@@ -165,7 +186,8 @@ def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
         ) from error
 
 
-def _forward_error(error: Exception, batch: Batch, shapes: str) -> Exception:
+def _forward_error(error: Exception, batch: Batch, where: str) -> Exception:
+    shapes = _shapes(batch)
     tensors = list(batch.features.values()) if isinstance(batch.features, dict) else [batch.features]
     whole = any(isinstance(t, Tensor) and not t.is_floating_point() for t in tensors)
     if whole and "dtype" in str(error):
@@ -175,7 +197,7 @@ def _forward_error(error: Exception, batch: Batch, shapes: str) -> Exception:
         )
     text = "".join(traceback.format_exception(error))
     return UserCodeError(
-        f"{text.rstrip()}\n\nthe model raised {type(error).__name__} on the first ingested rows: {shapes}.",
+        f"{text.rstrip()}\n\nthe model raised {type(error).__name__} on {where}: {shapes}.",
         traceback_text=text,
     )
 
@@ -187,6 +209,10 @@ def _label_remedy(batch: Batch) -> str:
     if isinstance(labels, Tensor) and labels.is_floating_point():
         return "A loss over classes needs integer labels: cast the column in Spark, col('label').cast('long')."
     return "A loss over numbers needs floating-point labels: cast the column in Spark, col('label').cast('float')."
+
+
+def _shapes(batch: Batch) -> str:
+    return f"features {_describe(batch.features)}, labels {_describe(batch.labels)}"
 
 
 def _describe(value: Any) -> str:

@@ -20,12 +20,11 @@ from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.order import EpochOrder, batch_range, num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
-from sparkdeep.errors import ConfigError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, raw_bytes
-from sparkdeep.program import Program
+from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.state_files import own_files
@@ -80,6 +79,8 @@ class Replica:
         self.number = number
         self.shard = shard
         self.model: nn.Module = program.model.to(device)
+        for module in other_modules(program).values():
+            module.to(device)
         self.layout = Layout.of(self.model)
         self._program = program
         self._settings = settings
@@ -134,19 +135,9 @@ class Replica:
         self._random.load_state_dict(state["random"])
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
-        optimizer = self._program.optimizer(self._parameters)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer returned {type(optimizer).__name__}; give a callable that takes the parameters and returns "
-                "a torch.optim.Optimizer, such as partial(torch.optim.AdamW, lr=1e-3)."
-            )
-        self._optimizer = optimizer
-        self._scheduler: Any = None
-        if self._program.lr_scheduler is not None:
-            self._scheduler = self._program.lr_scheduler(optimizer)
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # the clock may run ahead of this replica
-            for _ in range(scheduler_steps):
-                self._scheduler.step()
+        self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)
+        for _ in range(scheduler_steps if self._scheduler is not None else 0):
+            self._scheduler.step()
 
     # -- one round -----------------------------------------------------------------------------------------------
 

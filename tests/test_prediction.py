@@ -52,6 +52,15 @@ def test_an_output_that_is_no_tensor_of_rows_is_refused(output):
         Prediction.of(None, output)
 
 
+def test_an_output_whose_first_dimension_is_not_the_row_is_refused_with_both_numbers():
+    steps_first = torch.zeros(5, 2, 3)
+    with pytest.raises(ConfigError, match=r"has 5 values for 2 input rows.*output\.transpose\(0, 1\)"):
+        Prediction.of(None, steps_first, rows=2)
+    assert Prediction.of(lambda output: output.transpose(0, 1), steps_first, rows=2).sql_type == "array<array<float>>"
+    with pytest.raises(ConfigError, match=r"has 1 values for 2 input rows"):
+        Prediction.of("argmax", torch.zeros(1, 3), rows=2)
+
+
 def test_a_choice_that_means_nothing_is_refused():
     for choice in (None, "argmax", "probability", len):
         check_choice(choice)

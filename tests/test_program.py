@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparkdeep.errors import PreflightError
+from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.parameters import named_tensors
-from sparkdeep.program import Program, pack_program, unpack_program
+from sparkdeep.program import Program, other_modules, pack_program, unpack_program
 
 
 def program(model, **parts):
@@ -123,6 +123,30 @@ def test_the_attribute_that_cannot_be_pickled_is_named(parts, where):
     with pytest.raises(PreflightError, match=where) as caught:
         pack_program(program(**{"model": nn.Linear(1, 1), **parts}))
     assert "must be made inside the model" in str(caught.value)
+
+
+def test_a_lazy_parameter_without_a_shape_is_named():
+    with pytest.raises(ConfigError, match=r"parameter '1\.weight' is lazy and has no shape yet"):
+        pack_program(program(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))))
+
+
+def test_every_module_beside_the_model_is_found_once_and_the_models_own_are_not():
+    model = WithStep()
+    loss, statistics, metric, inner = nn.CrossEntropyLoss(), nn.BatchNorm1d(2), nn.L1Loss(), nn.Dropout()
+    given = program(
+        model,
+        loss=loss,
+        training_step=model.training_step,
+        preprocess=statistics.forward,
+        augment=partial(step, inner, key=model.linear),
+        metrics={"m": metric, "f": len},
+    )
+    assert other_modules(given) == {
+        "loss": loss,
+        "preprocess.__self__": statistics,
+        "augment.args[0]": inner,
+        "metrics['m']": metric,
+    }
 
 
 def test_parametrized_modules_travel_though_torch_refuses_to_pickle_them():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from functools import partial
 
 import numpy as np
@@ -13,13 +15,13 @@ from torch import nn
 from twin import schema_of
 
 from sparkdeep.errors import ConfigError, UserCodeError
-from sparkdeep.parameters import float_dtype_of
-from sparkdeep.program import Program
+from sparkdeep.parameters import float_dtype_of, named_tensors
+from sparkdeep.program import Program, pack_program, unpack_program
 from sparkdeep.rehearsal import build_model, materialize, rehearse, sample_batch
 
 
 def rehearsed(model, loss, x, y=None, w=None, **parts):
-    program = Program(model=model, loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1), **parts)
+    program = Program(model=model, loss=loss, **{"optimizer": partial(torch.optim.SGD, lr=0.1), **parts})
     schema = schema_of(x, y, w)
     fields = {name: a for name, a in (("features", x), ("label", y), ("weight", w)) if a is not None}
     return rehearse(program, sample_batch(fields, schema, program), schema)
@@ -70,6 +72,139 @@ def test_a_loss_that_would_broadcast_is_refused_and_the_usual_case_is_aligned():
     with pytest.raises(ConfigError, match=r"the loss would broadcast.*float32 \(4, 2\).*label_cols="):
         rehearsed(nn.Linear(3, 2), nn.MSELoss(), X, COLUMN)
     rehearsed(nn.Linear(3, 1), nn.MSELoss(), X, COLUMN[:, 0].copy())
+
+
+ROWS = 7
+XS = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)
+FLAT = XS[:, 0].copy()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, y: (o - y).square().mean(),
+        lambda o, y: (y - o).abs().mean(),
+        lambda o, y: (o * (2 * y - 1)).neg().exp().mean(),
+        lambda o, y: torch.mean(torch.square(torch.sub(y.float(), o))),
+        lambda o, y: (o / torch.stack([y, y]).sum(0)).mean(),
+    ],
+    ids=["output-label", "label-output", "product", "functions", "through-a-list"],
+)
+def test_a_loss_of_the_users_that_broadcasts_in_silence_is_refused(loss):
+    with pytest.raises(ConfigError, match=r"the loss would broadcast.*output float32 \(7, 1\).*labels float32 \(7,\)"):
+        rehearsed(nn.Linear(3, 1), loss, XS, FLAT)
+    rehearsed(nn.Linear(3, 1), loss, XS, FLAT[:, None].copy())
+
+
+def contrastive(output, label):
+    near = (label[:, None] - label).abs() < 0.5
+    distances = (output - output.squeeze(1)).square()
+    return (distances * near).mean() + (distances.sum(1) * near.sum(1)).mean()
+
+
+def test_all_pairs_of_rows_are_what_a_contrastive_loss_means():
+    rehearsed(nn.Linear(3, 1), contrastive, XS, FLAT)
+
+
+def test_a_training_step_may_broadcast_as_it_likes():
+    def step(model, batch):
+        output = model(batch.features)
+        return (output - batch.labels).square().mean() + (output[:, :1] * batch.labels).mean()
+
+    rehearsed(nn.Linear(3, 1), None, XS, FLAT, training_step=step)
+    rehearsed(nn.Linear(3, ROWS), None, XS, FLAT, training_step=step)
+    rehearsed(nn.Linear(3, ROWS), nn.CrossEntropyLoss(), XS, np.arange(ROWS))
+
+
+class Squeezed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+class SqueezedLast(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze(-1)
+
+
+class TwoRows(nn.Linear):
+    def forward(self, x):
+        assert len(x) > 1, "no pair"
+        return super().forward(x)
+
+
+def test_an_output_that_loses_its_row_in_a_batch_of_one_is_refused_and_squeeze_is_named():
+    remedy = r"for one row is float32 \(\), for 7 rows float32 \(7,\).*as \.squeeze\(\) does.*\.squeeze\(-1\)"
+    with pytest.raises(ConfigError, match=remedy):
+        rehearsed(Squeezed(3, 1), nn.MSELoss(), XS, FLAT)
+    rehearsed(SqueezedLast(3, 1), nn.MSELoss(), XS, FLAT)
+
+
+def test_a_model_that_cannot_take_one_row_gives_the_users_traceback():
+    with pytest.raises(UserCodeError, match=r"(?s)^Traceback.*AssertionError on a batch of one row"):
+        rehearsed(TwoRows(3, 1), nn.MSELoss(), XS, FLAT)
+    step = {"training_step": lambda model, batch: model(batch.features).mean()}
+    assert rehearsed(TwoRows(3, 1), None, XS, FLAT, **step).shape == (ROWS, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        ({"optimizer": partial(torch.optim.SGD, learning_rate=0.1)}, "unexpected keyword argument 'learning_rate'"),
+        ({"optimizer": partial(torch.optim.AdamW, lr=-1.0)}, "Invalid learning rate: -1.0"),
+        ({"optimizer": lambda parameters: parameters}, "optimizer returned list; give a callable"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.StepLR}, "'step_size'"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "'metrics'"),
+        ({"lr_scheduler": lambda optimizer: optimizer.param_groups}, "no attribute 'step'"),
+    ],
+    ids=["keyword", "value", "no-optimizer", "argument", "plateau", "no-scheduler"],
+)
+def test_an_optimizer_or_scheduler_that_cannot_be_made_is_refused_with_the_exception(parts, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        rehearsed(nn.Linear(3, 1), nn.MSELoss(), X, COLUMN, **parts)
+
+
+def test_optimizer_and_scheduler_are_tried_on_a_copy():
+    model, made = nn.Linear(3, 1), []
+
+    def optimizer(parameters):
+        made.extend(parameters)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    rehearsed(model, nn.MSELoss(), X, COLUMN, optimizer=optimizer, lr_scheduler=schedule)
+    assert [p.shape for p in made] == [(1, 3), (1,)]
+    assert not {id(p) for p in made} & {id(p) for p in model.parameters()}
+    assert model.weight.grad is None
+
+
+class Centres(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.zeros(1))
+
+    def forward(self, output, label):
+        return (output - label - self.centres).square().mean()
+
+
+class Penalised(nn.Module):
+    """A loss that holds the model: its parameters are trained."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, output, label):
+        return (output - label).square().mean() + self.model.weight.square().sum()
+
+
+def test_a_loss_with_parameters_of_its_own_is_refused_by_name():
+    with pytest.raises(
+        ConfigError, match=r"loss \(Centres\) has the trainable parameter 'centres', which would not be"
+    ):
+        rehearsed(nn.Linear(3, 1), Centres(), X, COLUMN)
+    rehearsed(nn.Linear(3, 1), Centres().requires_grad_(False), X, COLUMN)
+    model = nn.Linear(3, 1)
+    rehearsed(model, Penalised(model), X, COLUMN)
 
 
 def test_a_loss_a_row_or_one_without_gradient_is_refused():
@@ -171,6 +306,83 @@ def test_lazy_parameters_get_their_shapes_from_the_first_rows_and_the_seed():
     assert model[1].num_batches_tracked == 0
     assert torch.equal(model[0].weight, made(0)[0].weight)
     assert not torch.equal(model[0].weight, made(1)[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "complaint"),
+    [
+        (np.ones((4, 3), np.int64), ConfigError, r"cannot take integer features"),
+        (np.ones((4, 3, 2, 2, 2), np.float32), UserCodeError, r"^Traceback(.|\n)*on the first ingested rows: features"),
+    ],
+    ids=["integers", "shape"],
+)
+def test_what_a_lazy_module_cannot_take_is_said_as_for_any_other(x, error, complaint):
+    model = nn.Sequential(nn.LazyConv1d(2, 1) if x.ndim > 2 else nn.LazyLinear(2))
+    program = Program(model=model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(error, match=complaint):
+        materialize(model, sample_batch({"features": x}, schema_of(x), program), 0)
+
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.LazyLinear(2), nn.LazyLinear(2)
+
+    def forward(self, x):
+        return self.first(x)
+
+
+def test_a_lazy_layer_that_forward_does_not_reach_is_named():
+    model = build_model(Unreached(), {}, 0)
+    program = Program(model=model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(ConfigError, match=r"lazy parameter 'second\.weight' has no shape yet"):
+        materialize(model, sample_batch({"features": X}, schema_of(X), program), 0)
+
+
+def weight_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d(), nn.LazyLinear(1)),
+        weight_normed,
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 1))),
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 1))),
+    ],
+    ids=["lazy", "weight_norm", "parametrized", "spectral_norm"],
+)
+def test_modules_that_deepcopy_alone_may_refuse_are_copied_rehearsed_and_sent(made):
+    given = made()
+    model = build_model(given, {}, 0)
+    assert model is not given
+    program = Program(model=model, loss=nn.MSELoss(), optimizer=partial(torch.optim.SGD, lr=0.1))
+    schema = schema_of(X, COLUMN)
+    batch = sample_batch({"features": X, "label": COLUMN}, schema, program)
+    materialize(model, batch, 0)
+    output = rehearse(program, batch, schema)
+    twin = unpack_program(pack_program(program)).model
+    with torch.no_grad():
+        for (name, ours), (other, theirs) in zip(named_tensors(model), named_tensors(twin), strict=True):
+            assert name == other
+            theirs.copy_(ours)
+    torch.testing.assert_close(twin.eval()(batch.features), output)
+    own = {id(t) for _, t in named_tensors(given)}
+    assert not any(id(t) in own for _, t in named_tensors(model))
+
+
+def test_a_module_that_cannot_be_copied_names_the_attribute():
+    model = nn.Linear(2, 2)
+    model.lock = threading.Lock()
+    with pytest.raises(ConfigError, match=r"^model\.lock cannot be pickled"):
+        build_model(model, {}, 0)
+    lazy = nn.LazyLinear(2)
+    lazy.lock = threading.Lock()
+    with pytest.raises(ConfigError, match=r"^model\.lock cannot be pickled"):
+        build_model(lazy, {}, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -36,6 +36,23 @@ def replica_of(shard, model, device="cpu", loss=None, **parts):
     return Replica(program, settings, schema_of(X, Y), shard, number=0, device=torch.device(device))
 
 
+class Spy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.ones(3))
+
+    def forward(self, x, _label=None):
+        return x
+
+
+def test_every_module_of_the_program_goes_where_the_replica_computes(shard):
+    preprocess, augment, metric, loss = Spy(), Spy(), Spy(), nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))
+    replica_of(
+        shard, nn.Linear(3, 1), "meta", loss, preprocess=preprocess, augment=partial(augment), metrics={"m": metric}
+    )
+    assert {t.device.type for t in (preprocess.table, augment.table, metric.table, loss.pos_weight)} == {"meta"}
+
+
 class Backbone(nn.Module):
     """A frozen bfloat16 part under a head that learns in float32."""
 
