@@ -23,7 +23,7 @@ from sparkdeep.program import Program, pack_program
 from sparkdeep.registry import ModelReference
 from sparkdeep.saving import read_model, write_model
 from sparkdeep.spark.hadoop import HadoopStore
-from sparkdeep.spark.scoring import Scorer, predict_column, zero_output
+from sparkdeep.spark.scoring import ZERO_ROWS, Scorer, predict_column, zero_output
 from sparkdeep.spark.types import column_types, quoted
 from sparkdeep.store import Store, open_store
 from sparkdeep.trees import pack_tensors
@@ -249,7 +249,7 @@ class TorchModel(Model):
         """Choose anew what `transform` writes, and where; returns this model."""
         check_choice(prediction)
         output = zero_output(self._program(), self._settings.schema, float_dtype_of(self.model))
-        self._settings.prediction = Prediction.of(prediction, output)
+        self._settings.prediction = Prediction.of(prediction, output, rows=ZERO_ROWS)
         if prediction_col is not None:
             self._settings.prediction_col = prediction_col
         self._shipped = _Shipped()

@@ -24,12 +24,14 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import forward
 from sparkdeep.parameters import float_dtype_of, named_tensors
-from sparkdeep.prediction import Prediction, to_arrow
-from sparkdeep.program import Program, unpack_program
+from sparkdeep.prediction import Prediction, check_rows, to_arrow
+from sparkdeep.program import Program, other_modules, unpack_program
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
-__all__ = ["Scorer", "predict_column", "zero_output"]
+__all__ = ["ZERO_ROWS", "Scorer", "predict_column", "zero_output"]
+
+ZERO_ROWS: Final = 3
 
 _KEPT_MODELS: Final = 2
 _models: OrderedDict[str, _Loaded] = OrderedDict()
@@ -74,6 +76,8 @@ class _Loaded:
             for name, tensor in named_tensors(self.program.model):
                 tensor.copy_(values[name])
         self.module: nn.Module = self.program.model.to(self.device).eval()
+        for module in other_modules(self.program).values():
+            module.to(self.device)
         fields = tuple(f for f in scorer.schema.fields if f.role == "features")
         self.schema = Schema(fields=fields, float_dtype=scorer.schema.float_dtype)
         self.columns = list(scorer.columns)
@@ -91,7 +95,9 @@ class _Loaded:
             faults = Faults()
             fields = read_fields(batch, self.schema, faults, self.decode)
             faults.raise_if_any()
-            parts.append(to_arrow(self.prediction.apply(self._forward(fields))))
+            values = self.prediction.apply(self._forward(fields))
+            check_rows(values, batch.num_rows)
+            parts.append(to_arrow(values))
         return pa.concat_arrays(parts)
 
     def _forward(self, fields: Any) -> Any:
@@ -149,8 +155,8 @@ def _pandas_column(
 
 
 def zero_output(program: Program, schema: Schema, float_dtype: torch.dtype) -> Any:
-    """The output for two rows of zeros: its shape and dtype, without asking for a row of data."""
-    rows = 2
+    """The output for ZERO_ROWS rows of zeros: its shape and dtype, without asking for a row of data."""
+    rows = ZERO_ROWS
     fields: dict[str, Any] = {}
     for field in schema.fields:
         if field.role != "features":
