@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
-from torch import Tensor, nn
+from torch import nn
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.coordinator import Coordinator, parse_ports
@@ -77,7 +77,7 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
         stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
         launcher: BarrierLauncher | None = None
         ingested = _ingest(settings, spark, generation, schema, run)
-        program, output = _rehearse(settings, program, ingested)
+        program, prediction = _rehearse(settings, program, ingested)
         launcher = BarrierLauncher(
             spark,
             shards,
@@ -96,7 +96,7 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
     return TorchModel(
         module=program.model.eval(),
         schema=ingested.schema,
-        prediction=_prediction(settings, output),
+        prediction=prediction,
         prediction_col=settings.prediction_col,
         history=fit.state.records,
         batch_size=max(settings.local.batch_size, 256),
@@ -107,11 +107,14 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
     )
 
 
-def _prediction(settings: TorchEstimator, output: Any) -> Prediction:
+def _prediction(settings: TorchEstimator, output: Any, rows: int) -> Prediction:
     """What `transform` will write; a training_step's model need not have an output that can be written."""
-    if settings.training_step is not None and settings.prediction is None and not isinstance(output, Tensor):
-        return Prediction(choice=None, sql_type="")
-    return Prediction.of(settings.prediction, output)
+    try:
+        return Prediction.of(settings.prediction, output, rows=rows)
+    except ConfigError:
+        if settings.training_step is None or settings.prediction is not None:
+            raise
+        return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
 
 
 def _validation(settings: TorchEstimator) -> float | str | DataFrame | None:
@@ -169,13 +172,13 @@ def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame
     raise AssertionError("unreachable")
 
 
-def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) -> tuple[Program, Any]:
+def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
     batch = sample_batch(ingested.sample, ingested.schema, program)
     materialize(program.model, batch, settings.local.seed)
     pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
     output = rehearse(program, batch, ingested.schema)
-    _prediction(settings, output)
-    return program, output
+    prediction = _prediction(settings, output, batch.rows)
+    return program, prediction
 
 
 def _assemble(
