@@ -59,7 +59,9 @@ def test_the_mean_is_that_of_numpy_in_float64(weights, seed):
     assume(sum(weights) > 0)
     parts = vectors(len(weights), seed=seed)
     got = mean_of(parts, weights, chunk=16).numpy()
-    expected = np.average(np.stack([p.double().numpy() for p in parts]), axis=0, weights=np.asarray(weights) / max(weights))
+    expected = np.average(
+        np.stack([p.double().numpy() for p in parts]), axis=0, weights=np.asarray(weights) / max(weights)
+    )
     scale = np.max(np.abs(np.stack([p.double().numpy() for p in parts])), axis=0)
     np.testing.assert_array_less(np.abs(got - expected), 1e-14 * scale)
 
