@@ -3,8 +3,8 @@
 # Source it from the repository's root: it exports what Spark reads, and ends the shell with one line on failure.
 # Settings: PYTHON=<interpreter> for .venv; JAVA_HOME; SETUP_TIMEOUT_S (pip and apt-get, each; default 1800).
 
-# torch's wheel on PyPI for Linux brings the CUDA libraries. PIP_EXTRA_INDEX_URL=INDEX_OF_CPU_BUILDS
-# before the first run gives the CPU build of the same version.
+# torch's default wheel for Linux brings the CUDA libraries; where that is too much, point pip at an index of CPU builds
+# (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) before the first run.
 
 readonly setup_timeout_s="${SETUP_TIMEOUT_S:-1800}"
 readonly spark_version_range="Java 17 or newer with the module jdk.incubator.vector"
