@@ -75,11 +75,8 @@ class Launcher(Protocol):
         """Make the shards anew before the next launch: a replica did not find its own."""
 
 
-def open_replica(
-    plan: ReplicaPlan, ticket: Ticket, channel: Channel, shard: Shard, *, number: int, device: torch.device
-) -> Replica:
+def open_replica(plan: ReplicaPlan, channel: Channel, shard: Shard, *, number: int, device: torch.device) -> Replica:
     """Build a replica from the plan; the user's model is made here."""
-    del ticket
     program = unpack_program(plan.program)
     return Replica(program, plan.settings, plan.schema, shard, number=number, device=device, beat=channel.beat)
 
@@ -157,7 +154,7 @@ class _Threads:
         serve(
             channel,
             hello,
-            lambda: open_replica(plan, ticket, channel, shard, number=number, device=device),
+            lambda: open_replica(plan, channel, shard, number=number, device=device),
             StateFiles(state_dir),
         )
 

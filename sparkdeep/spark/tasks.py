@@ -217,7 +217,7 @@ def run_replica(task: ReplicaTask) -> None:
 
 def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.device) -> Replica:
     try:
-        return open_replica(task.job.plan, task.job.ticket, channel, shard, number=task.replica, device=device)
+        return open_replica(task.job.plan, channel, shard, number=task.replica, device=device)
     except ModuleNotFoundError as error:
         raise missing_module(error.name or str(error), str(error)) from error
 
