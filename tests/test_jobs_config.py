@@ -254,51 +254,51 @@ def test_sections_become_the_estimators_arguments():
         lr_scheduler={"name": "torch.optim.lr_scheduler:StepLR", "args": {"step_size": 3}},
         fit={**FIT, "early_stopping": {"patience": 5}},
     )
-    assert made.model == "torch.nn:Linear"
-    assert made.model_args == {"in_features": 2, "out_features": 2}
-    assert isinstance(made.loss, torch.nn.CrossEntropyLoss)
-    assert made.loss.label_smoothing == 0.1
-    optimizer = made.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert made.settings().model == "torch.nn:Linear"
+    assert made.settings().model_args == {"in_features": 2, "out_features": 2}
+    assert isinstance(made.settings().loss, torch.nn.CrossEntropyLoss)
+    assert made.settings().loss.label_smoothing == 0.1
+    optimizer = made.settings().optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["lr"] == 0.1
-    assert made.lr_scheduler(optimizer).step_size == 3
-    assert made.outer_optimizer is None
-    assert made.run.early_stopping.patience == 5
-    assert made.run.epochs == 3
-    assert list(made.metrics) == ["accuracy"]
+    assert made.settings().lr_scheduler(optimizer).step_size == 3
+    assert made.settings().outer_optimizer is None
+    assert made.settings().run.early_stopping.patience == 5
+    assert made.settings().run.epochs == 3
+    assert list(made.settings().metrics) == ["accuracy"]
 
 
 def test_the_digits_configuration_makes_an_estimator(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     made = Job(config=load_config(DIGITS)).estimator()
-    assert (made.run.num_workers, made.run.sync_every, made.prediction) == (2, 10, "argmax")
+    assert (made.getNumWorkers(), made.getSyncEvery(), made.getPrediction()) == (2, 10, "argmax")
 
 
 def test_metrics_without_validation_rows_are_left_to_the_test_rows():
     fit = {key: value for key, value in FIT.items() if key != "validation"}
-    assert estimator(fit=fit).metrics == {}
+    assert estimator(fit=fit).getMetrics() == {}
 
 
 def test_a_training_step_stands_for_the_loss():
     given_document = document(fit={**FIT, "training_step": "torch.nn.functional:mse_loss"})
     del given_document["loss"]
     made = Job(config=parse_config(given_document, Path("x.toml"))).estimator()
-    assert made.loss is None
-    assert made.training_step is torch.nn.functional.mse_loss
+    assert made.settings().loss is None
+    assert made.settings().training_step is torch.nn.functional.mse_loss
 
 
 def test_a_function_may_be_the_loss():
     made = estimator(loss={"name": "torch.nn.functional:cross_entropy", "args": {"label_smoothing": 0.2}})
-    assert made.loss.func is torch.nn.functional.cross_entropy
-    assert made.loss.keywords == {"label_smoothing": 0.2}
+    assert made.settings().loss.func is torch.nn.functional.cross_entropy
+    assert made.settings().loss.keywords == {"label_smoothing": 0.2}
 
 
 def test_round_records_are_collected_and_user_callbacks_kept():
     job = Job(config=parsed(fit={**FIT, "callbacks": ["builtins:print"]}))
     made = job.estimator()
-    made.callbacks[0]("record")
+    made.getCallbacks()[0]("record")
     assert job.records == ["record"]
-    assert made.callbacks[1:] == [print]
+    assert made.getCallbacks()[1:] == [print]
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,36 @@
-"""`TorchEstimator`: the settings of a fit, checked when they are given; `fit(df)` is `training.train`."""
+"""`TorchEstimator`: the settings of a fit as Spark ML params, checked when they are given; `fit(df)` is `training.train`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
+from pyspark import keyword_only
 from pyspark.ml.base import Estimator
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
-from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings, refuse_unknown
-from sparkdeep.coordinator import parse_ports
-from sparkdeep.data.schema import ColumnNames, names_in
+from sparkdeep.callbacks import Callback
+from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
+from sparkdeep.data.schema import ColumnNames
 from sparkdeep.errors import ConfigError
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.prediction import check_choice
 from sparkdeep.spark.model import TorchModel
+from sparkdeep.spark.params import ESTIMATOR_PARAMS, canonical, check_maps, values_of, with_params
+from sparkdeep.spark.settings import FitSettings
 from sparkdeep.spark.training import train
 
 __all__ = ["TorchEstimator"]
 
 
+@with_params(ESTIMATOR_PARAMS)
 class TorchEstimator(Estimator):
     """Trains a PyTorch network on a Spark DataFrame; `fit(df)` gives a `TorchModel`.
+
+    Every argument is a Spark ML `Param` of the same name: `estimator.epochs` is the param, `getEpochs()` its value,
+    `setEpochs(3)` sets it, grids name it. camelCase spellings (`batchSize`, `labelCol`, `featuresCol`) are accepted
+    wherever a name is.
 
     Args:
         model: an nn.Module (a copy is trained), a class or callable that returns one, or "package.module:function".
@@ -33,6 +40,7 @@ class TorchEstimator(Estimator):
             {argument of forward: either of these}.
         label_cols: the same forms. A name gives (B,), a list (B, k).
         model_args: keyword arguments for `model`.
+        learning_rate: the optimizer's `lr`, in place of the one it was given with; what a grid searches over.
         lr_scheduler: called with the optimizer; stepped once a local step, on the cumulative clock.
         outer_optimizer: a torch.optim factory for the driver's step on the averaged parameters; None assigns the mean.
         weight_col: row weights, in the loss and in the mean of replicas.
@@ -46,11 +54,13 @@ class TorchEstimator(Estimator):
         collate: list of 1-d tensors -> tensor, for ragged columns: one callable, or {column: callable}.
         prediction: what `transform` writes: None (the output), "argmax", "probability" or a callable.
         prediction_col: its column.
+        probability_col: for classifiers, a column of probabilities as a Spark ML vector; `prediction_col` then holds the
+            class as a double, as Spark's evaluators expect.
+        raw_prediction_col: as `probability_col`, of the scores before softmax.
         checkpoint_dir: a local path or URI; a fit that was killed goes on from its newest checkpoint.
         resume: "auto" goes on with a run that `checkpoint_dir` holds; False forgets it and starts over.
         keep_checkpoints: how many to keep.
-        callbacks: called with each round's record; returning True ends the run. One with an attribute `needs_spark = True`
-            is called while no stage holds the session's slots.
+        callbacks: called with each round's record; returning True ends the run. A `Callback` hears of start and end too.
         cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
         coordinator_host: the driver's name as executors reach it; default spark.driver.host.
         coordinator_port: a port, or a range (first, last), for the coordinator; default any free one.
@@ -65,16 +75,18 @@ class TorchEstimator(Estimator):
         ConfigError: a setting is unknown ("did you mean") or cannot be meant.
     """
 
+    @keyword_only
     def __init__(
         self,
         *,
         model: nn.Module | Callable[..., Any] | str,
-        optimizer: Callable[..., Any],
-        feature_cols: ColumnNames,
+        optimizer: Callable[..., Any] | None = None,
+        feature_cols: ColumnNames | None = None,
         label_cols: ColumnNames | None = None,
         loss: Callable[..., Tensor] | None = None,
         model_args: Mapping[str, Any] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
+        learning_rate: float | None = None,
         outer_optimizer: Callable[..., Any] | None = None,
         weight_col: str | None = None,
         validation: float | str | DataFrame | None = None,
@@ -87,10 +99,12 @@ class TorchEstimator(Estimator):
         collate: Any = None,
         prediction: Any = None,
         prediction_col: str = "prediction",
+        probability_col: str | None = None,
+        raw_prediction_col: str | None = None,
         checkpoint_dir: str | None = None,
         resume: str | bool = "auto",
         keep_checkpoints: int = 3,
-        callbacks: Sequence[Callable[[RoundRecord], Any]] = (),
+        callbacks: Sequence[Callback | Callable[[RoundRecord], Any]] = (),
         cpus_per_worker: int | None = None,
         gpus_per_worker: int | None = None,
         coordinator_host: str | None = None,
@@ -101,88 +115,65 @@ class TorchEstimator(Estimator):
         **settings: Any,
     ) -> None:
         super().__init__()
-        local = {f.name for f in fields(LocalSettings)}
-        run = {f.name for f in fields(RunSettings)}
-        known = local | run | set(type(self).__init__.__kwdefaults__ or {}) | {"model", "optimizer", "feature_cols"}
-        refuse_unknown(settings, known, "TorchEstimator setting")
-        if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
-            early_stopping = EarlyStopping(patience=early_stopping)
-        self.local = LocalSettings(**{k: v for k, v in settings.items() if k in local})
-        self.run = RunSettings(early_stopping=early_stopping, **{k: v for k, v in settings.items() if k in run})
-        self.model = model
-        self.optimizer = optimizer
-        self.feature_cols = feature_cols
-        self.label_cols = label_cols
-        self.loss = loss
-        self.model_args = dict(model_args or {})
-        self.lr_scheduler = lr_scheduler
-        self.outer_optimizer = outer_optimizer
-        self.weight_col = weight_col
-        self.validation = validation
-        self.metrics = dict(metrics or {})
-        self.training_step = training_step
-        self.preprocess = preprocess
-        self.augment = augment
-        self.decode = decode
-        self.collate = collate
-        self.prediction = prediction
-        self.prediction_col = prediction_col
-        self.checkpoint_dir = checkpoint_dir
-        self.resume = resume
-        self.keep_checkpoints = keep_checkpoints
-        self.callbacks = list(callbacks)
-        self.cpus_per_worker = cpus_per_worker
-        self.gpus_per_worker = gpus_per_worker
-        self.coordinator_host = coordinator_host
-        self.coordinator_port = coordinator_port
-        self.shard_dir = shard_dir
-        self.worker_process = worker_process
-        self.progress = progress
-        self._check()
+        given = canonical(self._input_kwargs, ESTIMATOR_PARAMS, "TorchEstimator setting")
+        self._setDefault(**_defaults())
+        self._set(**given)
+        self.settings()
 
-    def _check(self) -> None:
-        for name in ("optimizer", "lr_scheduler", "outer_optimizer", "loss", "training_step", "preprocess", "augment"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise ConfigError(f"{name}={value!r}: must be callable, such as partial(torch.optim.SGD, lr=0.1).")
-        if self.loss is None and self.training_step is None:
-            raise ConfigError("give loss=, such as nn.CrossEntropyLoss(), or training_step=.")
-        if self.training_step is None and self.label_cols is None:
-            raise ConfigError("give label_cols=, or training_step= for a loss that needs no label.")
-        if (self.metrics or self.run.early_stopping) and self.validation is None:
-            raise ConfigError(
-                "metrics= and early_stopping= are scored on validation rows: give validation=0.1, for one."
-            )
-        rule = self.run.early_stopping
-        if rule is not None and rule.monitor not in {"loss", *self.metrics}:
-            raise ConfigError(f"early_stopping monitors {rule.monitor!r}; known: {['loss', *self.metrics]}.")
-        if self.resume not in ("auto", True, False):
-            raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
-        if self.worker_process not in ("auto", "spawn", "reuse"):
-            raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
-        used = names_in(self.feature_cols) + names_in(self.label_cols) + names_in(self.weight_col)
-        if self.prediction_col in used:
-            raise ConfigError(
-                f"prediction_col={self.prediction_col!r} is a column that training reads; choose another."
-            )
-        check_choice(self.prediction)
-        parse_ports(self.coordinator_port)
+    def settings(self) -> FitSettings:
+        """The settings as one checked value.
 
-    def fit(self, dataset: DataFrame, params: Any = None, *, warm_start: TorchModel | None = None) -> Any:
+        Raises:
+            ConfigError: a value, or two together, cannot be meant.
+        """
+        values = values_of(self)
+        if values["feature_cols"] is None:
+            raise ConfigError('give feature_cols=, such as ["pixels"], or {argument of forward: column}.')
+        return FitSettings.of(values)
+
+    def fit(self, dataset: Any, params: Any = None, *, warm_start: TorchModel | None = None) -> Any:
         """Train on `dataset`.
 
         Args:
             dataset: the rows; only the used columns are read.
-            params: as for every Spark ML estimator.
+            params: as for every Spark ML estimator: a param map, or a list of them for a list of models.
             warm_start: start from this model's parameters instead of fresh ones.
 
         Raises:
             ConfigError, DataError, PreflightError: before anything trains.
             UserCodeError, NonFiniteError, ReplicaLostError: see `sparkdeep.rounds.run_rounds`.
         """
+        if isinstance(params, Mapping):
+            check_maps(self, [params])
         if warm_start is None:
             return super().fit(dataset, params)
-        return train(self, dataset, warm_start)
+        return train(self.copy(params or {}).settings(), dataset, warm_start)
 
-    def _fit(self, dataset: DataFrame) -> TorchModel:
-        return train(self, dataset, None)
+    def fitMultiple(  # noqa: N802 (Spark ML's name)
+        self,
+        dataset: DataFrame,
+        paramMaps: Sequence[Any],  # noqa: N803
+    ) -> Iterator[tuple[int, TorchModel]]:
+        """One model for each param map; every map is checked before the first model trains.
+
+        Raises:
+            ConfigError: a map names an unknown param, or sets a value that cannot be meant.
+        """
+        check_maps(self, paramMaps)
+        for one in paramMaps:
+            self.copy(one).settings()
+        return super().fitMultiple(dataset, paramMaps)
+
+    def _fit(self, dataset: Any) -> TorchModel:
+        return train(self.settings(), dataset, None)
+
+
+def _defaults() -> dict[str, Any]:
+    """Each param's default, from the one place where it is written."""
+    found = {"learning_rate": None}
+    for settings in (LocalSettings, RunSettings, FitSettings):
+        for one in fields(settings):
+            value = one.default_factory() if one.default_factory is not MISSING else one.default
+            if one.name in ESTIMATOR_PARAMS:
+                found[one.name] = None if value is MISSING else value
+    return found

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
 from torch import nn
 
+from sparkdeep.callbacks import Callbacks, FitInfo
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.data.schema import Schema, build_schema, names_in
@@ -28,11 +29,9 @@ from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.preflight import check_session, check_slots, task_profile
+from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.types import column_types
 from sparkdeep.store import Store, open_store
-
-if TYPE_CHECKING:
-    from sparkdeep.spark.estimator import TorchEstimator
 
 __all__ = ["train"]
 
@@ -41,7 +40,7 @@ _INGEST_TIMEOUT_S: Final = 24 * 3600.0
 _SLOT_TIMEOUT_S: Final = 30.0
 
 
-def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
+def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
     """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
     spark = getattr(dataset, "sparkSession", None)
     if spark is None:
@@ -91,9 +90,15 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
         progress = stack.enter_context(Progress(enabled=settings.progress))
         checkpoints = _checkpoints(settings, store, program, ingested, warm_start)
         fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints)
-        _run_rounds(settings, fit, progress)
+        callbacks = Callbacks(settings.callbacks)
+        try:
+            callbacks.start(_info(settings, fit, ingested))
+            _run_rounds(fit, progress, callbacks)
+        except BaseException as error:
+            callbacks.end(None, error)
+            raise
         fit.load_result()
-    return TorchModel(
+    model = TorchModel(
         module=program.model.eval(),
         schema=ingested.schema,
         prediction=prediction,
@@ -105,9 +110,11 @@ def train(settings: TorchEstimator, dataset: DataFrame, warm_start: TorchModel |
         decode=settings.decode,
         reference=reference_of(settings.model, settings.model_args),
     )
+    callbacks.end(model, None)
+    return model
 
 
-def _prediction(settings: TorchEstimator, output: Any, rows: int) -> Prediction:
+def _prediction(settings: FitSettings, output: Any, rows: int) -> Prediction:
     """What `transform` will write; a training_step's model need not have an output that can be written."""
     try:
         return Prediction.of(settings.prediction, output, rows=rows)
@@ -117,18 +124,19 @@ def _prediction(settings: TorchEstimator, output: Any, rows: int) -> Prediction:
         return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
 
 
-def _validation(settings: TorchEstimator) -> float | str | DataFrame | None:
+def _validation(settings: FitSettings) -> float | str | DataFrame | None:
     value = settings.validation
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _program(settings: TorchEstimator, warm_start: TorchModel | None) -> Program:
+def _program(settings: FitSettings, warm_start: TorchModel | None) -> Program:
     if settings.validation is not None and isinstance(settings.validation, float) and math.isnan(settings.validation):
         raise ConfigError("validation=nan: give a fraction between 0 and 1.")
     factory = import_factory(settings.model) if isinstance(settings.model, str) else settings.model
     module = build_model(factory, settings.model_args, settings.local.seed)
     if warm_start is not None:
         _warm(module, warm_start.model)
+    assert settings.optimizer is not None, "checked by FitSettings"
     return Program(
         model=module,
         loss=settings.loss,
@@ -142,7 +150,7 @@ def _program(settings: TorchEstimator, warm_start: TorchModel | None) -> Program
     )
 
 
-def _schema(settings: TorchEstimator, dataset: DataFrame, program: Program) -> Schema:
+def _schema(settings: FitSettings, dataset: DataFrame, program: Program) -> Schema:
     used = names_in(settings.feature_cols) + names_in(settings.label_cols) + names_in(settings.weight_col)
     wide = str(float_dtype_of(program.model)) == "torch.float64"
     return build_schema(
@@ -156,7 +164,7 @@ def _schema(settings: TorchEstimator, dataset: DataFrame, program: Program) -> S
     )
 
 
-def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame, schema: Schema, run: str) -> Ingested:
+def _ingest(settings: FitSettings, spark: SparkSession, generation: DataFrame, schema: Schema, run: str) -> Ingested:
     for attempt in range(settings.run.max_retries + 1):
         job = SparkJob(spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest")
         try:
@@ -172,7 +180,7 @@ def _ingest(settings: TorchEstimator, spark: SparkSession, generation: DataFrame
     raise AssertionError("unreachable")
 
 
-def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
+def _rehearse(settings: FitSettings, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
     batch = sample_batch(ingested.sample, ingested.schema, program)
     materialize(program.model, batch, settings.local.seed)
     pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
@@ -182,7 +190,7 @@ def _rehearse(settings: TorchEstimator, program: Program, ingested: Ingested) ->
 
 
 def _assemble(
-    settings: TorchEstimator,
+    settings: FitSettings,
     spark: SparkSession,
     stack: contextlib.ExitStack,
     program: Program,
@@ -238,14 +246,14 @@ def _assemble(
     return fit
 
 
-def _store(settings: TorchEstimator, spark: SparkSession) -> Store | None:
+def _store(settings: FitSettings, spark: SparkSession) -> Store | None:
     if settings.checkpoint_dir is None:
         return None
     return open_store(os.fspath(settings.checkpoint_dir), fallback=lambda uri: HadoopStore(spark, uri))
 
 
 def _checkpoints(
-    settings: TorchEstimator, store: Store | None, program: Program, ingested: Ingested, warm_start: TorchModel | None
+    settings: FitSettings, store: Store | None, program: Program, ingested: Ingested, warm_start: TorchModel | None
 ) -> CheckpointDirectory | None:
     if store is None:
         return None
@@ -261,16 +269,24 @@ def _checkpoints(
     return CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)
 
 
-def _run_rounds(settings: TorchEstimator, fit: Fit, progress: Progress) -> None:
+def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
+    return FitInfo(
+        run=fit.run,
+        num_rounds=fit.schedule.num_rounds,
+        committed=fit.state.committed,
+        rows=sum(shard.rows["train"] for shard in ingested.facts),
+        num_parameters=fit.layout.numel,
+        settings=described(settings),
+    )
+
+
+def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks) -> None:
     progress.start(fit.schedule.num_rounds, fit.state.committed)
     with contextlib.closing(fit.rounds()) as records:
         for record in records:
             progress.advance(record)
-            for callback in settings.callbacks:
-                if getattr(callback, "needs_spark", False):
-                    fit.close_stage()
-                if callback(record) is True:
-                    fit.stop(f"callback {getattr(callback, '__name__', type(callback).__name__)} asked for it")
+            if asked := callbacks.round(record, fit.close_stage):
+                fit.stop(f"callback {asked} asked for it")
     progress.finish(summary(fit.state.records[fit.resumed_from :]))
 
 

@@ -1,0 +1,188 @@
+"""Settings as Spark ML `Param`s: one table of names and meanings, camelCase spellings, setters and getters."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from pyspark.ml.param import Param, Params
+
+from sparkdeep.config import refuse_unknown
+from sparkdeep.errors import ConfigError
+
+__all__ = ["ESTIMATOR_PARAMS", "MODEL_PARAMS", "canonical", "check_maps", "values_of", "with_params"]
+
+_PARAMS_CLASS = TypeVar("_PARAMS_CLASS", bound=type[Params])
+
+_COLUMNS: Final = {
+    "feature_cols": "feature columns: a name, a list, or {argument of forward: name or list}",
+    "prediction_col": "the column that transform writes",
+    "probability_col": "column of class probabilities as a Spark ML vector; unset: none is written",
+    "raw_prediction_col": "column of the class scores as a Spark ML vector; unset: none is written",
+    "prediction": "what transform writes: None (the output), 'argmax', 'probability' or a callable",
+}
+
+ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
+    **_COLUMNS,
+    "model": "an nn.Module, a class or callable that makes one, or 'package.module:name'",
+    "model_args": "keyword arguments for model",
+    "loss": "loss(output, label), a mean over the batch",
+    "training_step": "training_step(model, batch) -> loss, in place of loss",
+    "optimizer": "called with the parameters",
+    "learning_rate": "the optimizer's lr, in place of the one it was given with",
+    "lr_scheduler": "called with the optimizer; stepped once a local step",
+    "outer_optimizer": "factory for the driver's step on the averaged parameters; None assigns the mean",
+    "label_cols": "label columns: a name, a list, or {argument: name or list}",
+    "weight_col": "column of row weights",
+    "validation": "a fraction of rows, a boolean column, or a second DataFrame",
+    "metrics": "name -> f(output, label) or a torchmetrics Metric, scored on validation rows",
+    "validate_every": "rounds between validations, or 'epoch'",
+    "early_stopping": "an EarlyStopping, or its patience in validations",
+    "preprocess": "on a batch's features: in training, validation and transform",
+    "augment": "on a batch's features, in training only",
+    "decode": "bytes -> array for binary columns: a callable, or {column: callable}",
+    "collate": "list of 1-d tensors -> tensor for ragged columns: a callable, or {column: callable}",
+    "num_workers": "replicas; one barrier task each",
+    "batch_size": "rows per batch and replica",
+    "accumulate_batches": "batches per local step",
+    "epochs": "passes over the rows",
+    "sync_every": "local steps between averages, or 'epoch'",
+    "clip_grad_norm": "largest 2-norm of the gradient in a local step",
+    "precision": "'bf16' for autocast",
+    "inner_state": "optimizer state between rounds: 'keep', 'average' or 'reset'",
+    "replica_state": "'local': on the executor's disk; 'durable': with the checkpoint or the driver",
+    "checkpoint_dir": "a path or URI; a fit that was killed goes on from its newest checkpoint",
+    "checkpoint_every": "rounds between checkpoints",
+    "keep_checkpoints": "checkpoints that are kept",
+    "resume": "'auto' goes on with a run that checkpoint_dir holds; False starts over",
+    "seed": "of row order, random numbers and fresh parameters",
+    "block_rows": "contiguous rows read together from a shard larger than window_rows",
+    "window_rows": "rows shuffled together",
+    "device": "'auto', 'cpu' or a torch device",
+    "cpus_per_worker": "CPUs of each replica's task, by a resource profile",
+    "gpus_per_worker": "GPUs of each replica's task, by a resource profile",
+    "worker_process": "'auto', 'spawn' or 'reuse': whether a replica trains in a child process",
+    "rounds_per_stage": "rounds in one barrier stage, or 'auto'",
+    "max_stage_s": "seconds after which an open stage is closed",
+    "max_retries": "repetitions of a failed round in a row",
+    "retry_backoff_s": "seconds before the first repetition",
+    "open_timeout_s": "seconds for replicas to come",
+    "stall_timeout_s": "seconds after which a silent replica counts as lost",
+    "coordinator_host": "the driver's name as executors reach it",
+    "coordinator_port": "a port or a range (first, last) for the coordinator",
+    "shard_dir": "shared storage for shards in place of local disks",
+    "callbacks": "called with each round's record; a Callback hears of start and end too",
+    "progress": "whether to show a progress bar",
+}
+"""Every setting of `TorchEstimator`."""
+
+MODEL_PARAMS: Final[Mapping[str, str]] = {**_COLUMNS, "batch_size": "rows per forward pass in transform"}
+"""Every setting of `TorchModel`."""
+
+_SPELLINGS: Final = {
+    "featuresCol": "feature_cols",
+    "features_col": "feature_cols",
+    "labelCol": "label_cols",
+    "label_col": "label_cols",
+    "lr": "learning_rate",
+}
+"""Beside the camelCase form of each name: what Spark ML and its users write."""
+
+
+def _camel(name: str) -> str:
+    return re.sub(r"_([a-z])", lambda match: match[1].upper(), name)
+
+
+def _plain(value: Any) -> Any:
+    # A grid made with numpy holds numpy numbers, which are no int to isinstance.
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value  # explainParams formats values with %
+
+
+def with_params(table: Mapping[str, str]) -> Callable[[_PARAMS_CLASS], _PARAMS_CLASS]:
+    """Class decorator: a `Param` for each name, read also by its camelCase spelling, and `setX`, `getX`.
+
+    `params`, `explainParams()` and saved metadata show the snake_case names only.
+    """
+
+    def decorate(cls: _PARAMS_CLASS) -> _PARAMS_CLASS:
+        for name, doc in table.items():
+            setattr(cls, name, Param(Params._dummy(), name, doc, typeConverter=_plain))
+            title = _camel(f"_{name}")
+            setattr(cls, f"set{title}", _setter(name))
+            setattr(cls, f"get{title}", _getter(name))
+        for spelling, name in spellings(table).items():
+            setattr(cls, spelling, property(operator.attrgetter(name)))
+        return cls
+
+    return decorate
+
+
+def _setter(name: str) -> Callable[..., Any]:
+    def set_param(self: Any, value: Any) -> Any:
+        return self._set(**{name: value})
+
+    set_param.__doc__ = f"Set `{name}`; returns this object."
+    return set_param
+
+
+def _getter(name: str) -> Callable[..., Any]:
+    def get_param(self: Any) -> Any:
+        return self.getOrDefault(getattr(self, name))
+
+    get_param.__doc__ = f"The value of `{name}`."
+    return get_param
+
+
+def spellings(table: Mapping[str, str]) -> dict[str, str]:
+    """Other spelling -> name, for every name of `table`."""
+    camel = {_camel(name): name for name in table if "_" in name}
+    return camel | {spelling: name for spelling, name in _SPELLINGS.items() if name in table}
+
+
+def canonical(given: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The given settings under their snake_case names.
+
+    Raises:
+        ConfigError: a name that is unknown ("did you mean"), or given in two spellings.
+    """
+    known = spellings(table)
+    refuse_unknown(given, [*table, *known], where)
+    result: dict[str, Any] = {}
+    for spelling, value in given.items():
+        name = known.get(spelling, spelling)
+        if name in result:
+            raise ConfigError(f"{name} is given twice, in two spellings ({', '.join(given)}): keep one.")
+        result[name] = value
+    return result
+
+
+def values_of(params: Params) -> dict[str, Any]:
+    """Every param's value by name: what was set, else the default."""
+    return {param.name: value for param, value in params.extractParamMap().items()}
+
+
+def check_maps(owner: Params, maps: Iterable[Mapping[Any, Any]]) -> None:
+    """Refuse what a grid asks of a param that `owner` does not have; Spark would pass over it in silence.
+
+    Raises:
+        ConfigError: with the nearest known name.
+    """
+    known = [param.name for param in owner.params]
+    for one in maps:
+        for param in one:
+            if not isinstance(param, Param):
+                raise ConfigError(
+                    f"a param map has the key {param!r}; its keys are Params: {{estimator.epochs: 3}}, or "
+                    "ParamGridBuilder().addGrid(estimator.epochs, [1, 3])."
+                )
+            refuse_unknown([param.name], known, f"param of {type(owner).__name__} in a param map")
+            if param.parent != owner.uid:
+                raise ConfigError(
+                    f"a param map sets {param.name!r} of {param.parent}, and this is {owner.uid}: build the grid from the "
+                    "estimator that is fitted."
+                )

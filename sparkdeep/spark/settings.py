@@ -1,0 +1,145 @@
+"""The settings of one fit as a frozen value, checked together; made from an estimator's params when it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from sparkdeep.callbacks import Callback
+from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
+from sparkdeep.coordinator import parse_ports
+from sparkdeep.data.schema import ColumnNames, names_in
+from sparkdeep.errors import ConfigError
+from sparkdeep.identity import describe
+from sparkdeep.prediction import check_choice
+
+__all__ = ["FitSettings", "described"]
+
+_LOCAL = frozenset(f.name for f in fields(LocalSettings))
+_RUN = frozenset(f.name for f in fields(RunSettings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """What `TorchEstimator` was given; each field is described there."""
+
+    local: LocalSettings
+    run: RunSettings
+    model: Any
+    feature_cols: ColumnNames
+    optimizer: Callable[..., Any] | None = None
+    label_cols: ColumnNames | None = None
+    loss: Callable[..., Any] | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    lr_scheduler: Callable[..., Any] | None = None
+    outer_optimizer: Callable[..., Any] | None = None
+    weight_col: str | None = None
+    validation: Any = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    training_step: Callable[..., Any] | None = None
+    preprocess: Callable[[Any], Any] | None = None
+    augment: Callable[[Any], Any] | None = None
+    decode: Any = None
+    collate: Any = None
+    prediction: Any = None
+    prediction_col: str = "prediction"
+    probability_col: str | None = None
+    raw_prediction_col: str | None = None
+    checkpoint_dir: str | None = None
+    resume: str | bool = "auto"
+    keep_checkpoints: int = 3
+    callbacks: Sequence[Callable[..., Any]] = ()
+    cpus_per_worker: int | None = None
+    gpus_per_worker: int | None = None
+    coordinator_host: str | None = None
+    coordinator_port: int | tuple[int, int] | str | None = None
+    shard_dir: str | None = None
+    worker_process: str = "auto"
+    progress: bool = True
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> FitSettings:
+        """Make the settings from every param's value by name.
+
+        Raises:
+            ConfigError: a value, or two together, cannot be meant.
+        """
+        given = dict(values)
+        rule = given.pop("early_stopping", None)
+        if rule is not None and not isinstance(rule, EarlyStopping):
+            rule = EarlyStopping(patience=rule)
+        rate = given.pop("learning_rate", None)
+        local = LocalSettings(**{name: given.pop(name) for name in list(given) if name in _LOCAL})
+        run = RunSettings(early_stopping=rule, **{name: given.pop(name) for name in list(given) if name in _RUN})
+        for name in ("model_args", "metrics"):
+            given[name] = dict(given.get(name) or {})
+        given["callbacks"] = list(given.get("callbacks") or ())
+        if isinstance(given.get("coordinator_port"), list):
+            given["coordinator_port"] = tuple(given["coordinator_port"])
+        if rate is not None:
+            given["optimizer"] = _at_rate(given.get("optimizer"), rate)
+        return cls(local=local, run=run, **given)
+
+    def __post_init__(self) -> None:
+        for name in ("optimizer", "lr_scheduler", "outer_optimizer", "loss", "training_step", "preprocess", "augment"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name}={value!r}: must be callable, such as partial(torch.optim.SGD, lr=0.1).")
+        if self.optimizer is None:
+            raise ConfigError("give optimizer=, such as partial(torch.optim.SGD, lr=0.1).")
+        if self.loss is None and self.training_step is None:
+            raise ConfigError("give loss=, such as nn.CrossEntropyLoss(), or training_step=.")
+        if self.training_step is None and self.label_cols is None:
+            raise ConfigError("give label_cols=, or training_step= for a loss that needs no label.")
+        if (self.metrics or self.run.early_stopping) and self.validation is None:
+            raise ConfigError(
+                "metrics= and early_stopping= are scored on validation rows: give validation=0.1, for one."
+            )
+        rule = self.run.early_stopping
+        if rule is not None and rule.monitor not in {"loss", *self.metrics}:
+            raise ConfigError(f"early_stopping monitors {rule.monitor!r}; known: {['loss', *self.metrics]}.")
+        if self.resume not in ("auto", True, False):
+            raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
+        if self.worker_process not in ("auto", "spawn", "reuse"):
+            raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
+        for one in self.callbacks:
+            if not (callable(one) or isinstance(one, Callback)):
+                raise ConfigError(f"callbacks hold {one!r}: give functions of a round's record, or Callback objects.")
+        self._check_columns()
+        check_choice(self.prediction)
+        parse_ports(self.coordinator_port)
+
+    def _check_columns(self) -> None:
+        used = names_in(self.feature_cols) + names_in(self.label_cols) + names_in(self.weight_col)
+        written: list[str] = []
+        for setting in ("prediction_col", "probability_col", "raw_prediction_col"):
+            name = getattr(self, setting)
+            if name is None and setting != "prediction_col":
+                continue
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"{setting}={name!r}: must be a column's name.")
+            if name in used:
+                raise ConfigError(f"{setting}={name!r} is a column that training reads; choose another.")
+            if name in written:
+                raise ConfigError(f"{setting}={name!r} is written by another setting already; choose another.")
+            written.append(name)
+
+
+def described(settings: FitSettings) -> dict[str, Any]:
+    """Every setting as a JSON value, for a log: callables and classes by name."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model")}
+    values |= asdict(settings.local) | asdict(settings.run)
+    model = settings.model
+    # A module's class: a digest of its weights says nothing to a reader.
+    values["model"] = model if isinstance(model, str) or hasattr(model, "__qualname__") else type(model)
+    return {name: describe(value) for name, value in sorted(values.items())}
+
+
+def _at_rate(optimizer: Any, rate: Any) -> Any:
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0:
+        raise ConfigError(f"learning_rate={rate!r}: must be a number that is not negative.")
+    if not callable(optimizer):
+        return optimizer  # refused, or made from the model, where optimizers are
+    return partial(optimizer, lr=rate)
