@@ -1,14 +1,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: train test lint clean help
+.PHONY: train test test-jobs test-lts test-extras lint clean help
 
 CONF ?= conf/digits.toml
 ARGS ?=
 SETUP := source .ci/setup.sh
 
 help:  ## list the commands
-	@sed -n 's/^\([a-z]*\):  ## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):  ## /make \1\t/p' Makefile
 
 train:  ## set up, then train CONF (conf/digits.toml) with spark-submit; ARGS="--set fit.epochs=3"
 	@$(SETUP)
@@ -18,10 +18,22 @@ test:  ## set up, then format, lint, types and the three tiers of tests, each ti
 	@$(SETUP)
 	bash .ci/test.sh
 
+test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect
+	@$(SETUP)
+	bash .ci/test.sh jobs
+
+test-lts:  ## the same tests on Spark 3.5, pyarrow 14 and petastorm, in an environment of their own
+	@$(SETUP)
+	bash .ci/lts.sh
+
+test-extras:  ## MLflow, TensorBoard, ONNX, transformers, Lightning, Keras, Airflow and a browser, in environments of their own
+	@$(SETUP)
+	bash .ci/extras.sh
+
 lint:  ## set up, then format, lint and types only
 	@$(SETUP)
 	bash .ci/test.sh lint
 
 clean:  ## remove what the other commands made
-	@rm -rf .venv build dist runs spark-warehouse metastore_db derby.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-* build dist runs spark-warehouse metastore_db derby.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
