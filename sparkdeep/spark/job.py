@@ -32,7 +32,7 @@ from sparkdeep.spark.jobresult import (
 from sparkdeep.spark.sources import read_source, ship_modules, split_rows, start_session
 from sparkdeep.store import Store, open_store
 
-__all__ = ["Job", "run_job"]
+__all__ = ["Job", "run_job", "spark_uri"]
 
 _SECTION_ARGUMENTS = ("model", "model_args", "loss", "optimizer", "lr_scheduler", "outer_optimizer", "metrics")
 _PLACES = {"model_args": "[model] args", "metrics": "metrics = [...] at the top"}
@@ -50,6 +50,8 @@ class Job:
     """Round records in the order in which they were reported."""
     result: dict[str, Any] = field(default_factory=dict)
     """What the script adds to the result file."""
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """The script's own command-line options."""
     _session: Any = None
 
     def estimator(self) -> Any:
@@ -126,6 +128,20 @@ class Job:
         self.result.update(scores)
         return scores
 
+    def feature_pipeline(self) -> Any:
+        """Makes the unfitted Spark ML pipeline that `[pipeline] features` names; None if it names none."""
+        section = self.config.pipeline.features
+        if section is None:
+            return None
+        made = _checked(section)
+        self.session()
+        return made(**section.args)
+
+    def rows_to_score(self) -> Any:
+        """Returns the rows of `[pipeline] score`; None if it names none."""
+        path = self.config.pipeline.score
+        return None if path is None else read_source(self.session(), self.config.data, path=path)
+
     def label(self) -> str:
         """Returns the label's column; ConfigError when metrics are named and the labels are not one column."""
         labels = self.config.fit.get("label_cols")
@@ -146,8 +162,7 @@ class Job:
 
     def output_uri(self, name: str) -> str:
         """As `output`, for Spark: a local folder stays local when the cluster's default file system is another."""
-        path = self.output(name)
-        return path if is_uri(path) else f"file://{path}"
+        return spark_uri(self.output(name))
 
     def resumable(self) -> bool:
         """Tells whether the checkpoint folder holds a committed round."""
@@ -176,7 +191,12 @@ class Job:
 
 
 def run_job(
-    work: Callable[[Job], None], *, description: str, result_name: str, argv: Sequence[str] | None = None
+    work: Callable[[Job], None],
+    *,
+    description: str,
+    result_name: str,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Runs a job's work and writes its result file, whatever happens.
 
@@ -184,6 +204,7 @@ def run_job(
         work: the job; what it raises is reported, not raised.
         description: for `--help`.
         result_name: the result file's name in the output folder.
+        options: adds the script's own options to the parser; their values are `job.options`.
         argv: the arguments after the script's name; None takes sys.argv.
 
     Returns:
@@ -192,6 +213,8 @@ def run_job(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="the TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="fit.epochs=3; repeatable")
+    if options is not None:
+        options(parser)
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -201,7 +224,7 @@ def run_job(
         folder = output_folder(document, path)
         clear_result(folder, result_name)
         sys.path.extend(str(home) for home in _module_folders(path) if str(home) not in sys.path)
-        job = Job(config=parse_config(document, path))
+        job = Job(config=parse_config(document, path), options=arguments)
         work(job)
     except BaseException as raised:  # noqa: BLE001 (any end, also an interrupt, is reported and written)
         error = raised
@@ -230,6 +253,11 @@ def _report(folder: str, name: str, job: Job | None, error: BaseException | None
         write_records(folder, job.records, fallback=job.hadoop_store)
     content = result_of(error, rounds=len(job.records), resumable=resumable, seconds=seconds)
     write_result(folder, name, {**content, **job.result}, fallback=job.hadoop_store)
+
+
+def spark_uri(path: str) -> str:
+    """A path as Spark takes it: a local one stays local when the cluster's default file system is another."""
+    return path if is_uri(path) else f"file://{Path(path).absolute()}"
 
 
 def output_folder(document: Mapping[str, Any], path: Path) -> str:

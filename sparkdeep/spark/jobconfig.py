@@ -17,6 +17,7 @@ __all__ = [
     "JobConfig",
     "ObjectSection",
     "OutputSection",
+    "PipelineSection",
     "SparkSection",
     "load_config",
 ]
@@ -34,6 +35,7 @@ _SECTIONS = (
     "fit",
     "metrics",
     "output",
+    "pipeline",
     "spark",
 )
 _REQUIRED = ("data", "model", "optimizer")
@@ -78,6 +80,20 @@ class OutputSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineSection:
+    """What jobs/pipeline.py needs beside the rest."""
+
+    features: ObjectSection | None = None
+    """"module:function" of keyword arguments: returns the Spark ML Pipeline that makes the feature columns."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """Metric -> bound that the test rows must keep: at least, for accuracy; at most, for errors."""
+    publish: str | None = None
+    """Folder of published models; default: published/ in the output folder."""
+    score: str | None = None
+    """Path of the rows to score, of the same kind as `[data]`; default: the test rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparkSection:
     """The session of a job; what spark-submit was given outranks all of it."""
 
@@ -111,6 +127,8 @@ class JobConfig:
     """`metrics = [...]`: names from METRICS"""
     output: OutputSection
     """`[output]`"""
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
+    """`[pipeline]`"""
     spark: SparkSection
     """`[spark]`"""
 
@@ -203,6 +221,7 @@ def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
         fit=dict(_table(document, "fit")),
         metrics=_metrics(document.get("metrics", [])),
         output=_output(_table(document, "output"), path),
+        pipeline=_pipeline(_table(document, "pipeline")),
         spark=_spark(_table(document, "spark")),
     )
 
@@ -236,6 +255,16 @@ def _output(table: Mapping[str, Any], path: Path) -> OutputSection:
     refuse_unknown(table, ("dir",), "key of [output]")
     _typed(table, "output", dir=str)
     return OutputSection(dir=table.get("dir", f"runs/{path.stem}"))
+
+
+def _pipeline(table: Mapping[str, Any]) -> PipelineSection:
+    refuse_unknown(table, PipelineSection.__dataclass_fields__, "key of [pipeline]")
+    _typed(table, "pipeline", features=dict, gate=dict, publish=str, score=str)
+    gate = table.get("gate", {})
+    refuse_unknown(gate, METRICS, "metric in [pipeline] gate")
+    _typed(gate, "pipeline.gate", **dict.fromkeys(gate, (float, int)))
+    features = _object(table["features"], "pipeline.features") if "features" in table else None
+    return PipelineSection(**{**table, "features": features, "gate": {name: float(gate[name]) for name in gate}})
 
 
 def _metrics(names: Any) -> tuple[str, ...]:
