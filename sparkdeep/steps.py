@@ -68,6 +68,10 @@ class Steps:
         """All steps in order."""
         return list(self._steps)
 
+    def needs(self, name: str) -> tuple[str, ...]:
+        """The steps that a step needs."""
+        return self._steps[name].needs
+
     def fingerprint(self, name: str) -> str:
         """16 hexadecimal digits over the step's settings and those of every step before it."""
         step = self._steps[name]
