@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The second supported stack: Spark 3.5, pyarrow 14, numpy 1.26 and petastorm, in an environment of its own, .venv-lts;
+# then the tests on it. Run it by `make test-lts`, after .ci/setup.sh has set Java and .venv; `build` as its argument
+# only makes the environment. Setting: LTS_TIMEOUT_S (pip; default 900).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly budget_s=480
+readonly started_s=$SECONDS
+readonly lts_timeout_s="${LTS_TIMEOUT_S:-900}"
+readonly lts_packages=(
+    -e ".[digits,metrics]" torch==2.13.0
+    pytest pytest-timeout hypothesis psutil scipy
+    opencv-python-headless
+    dill diskcache future packaging pyzmq six fsspec   # what petastorm needs
+)
+# petastorm 0.13 asks for setuptools below 70 and torch 2.13 for 77 or newer; it never imports setuptools, so it comes
+# without its dependencies, which are listed above.
+readonly lts_alone=(petastorm)
+
+lts_fail() {
+    printf '[lts] error: %s\n' "$*" >&2
+    exit 1
+}
+
+# The environment, made again when what it is made from has changed.
+lts_venv() {
+    local folder=.venv-lts stamp
+    stamp="$(cat pyproject.toml constraints-lts.txt | cksum) ${lts_packages[*]} ${lts_alone[*]} ${PWD}"
+    if [[ -x "$folder/bin/python" && -f "$folder/.stamp" && "$(<"$folder/.stamp")" == "$stamp" ]]; then
+        return 0
+    fi
+    rm -rf "$folder"
+    .venv/bin/python -m venv "$folder" || lts_fail ".venv has no working Python: run make test-lts, which makes it"
+    timeout "$lts_timeout_s" "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
+        -c constraints-lts.txt "${lts_packages[@]}" >&2 ||
+        lts_fail "pip could not install constraints-lts.txt within ${lts_timeout_s} s: its message is above"
+    timeout "$lts_timeout_s" "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps \
+        -c constraints-lts.txt "${lts_alone[@]}" >&2 ||
+        lts_fail "pip could not install ${lts_alone[*]} within ${lts_timeout_s} s: its message is above"
+    printf '%s' "$stamp" >"$folder/.stamp"
+}
+
+# timed NAME BUDGET_S COMMAND...: runs it and prints its time beside its budget on an idle machine.
+timed() {
+    local name="$1" budget="$2" begun_s=$SECONDS code=0
+    shift 2
+    printf '== %s (budget %d s)\n' "$name" "$budget"
+    "$@" || code=$?
+    printf '== %s: %s in %d s\n' "$name" "$([[ $code == 0 ]] && echo passed || echo "FAILED (exit $code)")" \
+        $((SECONDS - begun_s))
+    return "$code"
+}
+
+timed "environment .venv-lts" 120 lts_venv
+printf '== lts: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"
