@@ -127,8 +127,7 @@ def test_after_a_failure_in_training_it_goes_on_from_the_checkpoint(spark, tmp_p
 def test_a_step_out_of_order_is_a_wrong_configuration_with_an_exit_code(tmp_path):
     submit = Path(pyspark.__file__).parent / "bin/spark-submit"
     done = subprocess.run(
-        [submit, "--conf", "spark.driver.host=127.0.0.1", "jobs/pipeline.py", str(CONFIG), "--step", "train"]
-        + ["--set", f"output.dir='{tmp_path}'"],
+        [submit, "--conf", "spark.driver.host=127.0.0.1", "jobs/pipeline.py", str(CONFIG), "--step", "train", "--set", f"output.dir='{tmp_path}'"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_CONF_DIR": str(ROOT / "conf"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
