@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepErro
 from sparkdeep.launch import Launcher, Ticket
 from sparkdeep.messages import Hello, Open
 from sparkdeep.parameters import Layout
+from sparkdeep.planning import rounds_to_run, stage_description
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import Schedule
 from sparkdeep.session import versions
@@ -63,6 +63,7 @@ class Stages:
     _opened_at: float = field(default=0.0, init=False)
     _opening_s: float = field(default=0.0, init=False)
     _rounds: int = field(default=0, init=False)
+    _planned: int | None = field(default=None, init=False)
     _renew: bool = field(default=False, init=False)
     _reset: list[int] = field(default_factory=list, init=False)
 
@@ -84,6 +85,13 @@ class Stages:
             self.launcher.renew()
             self._renew = False
         name = secrets.token_hex(8)
+        last = self.schedule.num_rounds
+        planned = rounds_to_run(
+            state.records,
+            left=last - state.committed,
+            rounds_per_stage=self.settings.rounds_per_stage,
+            max_stage_s=self.settings.max_stage_s,
+        )
         stage = Stage(
             run=self.run,
             name=name,
@@ -96,7 +104,7 @@ class Stages:
         self.coordinator.route(stage.admit)
         try:
             ticket = Ticket(address=self.coordinator.address, token=self.coordinator.token, run=self.run, stage=name)
-            running = self.launcher.launch(ticket, self._description(state))
+            running = self.launcher.launch(ticket, stage_description(state.committed, planned, last))
             hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
             self._check(hellos)
             outcome = stage.open(self._answers(state, snapshot), timeout_s=self.settings.open_timeout_s)
@@ -114,7 +122,7 @@ class Stages:
             )
         self._opened_at = time.monotonic()
         self._opening_s = self.last_opening_s = self._opened_at - began
-        self._rounds = 0
+        self._rounds, self._planned = 0, planned
         return stage
 
     def _answers(self, state: RunState, snapshot: Snapshot | None) -> list[tuple[Open, bytes, bytes]]:
@@ -159,13 +167,6 @@ class Stages:
                     "Parquet or a table first and fit from that."
                 )
 
-    def _description(self, state: RunState) -> str:
-        first, last = state.committed + 1, self.schedule.num_rounds
-        per_stage = self.settings.rounds_per_stage
-        if isinstance(per_stage, int):
-            return f"sparkdeep fit: rounds {first}-{min(first + per_stage - 1, last)} of {last}"
-        return f"sparkdeep fit: rounds from {first} of {last}"
-
     def _waiting_for(self) -> str:
         return (
             f"A barrier stage needs {self.launcher.num_replicas} free slots at the same time: check that no other job holds "
@@ -181,13 +182,13 @@ class Stages:
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""
         open_s = time.monotonic() - self._opened_at
-        per_stage = self.settings.rounds_per_stage
-        if isinstance(per_stage, int) and self._rounds >= per_stage:
-            return True
-        # 20 times what opening took: opening costs at most 5 % of the time.
         longest = self.settings.max_stage_s
-        enough = min(longest, 20 * self._opening_s) if per_stage == "auto" else math.inf
-        return open_s >= enough or open_s + round_s > longest
+        if open_s + round_s > longest:
+            return True
+        if self._planned is not None:
+            return self._rounds >= self._planned
+        # 20 times what opening took: opening costs at most 5 % of the time.
+        return open_s >= min(longest, 20 * self._opening_s)
 
     def close(self, committed: int) -> None:
         """Close the open stage in good order, if there is one; the replicas keep their state as that of `committed`.
