@@ -113,12 +113,14 @@ def reference_of(model: object, model_args: Mapping[str, Any] | None) -> ModelRe
     return ModelReference(name=name, args=args, kwargs=kwargs)
 
 
-def resolve(name: str, *, allow_modules: Sequence[str] = ()) -> Callable[..., Any]:
+def resolve(
+    name: str, *, allow_modules: Sequence[str] = (), kinds: tuple[type, ...] = (nn.Module,)
+) -> Callable[..., Any]:
     """Return the factory that a stored `name` stands for. Nothing of it is called here.
 
     Registered names come first. Otherwise the name's module must already be imported, or be listed in
-    `allow_modules` (itself or a package above it), in which case it is imported; and what it names there must be an
-    nn.Module subclass or a registered factory. A function is accepted only if it is defined in a listed module.
+    `allow_modules` (itself or a package above it), in which case it is imported; and what it names there must be a
+    subclass of one of `kinds` or a registered factory. A function is accepted only if it is defined in a listed module.
 
     Raises:
         ModelLoadError: the rules refuse the name.
@@ -144,7 +146,7 @@ def resolve(name: str, *, allow_modules: Sequence[str] = ()) -> Callable[..., An
     target = _look_up(name, module, qualname)
     if any(target is factory for factory in _registered.values()):
         return target
-    if isinstance(target, type) and issubclass(target, nn.Module):
+    if isinstance(target, type) and issubclass(target, kinds):
         return target
     # Where it is defined counts, as a listed module may well import subprocess.run.
     if inspect.isfunction(target) and _is_listed(target.__module__, allow_modules):

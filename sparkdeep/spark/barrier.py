@@ -51,13 +51,21 @@ class SparkJob:
         """Why the job failed, named if we can name it; None while it runs or when it ended well."""
         return self._failure
 
-    def result(self, timeout_s: float, what: str, *, idle_timeout_s: float | None = None) -> Sequence[Any]:
+    def result(
+        self,
+        timeout_s: float,
+        what: str,
+        *,
+        idle_timeout_s: float | None = None,
+        on_busy: Callable[[], None] = lambda: None,
+    ) -> Sequence[Any]:
         """Wait for the rows.
 
         Args:
             timeout_s: for the whole job.
             what: it is, for the message.
             idle_timeout_s: for which it may have no running task: other jobs hold the slots that it waits for.
+            on_busy: called every second in which it has one, where `idle_timeout_s` is given.
 
         Raises:
             ReplicaLostError: the job did not end, or had no slots, in time; it is cancelled.
@@ -75,6 +83,7 @@ class SparkJob:
             looked = now
             if self._has_tasks():
                 busy = now
+                on_busy()
             elif now - busy > idle_timeout_s:
                 self.cancel()
                 raise ReplicaLostError(

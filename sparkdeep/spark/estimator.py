@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from pyspark import keyword_only
 from pyspark.ml.base import Estimator
+from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.data.schema import ColumnNames
 from sparkdeep.errors import ConfigError
 from sparkdeep.metrics import RoundRecord
+from sparkdeep.spark.estimator_files import EstimatorReader, EstimatorWriter
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.params import ESTIMATOR_PARAMS, canonical, check_maps, values_of, with_params
 from sparkdeep.spark.settings import FitSettings
@@ -25,7 +27,7 @@ __all__ = ["TorchEstimator"]
 
 
 @with_params(ESTIMATOR_PARAMS)
-class TorchEstimator(Estimator):
+class TorchEstimator(Estimator, MLWritable, MLReadable):
     """Trains a PyTorch network on a Spark DataFrame; `fit(df)` gives a `TorchModel`.
 
     Every argument is a Spark ML `Param` of the same name: `estimator.epochs` is the param, `getEpochs()` its value,
@@ -115,6 +117,7 @@ class TorchEstimator(Estimator):
         **settings: Any,
     ) -> None:
         super().__init__()
+        self._search = False
         given = canonical(self._input_kwargs, ESTIMATOR_PARAMS, "TorchEstimator setting")
         self._setDefault(**_defaults())
         self._set(**given)
@@ -147,7 +150,10 @@ class TorchEstimator(Estimator):
             check_maps(self, [params])
         if warm_start is None:
             return super().fit(dataset, params)
-        return train(self.copy(params or {}).settings(), dataset, warm_start)
+        if isinstance(params, list | tuple):
+            self._check(params)
+            return [self.copy(one)._train(dataset, warm_start) for one in params]
+        return (self.copy(params) if params else self)._train(dataset, warm_start)
 
     def fitMultiple(  # noqa: N802 (Spark ML's name)
         self,
@@ -159,13 +165,58 @@ class TorchEstimator(Estimator):
         Raises:
             ConfigError: a map names an unknown param, or sets a value that cannot be meant.
         """
-        check_maps(self, paramMaps)
-        for one in paramMaps:
+        self._check(paramMaps)
+        return super(TorchEstimator, self.copy({})).fitMultiple(dataset, paramMaps)
+
+    def copy(self, extra: Mapping[Any, Any] | None = None) -> TorchEstimator:
+        """A copy with the same uid and params.
+
+        Args:
+            extra: a param map for the copy. A copy with one, be it empty, is taken for one of several fits (that is how
+                Pipeline, CrossValidator and TrainValidationSplit make theirs): it keeps its checkpoints in a folder of
+                its own below `checkpoint_dir`, named by rows and settings.
+        """
+        that: TorchEstimator = super().copy(extra)
+        that._search = self._search or extra is not None
+        return that
+
+    def write(self) -> EstimatorWriter:
+        """A writer of this estimator's params, as every Spark ML stage has one: `estimator.write().overwrite().save(path)`.
+
+        Functions and classes are stored by name, see `sparkdeep.stored_values`; a module instance given as `model`, with
+        its tensors.
+        """
+        return EstimatorWriter(self)
+
+    @classmethod
+    def read(cls) -> EstimatorReader:
+        """A reader, used by `Pipeline.load` and `CrossValidator.load`; runs no stored code."""
+        return EstimatorReader(cls)
+
+    @classmethod
+    def load(cls, path: str, *, allow_modules: Sequence[str] = ()) -> TorchEstimator:
+        """Read an estimator that was saved; runs no stored code.
+
+        Args:
+            path: as given to `save`.
+            allow_modules: modules whose functions and classes a stored name may mean, beside what is imported already
+                (nn.Module classes) or registered.
+
+        Raises:
+            ModelLoadError: a name may not be resolved, or a file is damaged.
+        """
+        return EstimatorReader(cls, allow_modules).load(path)
+
+    def _check(self, maps: Sequence[Any]) -> None:
+        check_maps(self, maps)
+        for one in maps:
             self.copy(one).settings()
-        return super().fitMultiple(dataset, paramMaps)
 
     def _fit(self, dataset: Any) -> TorchModel:
-        return train(self.settings(), dataset, None)
+        return self._train(dataset, None)
+
+    def _train(self, dataset: Any, warm_start: TorchModel | None) -> TorchModel:
+        return train(replace(self.settings(), search=self._search), dataset, warm_start)
 
 
 def _defaults() -> dict[str, Any]:

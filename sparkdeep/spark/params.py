@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -106,7 +107,8 @@ def _plain(value: Any) -> Any:
 def with_params(table: Mapping[str, str]) -> Callable[[_PARAMS_CLASS], _PARAMS_CLASS]:
     """Class decorator: a `Param` for each name, read also by its camelCase spelling, and `setX`, `getX`.
 
-    `params`, `explainParams()` and saved metadata show the snake_case names only.
+    `params`, `explainParams()` and saved metadata show the snake_case names only. An attribute that is not there is
+    refused with the nearest name, and so is a value that is assigned where the `Param` is.
     """
 
     def decorate(cls: _PARAMS_CLASS) -> _PARAMS_CLASS:
@@ -115,8 +117,16 @@ def with_params(table: Mapping[str, str]) -> Callable[[_PARAMS_CLASS], _PARAMS_C
             title = _camel(f"_{name}")
             setattr(cls, f"set{title}", _setter(name))
             setattr(cls, f"get{title}", _getter(name))
-        for spelling, name in spellings(table).items():
+        other = spellings(table)
+        for spelling, name in other.items():
             setattr(cls, spelling, property(operator.attrgetter(name)))
+            if spelling in _SPELLINGS:  # setFeaturesCol, setLabelCol: what every estimator of Spark has
+                title = _camel(f"_{spelling}")
+                setattr(cls, f"set{title}", _setter(name))
+                setattr(cls, f"get{title}", _getter(name))
+        methods = {"__getattr__": _missing, "__setattr__": _assigner(cls, {name: name for name in table} | other)}
+        for name, method in methods.items():
+            setattr(cls, name, method)
         return cls
 
     return decorate
@@ -136,6 +146,26 @@ def _getter(name: str) -> Callable[..., Any]:
 
     get_param.__doc__ = f"The value of `{name}`."
     return get_param
+
+
+def _missing(self: Any, name: str) -> Any:
+    """Called by Python for a name that is not there; says which one may be meant."""
+    near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(type(self)), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
+
+
+def _assigner(cls: type, names: Mapping[str, str]) -> Callable[[Any, str, Any], None]:
+    plain: Any = cls.__setattr__
+
+    def assign(self: Any, name: str, value: Any) -> None:
+        if name in names and not isinstance(value, Param):  # it would hide the Param, and no fit would see it
+            raise AttributeError(
+                f"{name} is a Spark ML Param, so that {name} = ... sets nothing: call set{_camel(f'_{names[name]}')}(...)."
+            )
+        plain(self, name, value)
+
+    return assign
 
 
 def spellings(table: Mapping[str, str]) -> dict[str, str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, Final
+
+import cloudpickle
 
 from sparkdeep.callbacks import Callback
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
@@ -15,10 +19,18 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.identity import describe
 from sparkdeep.prediction import check_choice
 
-__all__ = ["FitSettings", "described"]
+__all__ = ["FitSettings", "described", "digest_of"]
 
 _LOCAL = frozenset(f.name for f in fields(LocalSettings))
 _RUN = frozenset(f.name for f in fields(RunSettings))
+
+# What a run may change when it is resumed: where and how it runs, and who watches.
+_PASSING: Final = frozenset(
+    {"callbacks", "checkpoint_dir", "checkpoint_every", "coordinator_host", "coordinator_port", "cpus_per_worker"}
+    | {"device", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s", "progress"}
+    | {"replica_state", "resume", "retry_backoff_s", "rounds_per_stage", "search", "shard_dir", "stall_timeout_s"}
+    | {"worker_process", "prediction", "prediction_col", "probability_col", "raw_prediction_col"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,8 @@ class FitSettings:
     shard_dir: str | None = None
     worker_process: str = "auto"
     progress: bool = True
+    search: bool = False
+    """Whether this fit is one of several of the same estimator, which must not share their checkpoints."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FitSettings:
@@ -135,6 +149,32 @@ def described(settings: FitSettings) -> dict[str, Any]:
     # A module's class: a digest of its weights says nothing to a reader.
     values["model"] = model if isinstance(model, str) or hasattr(model, "__qualname__") else type(model)
     return {name: describe(value) for name, value in sorted(values.items())}
+
+
+def digest_of(settings: FitSettings, identity: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that differ between the fits of one search.
+
+    Args:
+        settings: of the fit.
+        identity: of its run: rows, layout of the parameters and so on.
+    """
+    values = {name: value for name, value in described(settings).items() if name not in _PASSING}
+    nameless = {f.name: _code(getattr(settings, f.name)) for f in fields(settings) if f.name not in _PASSING}
+    whole = json.dumps([identity, values, nameless], sort_keys=True, default=str)
+    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+
+
+def _code(value: Any) -> Any:
+    """For functions that a name does not tell apart (lambdas, functions made by functions): a digest of their code."""
+    if isinstance(value, partial):
+        return [_code(value.func), _code(value.args), _code(value.keywords)]
+    if isinstance(value, Mapping):
+        return {str(key): _code(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_code(one) for one in value]
+    if "<" in getattr(value, "__qualname__", ""):
+        return hashlib.blake2b(cloudpickle.dumps(value), digest_size=8).hexdigest()
+    return None
 
 
 def _at_rate(optimizer: Any, rate: Any) -> Any:

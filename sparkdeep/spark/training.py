@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
+from dataclasses import replace
 from typing import Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
@@ -13,11 +13,11 @@ from torch import nn
 
 from sparkdeep.callbacks import Callbacks, FitInfo
 from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.config import RunSettings
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
-from sparkdeep.identity import run_identity
 from sparkdeep.metrics import summary
 from sparkdeep.prediction import Prediction
 from sparkdeep.program import Program, pack_program
@@ -25,13 +25,13 @@ from sparkdeep.progress import Progress
 from sparkdeep.registry import import_factory, reference_of
 from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
 from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
-from sparkdeep.spark.hadoop import HadoopStore
+from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
-from sparkdeep.spark.preflight import check_session, check_slots, task_profile
+from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
 from sparkdeep.spark.settings import FitSettings, described
+from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.types import column_types
-from sparkdeep.store import Store, open_store
 
 __all__ = ["train"]
 
@@ -55,7 +55,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             f"warm_start is a {type(warm_start).__name__}; give the TorchModel of an earlier fit or of TorchModel.load. To "
             "start from a module of your own, pass it as model=."
         )
-    store = _store(settings, spark)
+    open_folder(settings, spark)  # a folder that cannot be opened is refused before anything runs
     program = _program(settings, warm_start)
     schema = _schema(settings, dataset, program)
     run = new_run_id()
@@ -72,10 +72,11 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
 
     generation = shards()
     with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(_slots(settings, spark, run, profile))
         stack.callback(lambda: _clean(spark, run, settings.shard_dir))
         stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
         launcher: BarrierLauncher | None = None
-        ingested = _ingest(settings, spark, generation, schema, run)
+        ingested = _ingest(settings, spark, generation, schema, run, lease)
         program, prediction = _rehearse(settings, program, ingested)
         launcher = BarrierLauncher(
             spark,
@@ -88,12 +89,12 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             profile=profile,
         )
         progress = stack.enter_context(Progress(enabled=settings.progress))
-        checkpoints = _checkpoints(settings, store, program, ingested, warm_start)
-        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints)
+        checkpoints = checkpoints_of(settings, spark, program, ingested, warm_start)
+        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints, lease)
         callbacks = Callbacks(settings.callbacks)
         try:
             callbacks.start(_info(settings, fit, ingested))
-            _run_rounds(fit, progress, callbacks)
+            _run_rounds(fit, progress, callbacks, lease, Courtesy(spark))
         except BaseException as error:
             callbacks.end(None, error)
             raise
@@ -112,6 +113,17 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     )
     callbacks.end(model, None)
     return model
+
+
+def _slots(
+    settings: FitSettings, spark: SparkSession, run: str, profile: Any
+) -> contextlib.AbstractContextManager[Lease]:
+    return ledger_of(spark.sparkContext.applicationId).hold(
+        f"fit {run}",
+        settings.run.num_workers,
+        lambda: available_slots(spark, profile),
+        timeout_s=settings.run.open_timeout_s,
+    )
 
 
 def _prediction(settings: FitSettings, output: Any, rows: int) -> Prediction:
@@ -164,11 +176,15 @@ def _schema(settings: FitSettings, dataset: DataFrame, program: Program) -> Sche
     )
 
 
-def _ingest(settings: FitSettings, spark: SparkSession, generation: DataFrame, schema: Schema, run: str) -> Ingested:
+def _ingest(
+    settings: FitSettings, spark: SparkSession, generation: DataFrame, schema: Schema, run: str, lease: Lease
+) -> Ingested:
     for attempt in range(settings.run.max_retries + 1):
         job = SparkJob(spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest")
         try:
-            rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=settings.run.open_timeout_s)
+            rows = job.result(
+                _INGEST_TIMEOUT_S, "ingest", idle_timeout_s=settings.run.open_timeout_s, on_busy=lease.alive
+            )
             return read_manifests(rows, schema, settings.run.num_workers, validated=settings.validation is not None)
         except ReplicaLostError as error:
             if attempt == settings.run.max_retries:
@@ -199,6 +215,7 @@ def _assemble(
     run: str,
     progress: Progress,
     checkpoints: CheckpointDirectory | None,
+    lease: Lease,
 ) -> Fit:
     conf = spark.sparkContext.getConf()
     host = conf.get("spark.driver.host", "localhost")
@@ -208,10 +225,15 @@ def _assemble(
         ports=parse_ports(settings.coordinator_port),
     )
     stack.callback(coordinator.close)
+
+    def beat(replica: int, rows: int) -> None:
+        lease.alive()
+        progress.beat(replica, rows)
+
     fit = Fit(
         program=program,
         local=settings.local,
-        settings=settings.run,
+        settings=_staged(settings),
         plan=plan_of(program, settings.local, ingested.schema),
         shards=ingested.facts,
         launcher=launcher,
@@ -220,7 +242,7 @@ def _assemble(
         outer_optimizer=settings.outer_optimizer,
         checkpoints=checkpoints,
         resume=bool(settings.resume),
-        on_beat=progress.beat,
+        on_beat=beat,
         on_log=progress.log,
     )
     if fit.state.committed:
@@ -246,27 +268,11 @@ def _assemble(
     return fit
 
 
-def _store(settings: FitSettings, spark: SparkSession) -> Store | None:
-    if settings.checkpoint_dir is None:
-        return None
-    return open_store(os.fspath(settings.checkpoint_dir), fallback=lambda uri: HadoopStore(spark, uri))
-
-
-def _checkpoints(
-    settings: FitSettings, store: Store | None, program: Program, ingested: Ingested, warm_start: TorchModel | None
-) -> CheckpointDirectory | None:
-    if store is None:
-        return None
-    identity = run_identity(
-        program,
-        settings.local,
-        settings.run,
-        ingested.facts,
-        schema=ingested.schema.to_json(),
-        outer_optimizer=settings.outer_optimizer,
-        warm_start=None if warm_start is None else warm_start.model,
-    )
-    return CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)
+def _staged(settings: FitSettings) -> RunSettings:
+    """The run's settings; a callback that needs the slots after every round leaves each stage one round."""
+    if any(getattr(one, "needs_spark", False) for one in settings.callbacks):
+        return replace(settings.run, rounds_per_stage=1)
+    return settings.run
 
 
 def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
@@ -280,13 +286,21 @@ def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
     )
 
 
-def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks) -> None:
+def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease, courtesy: Courtesy) -> None:
+    def free_slots() -> None:
+        fit.close_stage()
+        lease.lent = True
+
     progress.start(fit.schedule.num_rounds, fit.state.committed)
     with contextlib.closing(fit.rounds()) as records:
         for record in records:
+            lease.alive()
             progress.advance(record)
-            if asked := callbacks.round(record, fit.close_stage):
+            if asked := callbacks.round(record, free_slots):
                 fit.stop(f"callback {asked} asked for it")
+            lease.lent = False
+            if courtesy.asks():
+                fit.close_stage()
     progress.finish(summary(fit.state.records[fit.resumed_from :]))
 
 

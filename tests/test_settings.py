@@ -1,0 +1,99 @@
+"""The settings of a fit: what they refuse together, how a log names them, and what tells two fits apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sparkdeep import EarlyStopping
+from sparkdeep.errors import ConfigError
+from sparkdeep.spark.settings import FitSettings, described, digest_of
+
+IDENTITY = {"shards": [["abc", {"train": 5}]]}
+
+
+def settings(**options):
+    values = {
+        "model": nn.Identity,
+        "loss": nn.MSELoss(),
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "feature_cols": ["x"],
+        "label_cols": "y",
+        **options,
+    }
+    return FitSettings.of(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": None}, "give optimizer="),
+        ({"loss": None}, "give loss=.*or training_step="),
+        ({"label_cols": None}, "give label_cols="),
+        ({"metrics": {"f": max}}, "validation rows"),
+        ({"early_stopping": EarlyStopping(monitor="f"), "validation": 0.1}, "monitors 'f'; known: \\['loss'\\]"),
+        ({"callbacks": ["print"]}, "callbacks hold 'print'"),
+        ({"worker_process": "fork"}, "'auto', 'spawn' or 'reuse'"),
+        ({"resume": "yes"}, "resume='yes'"),
+        ({"prediction_col": "y"}, "prediction_col='y' is a column that training reads"),
+        ({"probability_col": "prediction"}, "probability_col='prediction' is written by another"),
+        ({"raw_prediction_col": ""}, "raw_prediction_col=''"),
+        ({"coordinator_port": "x"}, "x"),
+    ],
+)
+def test_settings_that_cannot_be_meant_together_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**options)
+
+
+def test_a_loss_is_not_needed_with_a_step_of_ones_own():
+    assert settings(loss=None, label_cols=None, training_step=max).training_step is max
+
+
+def test_a_description_is_json_and_names_what_was_given():
+    told = described(settings(early_stopping=2, validation=0.1, learning_rate=0.5, callbacks=[print]))
+    assert json.loads(json.dumps(told)) == told
+    assert told["model"] == "torch.nn.modules.linear:Identity"
+    assert told["optimizer"][2] == {"lr": 0.5}
+    assert told["early_stopping"]["patience"] == 2
+    assert told["epochs"] == 1
+
+
+def test_what_changes_the_result_changes_the_digest_and_nothing_else_does():
+    base = digest_of(settings(), IDENTITY)
+    assert len(base) == 16
+    assert base == digest_of(settings(), IDENTITY)
+    passing = {
+        "checkpoint_dir": "a",
+        "callbacks": [print],
+        "progress": False,
+        "max_stage_s": 5.0,
+        "keep_checkpoints": 1,
+    }
+    assert digest_of(replace(settings(**passing), search=True), IDENTITY) == base
+    changes = [
+        {"epochs": 2},
+        {"sync_every": 3},
+        {"learning_rate": 0.2},
+        {"batch_size": 16},
+        {"model_args": {"p": 0.5}},
+        {"loss": nn.L1Loss()},
+        {"validation": 0.2},
+        {"seed": 1},
+        {"loss": lambda output, label: (output - label).abs().mean()},
+        {"loss": lambda output, label: (output - label).square().mean()},
+        {"preprocess": partial(scaled, lambda x: x / 2)},
+        {"preprocess": partial(scaled, lambda x: x / 3)},
+    ]
+    digests = [digest_of(settings(**change), IDENTITY) for change in changes]
+    assert len({base, *digests}) == 1 + len(changes)
+    assert digest_of(settings(), {"shards": [["other", {"train": 5}]]}) != base
+
+
+def scaled(scale, x):
+    return scale(x)
