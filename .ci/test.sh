@@ -26,7 +26,7 @@ tier() {
 }
 
 if [[ "${1:-}" == jobs ]]; then
-    tier "jobs, notebooks and searches on local[2]" 480 -m jobs tests/jobs
+    tier "jobs, notebooks and searches on local[2]" 480 -m jobs tests/jobs tests/spark
     tier "Spark Connect" 180 -m connect tests/connect
     exit 0
 fi
@@ -35,7 +35,7 @@ step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
     tier "tests without a JVM" 120 -m "not spark" --ignore-glob="$PWD/tests/*/*" tests
-    tier "tests on local[2]" 300 -m spark tests/spark tests/test_readme.py
+    tier "tests on local[2]" 300 -m "spark and not jobs" tests/spark tests/test_readme.py
     tier "tests on two workers" 240 -m cluster tests/cluster
 fi
 printf '== gate: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"

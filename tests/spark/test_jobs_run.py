@@ -11,7 +11,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-pytestmark = pytest.mark.spark
+pytestmark = pytest.mark.jobs  # each test starts spark-submit anew
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")

@@ -49,6 +49,7 @@ def test_a_taken_port_is_refused_by_name(blobs):
             estimator(coordinator_port=port).fit(blobs)
 
 
+@pytest.mark.jobs
 def test_an_address_that_executors_cannot_reach_names_the_settings(blobs):
     began = time.monotonic()
     with pytest.raises(CoordinatorUnreachableError, match=r"127\.0\.0\.9:\d+ .*coordinator_host=.*coordinator_port="):
@@ -76,6 +77,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.jobs
 def test_ctrl_c_ends_the_fit_its_job_and_its_files(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])}
     child = subprocess.Popen(

@@ -48,6 +48,7 @@ def answer(tmp_path_factory):
     return json.loads(lines[0].removeprefix("ANSWER "))
 
 
+@pytest.mark.jobs
 def test_each_task_of_a_stage_is_given_a_gpu_of_its_own(answer):
     plain, renumbered, forced, visible = zip(*answer["devices"], strict=True)
     assert sorted(plain) == ["cuda:0", "cuda:1"]
@@ -57,12 +58,14 @@ def test_each_task_of_a_stage_is_given_a_gpu_of_its_own(answer):
     assert set(visible) == {os.environ.get("CUDA_VISIBLE_DEVICES", "not set by us")}
 
 
+@pytest.mark.jobs
 def test_device_cpu_trains_whatever_spark_gave(answer):
     assert answer["cpu"] == "it trained"
     assert answer["spawned"] == "it trained"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.jobs
 def test_a_gpu_that_torch_does_not_see_is_named(answer):
     assert answer["auto"].startswith("PreflightError: replica ")
     assert "was given cuda:" in answer["auto"]
@@ -70,6 +73,7 @@ def test_a_gpu_that_torch_does_not_see_is_named(answer):
     assert "device='cpu'" in answer["auto"]
 
 
+@pytest.mark.jobs
 def test_cpus_and_gpus_a_worker_become_a_profile_of_the_stage(answer):
     assert answer["profile"] == "it trained"
     assert answer["too many"].startswith("PreflightError: gpus_per_worker=3")
