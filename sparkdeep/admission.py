@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, final
 
 from sparkdeep.averaging import OrderedSum
@@ -12,9 +12,42 @@ from sparkdeep.errors import NonFiniteError, ProtocolError
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "check_update", "common_sections"]
 
 MAX_SECTIONS: Final = 8
+
+
+def check_update(replica: int, host: str, update: Update, round_number: int) -> None:
+    """Refuse a header that must not be counted.
+
+    Raises:
+        NonFiniteError: the replica reports NaN or infinity; nothing was added.
+        ProtocolError: the header does not belong to this round or makes no sense.
+    """
+    if update.round != round_number:
+        raise ProtocolError(f"replica {replica} sent an update of round {update.round} in round {round_number}.")
+    if not update.finite:
+        raise NonFiniteError(
+            f"round {round_number}: the loss or the parameters of replica {replica} on {host} became NaN or infinite; "
+            "the mean was not touched. Lower the learning rate, set clip_grad_norm=, or check the data for values "
+            "that overflow.",
+            round_number=round_number,
+            replica=replica,
+        )
+    if not 0 <= update.weight < math.inf or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
+        raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
+
+
+def common_sections(updates: Sequence[Update]) -> list[str]:
+    """Names of the optimizer state that the replicas which count average.
+
+    Raises:
+        ProtocolError: they do not agree.
+    """
+    sections = {tuple(update.sections) for update in updates if update.weight > 0}
+    if len(sections) > 1:
+        raise ProtocolError(f"replicas average different optimizer states: {sorted(sections)}.")
+    return list(sections.pop()) if sections else []
 
 
 @final
@@ -49,18 +82,7 @@ class Admission:
             NonFiniteError: the replica reports NaN or infinity; nothing was added.
             ProtocolError: the header does not belong to this round or makes no sense.
         """
-        if update.round != self._round:
-            raise ProtocolError(f"replica {replica} sent an update of round {update.round} in round {self._round}.")
-        if not update.finite:
-            raise NonFiniteError(
-                f"round {self._round}: the loss or the parameters of replica {replica} on {host} became NaN or infinite; "
-                "the mean was not touched. Lower the learning rate, set clip_grad_norm=, or check the data for values "
-                "that overflow.",
-                round_number=self._round,
-                replica=replica,
-            )
-        if not 0 <= update.weight < math.inf or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
-            raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
+        check_update(replica, host, update, self._round)
         with self._all_in:
             self._headers[replica] = update
             if len(self._headers) == self._count:
@@ -72,10 +94,6 @@ class Admission:
             return self._total
 
     def _make_sum(self) -> None:
-        counted = [u for u in self.updates if u.weight > 0]
-        sections = {tuple(u.sections) for u in counted}
-        if len(sections) > 1:
-            raise ProtocolError(f"replicas average different optimizer states: {sorted(sections)}.")
-        self.sections = list(sections.pop()) if sections else []
+        self.sections = common_sections(self.updates)
         size = (1 + len(self.sections)) * self._layout.numel
         self._total = OrderedSum(size, [u.weight for u in self.updates])

@@ -12,6 +12,7 @@ __all__ = [
     "PreflightError",
     "ProtocolError",
     "ReplicaLostError",
+    "ShardLostError",
     "ShardMismatchError",
     "SparkdeepError",
     "UserCodeError",
@@ -103,3 +104,7 @@ class ReplicaLostError(SparkdeepError):
         super().__init__(message)
         self.replica = replica
         self.host = host
+
+
+class ShardLostError(ReplicaLostError):
+    """A replica does not find its shard where it runs: the shards are made anew before the round repeats."""

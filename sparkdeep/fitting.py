@@ -17,14 +17,17 @@ from sparkdeep.coordinator import Coordinator
 from sparkdeep.errors import ConfigError
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
+from sparkdeep.orders import JobRunner
 from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import Program, pack_program
 from sparkdeep.replica import steps_per_epoch
+from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
 from sparkdeep.schedule import Schedule
 from sparkdeep.stages import ShardFacts, Stages
+from sparkdeep.transport import StageOpener
 from sparkdeep.trees import pack_tensors
 
 __all__ = ["CheckpointSnapshots", "Fit", "new_run_id"]
@@ -66,10 +69,13 @@ class Fit:
     plan: ReplicaPlan
     shards: Sequence[ShardFacts]
     """The ledger of rows and digests, one a replica."""
-    launcher: Launcher
-    coordinator: Coordinator
     run: str
     """The run's id."""
+    launcher: Launcher | None = None
+    """With `coordinator`: replicas that dial in."""
+    coordinator: Coordinator | None = None
+    runner: JobRunner | None = None
+    """In place of both: every round is a job, and nothing dials."""
     outer_optimizer: Callable[..., torch.optim.Optimizer] | None = None
     checkpoints: CheckpointDirectory | None = None
     resume: bool = True
@@ -116,19 +122,7 @@ class Fit:
 
     def rounds(self) -> Generator[RoundRecord]:
         """Train, yielding each round's record; see `run_rounds` for what it raises."""
-        stages = Stages(
-            launcher=self.launcher,
-            coordinator=self.coordinator,
-            run=self.run,
-            settings=self.settings,
-            schedule=self.schedule,
-            layout=self.layout,
-            tensors=self._tensors,
-            shards=self.shards,
-            keep=self.settings.replica_state == "local",
-            on_beat=self.on_beat,
-            on_log=self.on_log,
-        )
+        stages = self._opener()
         run = Run(
             settings=self.settings,
             schedule=self.schedule,
@@ -144,6 +138,36 @@ class Fit:
         self._stages = stages
         with closing(run_rounds(run)) as records:
             yield from records
+
+    def _opener(self) -> StageOpener:
+        if self.runner is not None:
+            return RoundStages(
+                runner=self.runner,
+                run=self.run,
+                settings=self.settings,
+                schedule=self.schedule,
+                layout=self.layout,
+                plan=self.plan,
+                shards=self.shards,
+                fixed=self._fixed,
+                wide=self.outer_optimizer is not None,
+                on_log=self.on_log,
+            )
+        assert self.launcher is not None, "a fit has a runner, or a launcher with a coordinator"
+        assert self.coordinator is not None, "a launcher's replicas dial a coordinator"
+        return Stages(
+            launcher=self.launcher,
+            coordinator=self.coordinator,
+            run=self.run,
+            settings=self.settings,
+            schedule=self.schedule,
+            layout=self.layout,
+            tensors=self._tensors,
+            shards=self.shards,
+            keep=self.settings.replica_state == "local",
+            on_beat=self.on_beat,
+            on_log=self.on_log,
+        )
 
     @property
     def finished(self) -> bool:
@@ -169,6 +193,12 @@ class Fit:
     def _tensors(self) -> bytes:
         tensors: dict[str, Tensor] = dict(named_tensors(self.program.model))
         return pack_tensors(tensors)
+
+    def _fixed(self) -> bytes:
+        """The parameters that do not travel with every round."""
+        moving = {entry.name for entry in self.layout.entries} | set(self.layout.buffers)
+        tensors = {name: tensor for name, tensor in named_tensors(self.program.model) if name not in moving}
+        return pack_tensors(tensors) if tensors else b""
 
 
 def plan_of(program: Program, local: LocalSettings, schema: Any) -> ReplicaPlan:

@@ -16,8 +16,8 @@ from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
 from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
 from sparkdeep.schedule import RoundSpec, Schedule
-from sparkdeep.stage import RoundResult, Stage
-from sparkdeep.stages import Stages
+from sparkdeep.stage import RoundResult
+from sparkdeep.transport import OpenStage, StageOpener
 from sparkdeep.validation import merge_scores
 
 __all__ = ["Run", "run_rounds"]
@@ -35,7 +35,7 @@ class Run:
     layout: Layout
     state: RunState
     outer: OuterOptimizer
-    stages: Stages
+    stages: StageOpener
     metrics: Mapping[str, Any]
     validate: bool
     """Whether there are validation rows."""
@@ -90,7 +90,7 @@ def _latest(run: Run) -> Snapshot | None:
     return run.snapshots.latest() if run.snapshots is not None else None
 
 
-def _round(run: Run, stage: Stage) -> RoundRecord:
+def _round(run: Run, stage: OpenStage) -> RoundRecord:
     """One round and its outer step: afterwards it is committed in the driver's memory."""
     state = run.state
     spec = run.schedule.next(state.committed)
@@ -115,7 +115,7 @@ def _round(run: Run, stage: Stage) -> RoundRecord:
     return record
 
 
-def _record(run: Run, stage: Stage, spec: RoundSpec, result: RoundResult, seconds: float) -> RoundRecord:
+def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, seconds: float) -> RoundRecord:
     compute_s = max(update.compute_s for update in result.updates)
     return RoundRecord(
         round=spec.round,
@@ -156,7 +156,7 @@ def _validation_due(run: Run) -> bool:
     return committed % (run.schedule.rounds_per_epoch if every == "epoch" else every) == 0
 
 
-def _validate(run: Run, stage: Stage) -> None:
+def _validate(run: Run, stage: OpenStage) -> None:
     assert run.pending is not None
     began = time.perf_counter()
     state = run.state
@@ -191,7 +191,7 @@ def _snapshot_due(run: Run) -> bool:
     return committed % run.settings.checkpoint_every == 0 or _over(run)
 
 
-def _keep(run: Run, stage: Stage) -> None:
+def _keep(run: Run, stage: OpenStage) -> None:
     assert run.pending is not None
     assert run.snapshots is not None
     began = time.perf_counter()

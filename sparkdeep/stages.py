@@ -20,7 +20,7 @@ from sparkdeep.schedule import Schedule
 from sparkdeep.session import versions
 from sparkdeep.stage import Stage
 
-__all__ = ["ShardFacts", "Stages", "StateLostError"]
+__all__ = ["ShardFacts", "Stages", "StateLostError", "check_shard", "check_versions"]
 
 
 class StateLostError(ReplicaLostError):
@@ -33,6 +33,35 @@ class ShardFacts:
 
     rows: dict[str, int]
     digest: str
+
+
+def check_versions(own: dict[str, str], hellos: Sequence[Hello]) -> None:
+    """Refuse replicas that run other versions than the driver's, `own`.
+
+    Raises:
+        VersionMismatchError: with a table.
+    """
+    if any(hello.versions != own for hello in hellos):
+        table = "\n".join(f"  {h.host}: {h.versions}" for h in hellos)
+        raise VersionMismatchError(
+            f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions "
+            "on the executors, or set spark.pyspark.python to an environment that has them."
+        )
+
+
+def check_shard(hello: Hello, facts: ShardFacts) -> None:
+    """Refuse a replica whose shard is not the one that the ledger knows.
+
+    Raises:
+        ShardMismatchError: it was rebuilt from other rows, or in another order.
+    """
+    if (hello.digest, hello.rows) != (facts.digest, facts.rows):
+        raise ShardMismatchError(
+            f"the shard of replica {hello.replica} on {hello.host} was rebuilt with other rows, or in another "
+            f"order: digest {hello.digest[:16]} of {hello.rows}, before {facts.digest[:16]} of {facts.rows}. The "
+            "DataFrame is not deterministic (rand(), an unordered limit, a source that changed): write it to "
+            "Parquet or a table first and fit from that."
+        )
 
 
 @final
@@ -146,26 +175,14 @@ class Stages:
         return answers
 
     def _check(self, hellos: Sequence[Hello]) -> None:
-        own = versions()
-        if any(hello.versions != own for hello in hellos):
-            table = "\n".join(f"  {h.host}: {h.versions}" for h in hellos)
-            raise VersionMismatchError(
-                f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions "
-                "on the executors, or set spark.pyspark.python to an environment that has them."
-            )
+        check_versions(versions(), hellos)
         for hello, facts in zip(hellos, self.shards, strict=True):
             if hello.shard:
                 self._renew = True
                 raise ReplicaLostError(
                     f"replica {hello.replica} on {hello.host}: {hello.shard}", replica=hello.replica, host=hello.host
                 )
-            if (hello.digest, hello.rows) != (facts.digest, facts.rows):
-                raise ShardMismatchError(
-                    f"the shard of replica {hello.replica} on {hello.host} was rebuilt with other rows, or in another "
-                    f"order: digest {hello.digest[:16]} of {hello.rows}, before {facts.digest[:16]} of {facts.rows}. The "
-                    "DataFrame is not deterministic (rand(), an unordered limit, a source that changed): write it to "
-                    "Parquet or a table first and fit from that."
-                )
+            check_shard(hello, facts)
 
     def _waiting_for(self) -> str:
         return (

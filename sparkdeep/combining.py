@@ -1,0 +1,101 @@
+"""The mean of a round from whole updates, one after the other: the same sums, in the same order, as on the wire."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparkdeep.admission import check_update, common_sections
+from sparkdeep.averaging import OrderedSum, pool_buffers
+from sparkdeep.errors import ProtocolError, ReplicaLostError
+from sparkdeep.messages import Update
+from sparkdeep.parameters import Layout
+from sparkdeep.trees import unpack_tensors
+
+__all__ = ["Mean", "check_updates", "combine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """The weighted mean of a round's updates."""
+
+    vector: Tensor
+    """((1 + len(sections)) * numel,) float64: parameters, then averaged optimizer state."""
+    buffers: dict[str, Tensor]
+    sections: list[str]
+
+
+def check_updates(updates: Sequence[Update], hosts: Sequence[str], round_number: int) -> None:
+    """Refuse a round of which one header is not good.
+
+    Raises:
+        NonFiniteError, ProtocolError: see `admission.check_update`.
+    """
+    for replica, (update, host) in enumerate(zip(updates, hosts, strict=True)):
+        check_update(replica, host, update, round_number)
+
+
+def combine(updates: Sequence[Update], body_of: Callable[[int], bytes], layout: Layout) -> Mean | None:
+    """Average updates whose headers were checked.
+
+    Args:
+        updates: the headers, in replica order.
+        body_of: gives a replica's body, vector and buffers; called once for each replica that counts, in order.
+        layout: of the model.
+
+    Returns:
+        The mean, or None when every replica is out of rows.
+
+    Raises:
+        ReplicaLostError: a body was damaged on its way.
+        ProtocolError: replicas do not average the same optimizer state, or a body has the wrong size.
+    """
+    weights = [update.weight for update in updates]
+    if not any(weights):
+        return None
+    sections = common_sections(updates)
+    size = (1 + len(sections)) * layout.numel
+    vector_bytes = size * layout.dtype.itemsize
+    total = OrderedSum(size, weights)
+    buffers: list[dict[str, Tensor]] = []
+    for replica, update in enumerate(updates):
+        if update.weight == 0:
+            buffers.append({})
+            continue
+        body = body_of(replica)
+        if len(body) != vector_bytes + update.buffer_bytes:
+            raise ProtocolError(
+                f"replica {replica} sent {len(body)} bytes; {vector_bytes} of parameters and {update.buffer_bytes} of "
+                "buffers were announced."
+            )
+        if zlib.crc32(body) != update.crc32:
+            raise ReplicaLostError(
+                f"the update of replica {replica} was damaged on its way (checksum differs); the round is void.",
+                replica=replica,
+            )
+        vector = torch.frombuffer(bytearray(body[:vector_bytes]), dtype=layout.dtype)
+        total.add(replica, _chunks(vector), _never_waits)
+        buffers.append(unpack_tensors(body[vector_bytes:]))
+    return Mean(
+        vector=total.mean(),
+        buffers=pool_buffers(_filled(buffers), weights, layout.variance_of),
+        sections=sections,
+    )
+
+
+def _chunks(vector: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: vector[start:stop]
+
+
+def _never_waits() -> None:
+    raise AssertionError("updates are added one after the other")
+
+
+def _filled(buffers: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Replicas of weight 0 are ignored by `pool_buffers`; they get any values."""
+    some = next(values for values in buffers if values) if any(buffers) else {}
+    return [values or some for values in buffers]

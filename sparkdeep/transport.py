@@ -1,0 +1,53 @@
+"""What the main loop needs of a transport: something that opens stages, and a stage that trains, scores and tells states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from sparkdeep.messages import Hello
+from sparkdeep.run_state import RunState, Snapshot
+from sparkdeep.schedule import RoundSpec
+from sparkdeep.stage import Globals, RoundResult
+
+__all__ = ["OpenStage", "StageOpener"]
+
+
+class OpenStage(Protocol):
+    """Replicas that wait for work."""
+
+    @property
+    def hellos(self) -> Mapping[int, Hello]:
+        """Who they are, by replica."""
+
+    def train(self, spec: RoundSpec, start: Globals) -> RoundResult:
+        """Run one round: all replicas' updates are in the result, or it raises and none counts."""
+
+    def evaluate(self, model: Globals) -> list[dict[str, Any]]:
+        """Score the global parameters on every replica's validation rows; one result a replica, in order."""
+
+    def states(self) -> list[bytes]:
+        """Every replica's optimizer, clock and random state, in order."""
+
+
+class StageOpener(Protocol):
+    """Opens a stage when a round needs one, and closes it when it is due."""
+
+    @property
+    def last_opening_s(self) -> float:
+        """What opening the stage took, if the last call of `current` opened one."""
+
+    def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> OpenStage:
+        """The open stage; opens one if there is none."""
+
+    def committed_round(self) -> list[int]:
+        """Count a round; returns the replicas whose state was lost before it, told once."""
+
+    def due(self, round_s: float) -> bool:
+        """Whether the stage should close now, the next round being about as long as the last."""
+
+    def close(self, committed: int) -> None:
+        """Close the open stage in good order, if there is one."""
+
+    def discard(self) -> None:
+        """End the open stage at once, whatever state it is in."""
