@@ -2,8 +2,8 @@
 
 spark-submit jobs/train.py conf/digits.toml [--set fit.epochs=3 ...]
 
-Writes model/, predictions/ (label and prediction of the test rows, Parquet), rounds.jsonl and result.json under
-`[output] dir`. Exit codes in client mode: 0 done, 2 wrong configuration, 1 failed.
+Writes model/, predictions/ (label and prediction of the test rows, Parquet), rounds.jsonl, result.json and report.html
+under `[output] dir`. Exit codes in client mode: 0 done, 2 wrong configuration, 1 failed.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparkdeep.callbacks import Callback
 from sparkdeep.errors import (
     CheckpointError,
     ConfigError,
@@ -296,9 +297,15 @@ def test_a_function_may_be_the_loss():
 def test_round_records_are_collected_and_user_callbacks_kept():
     job = Job(config=parsed(fit={**FIT, "callbacks": ["builtins:print"]}))
     made = job.estimator()
-    made.getCallbacks()[0]("record")
+    made.getCallbacks()[0].on_round_end("record")
     assert job.records == ["record"]
     assert made.getCallbacks()[1:] == [print]
+
+
+def test_a_callbacks_class_stands_for_an_object_of_it():
+    job = Job(config=parsed(fit={**FIT, "callbacks": ["sparkdeep.callbacks:Callback"]}))
+    (_, made) = job.estimator().getCallbacks()
+    assert type(made) is Callback
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparkdeep.callbacks import Callback
 from sparkdeep.config import EarlyStopping, from_mapping, refuse_unknown
 from sparkdeep.errors import ConfigError, SparkdeepError
 from sparkdeep.registry import import_factory
 from sparkdeep.spark.jobconfig import JobConfig, ObjectSection, parse_config, read_toml, with_overrides
 from sparkdeep.spark.jobmetrics import score, validation_metrics
+from sparkdeep.spark.jobreport import Watch, about_run
 from sparkdeep.spark.jobresult import (
     FAILED,
     clear_result,
@@ -27,6 +29,7 @@ from sparkdeep.spark.jobresult import (
     result_of,
     status_of,
     write_records,
+    write_report,
     write_result,
 )
 from sparkdeep.spark.sources import read_source, ship_modules, split_rows, start_session
@@ -52,6 +55,8 @@ class Job:
     """What the script adds to the result file."""
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     """The script's own command-line options."""
+    watch: Watch | None = None
+    """What the estimator's fits tell; None before one was made."""
     _session: Any = None
 
     def estimator(self) -> Any:
@@ -62,7 +67,7 @@ class Job:
         """
         from sparkdeep import TorchEstimator
 
-        config = self.config
+        config, self.watch = self.config, Watch(self.records)
         for name in _SECTION_ARGUMENTS:
             if name in config.fit:
                 raise ConfigError(f"[fit] holds {name!r}: it has its own place, {_PLACES.get(name, f'[{name}]')}")
@@ -70,7 +75,7 @@ class Job:
             raise ConfigError('[fit] has no feature_cols: give feature_cols = ["column", ...]')
         _checked(config.model)
         fit = {key: _resolved(value) if key in _CALLABLES else value for key, value in config.fit.items()}
-        fit["callbacks"] = [self.records.append, *fit.get("callbacks", ())]
+        fit["callbacks"] = [self.watch, *map(_made, fit.get("callbacks", ()))]
         if isinstance(fit.get("early_stopping"), dict):
             fit["early_stopping"] = from_mapping(EarlyStopping, fit["early_stopping"])
         if "validation" in fit:
@@ -251,8 +256,11 @@ def _report(folder: str, name: str, job: Job | None, error: BaseException | None
         sys.stderr.write(f"resumable: false, as the checkpoint folder cannot be read: {unreadable}\n")
     if job.records:
         write_records(folder, job.records, fallback=job.hadoop_store)
-    content = result_of(error, rounds=len(job.records), resumable=resumable, seconds=seconds)
-    write_result(folder, name, {**content, **job.result}, fallback=job.hadoop_store)
+    content = {**result_of(error, rounds=len(job.records), resumable=resumable, seconds=seconds), **job.result}
+    write_result(folder, name, content, fallback=job.hadoop_store)
+    if job.watch is not None:
+        about = about_run(job.config, job.watch.info, error, job.result)
+        write_report(folder, job.records, about, fallback=job.hadoop_store)
 
 
 def spark_uri(path: str) -> str:
@@ -298,6 +306,11 @@ def _resolved(value: Any) -> Any:
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     return {key: _resolved(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _made(callback: Any) -> Any:
+    """A Callback's class, which a file can name, stands for an object of it."""
+    return callback() if inspect.isclass(callback) and issubclass(callback, Callback) else callback
 
 
 def _texts(value: Any) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparkdeep.about import About, package_versions
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.store import Store, open_store
 
@@ -24,6 +23,7 @@ __all__ = [
     "result_of",
     "status_of",
     "write_records",
+    "write_report",
     "write_result",
 ]
 
@@ -62,7 +62,7 @@ def result_of(error: BaseException | None, *, rounds: int, resumable: bool, seco
         "resumable": resumable,
         "seconds": round(seconds, 3),
         "rounds": rounds,
-        "versions": _versions(),
+        "versions": package_versions(),
     }
 
 
@@ -75,6 +75,13 @@ def write_records(folder: str, records: Sequence[Any], *, fallback: Fallback = N
     """Writes rounds.jsonl, one record a line."""
     lines = (json.dumps(_jsonable(record.to_dict()), allow_nan=False) + "\n" for record in records)
     _write(folder, "rounds.jsonl", "".join(lines), fallback)
+
+
+def write_report(folder: str, records: Sequence[Any], about: About, *, fallback: Fallback = None) -> None:
+    """Writes report.html."""
+    from sparkdeep.report import render
+
+    _write(folder, "report.html", render(records, about), fallback)
 
 
 def clear_result(folder: str, name: str) -> None:
@@ -104,15 +111,3 @@ def _jsonable(value: Any) -> Any:
         return [_jsonable(item) for item in value]
     # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    packages = ("sparkdeep", "torch", "pyspark", "pyarrow", "numpy")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
