@@ -66,6 +66,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
         coordinator_host: the driver's name as executors reach it; default spark.driver.host.
         coordinator_port: a port, or a range (first, last), for the coordinator; default any free one.
+        deal: "rows" deals each row to a replica by a hash of it; "partitions" leaves the DataFrame's partitions, of which
+            there must be `num_workers`, as they are, one to a replica.
         shard_dir: shared storage for shards, in place of the executors' local disks.
         worker_process: "auto" trains in a child process when on a GPU, so that no reused Python worker holds a CUDA context;
             "spawn" always, "reuse" never.
@@ -111,6 +113,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         gpus_per_worker: int | None = None,
         coordinator_host: str | None = None,
         coordinator_port: int | tuple[int, int] | str | None = None,
+        deal: str = "rows",
         shard_dir: str | None = None,
         worker_process: str = "auto",
         progress: bool = True,
@@ -138,7 +141,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         """Train on `dataset`.
 
         Args:
-            dataset: the rows; only the used columns are read.
+            dataset: the rows, as a DataFrame; only the used columns are read. Or what `sparkdeep.petastorm.open` gave, or
+                petastorm's SparkDatasetConverter, whose row groups are then dealt to replicas whole.
             params: as for every Spark ML estimator: a param map, or a list of them for a list of models.
             warm_start: start from this model's parameters instead of fresh ones.
 

@@ -45,15 +45,31 @@ def dealt(
     validation: float | str | DataFrame | None,
     num_workers: int,
     seed: int,
+    deal: str = "rows",
 ) -> DataFrame:
-    """The used columns, dealt to `num_workers` partitions by a seeded hash of the row and sorted by it inside.
+    """The used columns in `num_workers` partitions, dealt by a seeded hash of the row and sorted by it inside.
 
     The hash depends on nothing but the row's values and the seed, so that the order in which a shuffle delivers rows
     does not matter, and a rebuilt partition equals the lost one. Equal rows are interchangeable.
 
+    Args:
+        frame: the rows.
+        schema: the columns used.
+        validation: a fraction, a boolean column or a second DataFrame.
+        num_workers: replicas.
+        seed: of the hash.
+        deal: "rows" shuffles every row to the partition that its hash says; "partitions" leaves each row in the partition
+            that it is in, of which there must be `num_workers`.
+
     Raises:
-        ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns.
+        ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns; or the
+            partitions cannot be kept.
     """
+    if deal == "partitions" and isinstance(validation, DataFrame):
+        raise ConfigError(
+            "deal='partitions' with a second DataFrame for validation: its rows are in no replica's partition. Mark them in a "
+            "boolean column, or give a fraction."
+        )
     columns = schema.columns()
     kinds = {field.name: field.dataType for field in frame.schema.fields}
     rows = frame.select(*_numbered(columns, kinds), *_flag_column(frame, validation))
@@ -70,7 +86,14 @@ def dealt(
         rows = rows.withColumn(FLAG, bucket < F.lit(round(validation * _BUCKETS)))
     elif validation is None:
         rows = rows.withColumn(FLAG, F.lit(False))
-    return rows.repartition(num_workers, F.col(HASH)).sortWithinPartitions(HASH, FLAG)
+    if deal == "rows":
+        rows = rows.repartition(num_workers, F.col(HASH))
+    elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
+        raise ConfigError(
+            f"deal='partitions': the DataFrame has {partitions} partition(s), and num_workers={num_workers}: each replica keeps "
+            f"one. Use df.repartition({num_workers}), set num_workers={partitions}, or deal='rows'."
+        )
+    return rows.sortWithinPartitions(HASH, FLAG)
 
 
 def _numbered(columns: Sequence[str], kinds: Mapping[str, T.DataType]) -> list[Column]:

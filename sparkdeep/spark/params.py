@@ -74,6 +74,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "stall_timeout_s": "seconds after which a silent replica counts as lost",
     "coordinator_host": "the driver's name as executors reach it",
     "coordinator_port": "a port or a range (first, last) for the coordinator",
+    "deal": "'rows': each row goes to a replica by its hash; 'partitions': each partition goes to a replica as it is",
     "shard_dir": "shared storage for shards in place of local disks",
     "callbacks": "called with each round's record; a Callback hears of start and end too",
     "progress": "whether to show a progress bar",

@@ -67,6 +67,7 @@ class FitSettings:
     gpus_per_worker: int | None = None
     coordinator_host: str | None = None
     coordinator_port: int | tuple[int, int] | str | None = None
+    deal: str = "rows"
     shard_dir: str | None = None
     worker_process: str = "auto"
     progress: bool = True
@@ -116,6 +117,8 @@ class FitSettings:
             raise ConfigError(f"early_stopping monitors {rule.monitor!r}; known: {['loss', *self.metrics]}.")
         if self.resume not in ("auto", True, False):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
+        if self.deal not in ("rows", "partitions"):
+            raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
         if self.worker_process not in ("auto", "spawn", "reuse"):
             raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
         for one in self.callbacks:

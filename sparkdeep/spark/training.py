@@ -28,6 +28,7 @@ from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
 from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
+from sparkdeep.spark.petastorm_source import active_session, source_of
 from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
 from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
@@ -42,6 +43,9 @@ _SLOT_TIMEOUT_S: Final = 30.0
 
 def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
     """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
+    if (source := source_of(dataset)) is not None:
+        dataset = source.dataframe(active_session(), settings.run.num_workers, _columns_read(settings))
+        settings = replace(settings, deal="partitions")
     spark = getattr(dataset, "sparkSession", None)
     if spark is None:
         raise ConfigError(
@@ -65,6 +69,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         validation=_validation(settings),
         num_workers=settings.run.num_workers,
         seed=settings.local.seed,
+        deal=settings.deal,
     )
 
     def shards() -> DataFrame:
@@ -160,6 +165,11 @@ def _program(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         collate=settings.collate,
         metrics=settings.metrics,
     )
+
+
+def _columns_read(settings: FitSettings) -> list[str]:
+    used = names_in(settings.feature_cols) + names_in(settings.label_cols) + names_in(settings.weight_col)
+    return [*used, settings.validation] if isinstance(settings.validation, str) else used
 
 
 def _schema(settings: FitSettings, dataset: DataFrame, program: Program) -> Schema:
