@@ -1,0 +1,124 @@
+"""Spark properties as typed values: sizes, counts, and how many tasks an executor runs at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, final
+
+from sparkdeep.errors import ConfigError
+
+__all__ = ["MIB", "TORCH_WORKER_BYTES", "Conf", "expected_slots", "memory_bytes", "sharing", "slots_per_executor"]
+
+MIB: Final = 1 << 20
+TORCH_WORKER_BYTES: Final = 350 * MIB
+"""Resident memory of a Python worker that has imported torch and sparkdeep, and trains nothing yet (torch 2.13, CPU)."""
+
+_UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
+
+
+@final
+@dataclass(frozen=True)
+class Conf:
+    """Typed access to properties.
+
+    Raises (all methods):
+        ConfigError: a property is malformed; the message names it.
+    """
+
+    properties: Mapping[str, str]
+    worker_bytes: int = TORCH_WORKER_BYTES
+    """What a Python worker needs before it trains anything."""
+    master: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "master", self.properties.get("spark.master", ""))
+
+    @property
+    def local(self) -> bool:
+        """Whether driver and executor are one process."""
+        return self.master == "local" or self.master.startswith("local[")
+
+    @property
+    def contained(self) -> bool:
+        """Whether the cluster manager kills an executor that outgrows its memory."""
+        return self.master.startswith(("yarn", "k8s://"))
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is set."""
+        return key in self.properties
+
+    def true(self, key: str, default: str = "false") -> bool:
+        """Whether a switch is on."""
+        return self.properties.get(key, default).strip().lower() == "true"
+
+    def number(self, key: str, default: str) -> float:
+        """An amount."""
+        text = self.properties.get(key, default)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not value >= 0 or math.isinf(value):
+            raise ConfigError(f"{key}={text!r}: must be a number of at least 0.")
+        return value
+
+    def memory(self, key: str, default: str) -> int:
+        """A size in bytes; a bare number counts in MiB, as in Spark's memory settings."""
+        return memory_bytes(key, self.properties.get(key, default), unit="m")
+
+    def task_cpus(self) -> int:
+        """CPUs of a task."""
+        cpus = int(self.number("spark.task.cpus", "1"))
+        if cpus < 1:
+            raise ConfigError(f"spark.task.cpus={cpus}: must be at least 1.")
+        return cpus
+
+    def slots(self) -> int:
+        """How many tasks an executor runs at a time: by its cores and, where tasks ask for GPUs, by those."""
+        slots = int(self.number("spark.executor.cores", "1") // self.task_cpus())
+        per_task = self.number("spark.task.resource.gpu.amount", "0")
+        if per_task > 0:
+            gpus = int(self.number("spark.executor.resource.gpu.amount", "0"))
+            slots = min(slots, gpus * sharing(per_task) if per_task < 1 else int(gpus // per_task))
+        return slots
+
+
+def sharing(amount: float) -> int:
+    """How many tasks share a GPU of which each asks for `amount`, a fraction: a whole number, as Spark counts."""
+    return math.floor(1 / amount + 1e-9)
+
+
+def memory_bytes(key: str, text: str, *, unit: str = "b") -> int:
+    """A Spark size such as "4g" or "512m" in bytes; a bare number counts in `unit`.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgtp]?)i?b?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"{key}={text!r}: must be a size such as 4g or 512m.")
+    return int(match[1]) * _UNITS[unit if text.strip().isdigit() else match[2]]
+
+
+def slots_per_executor(conf: Mapping[str, str]) -> int:
+    """How many tasks an executor runs at a time: by its cores and, where tasks ask for GPUs, by those.
+
+    Raises:
+        ConfigError: a malformed amount, or a task that asks for no CPU.
+    """
+    return Conf(conf).slots()
+
+
+def expected_slots(conf: Mapping[str, str]) -> int | None:
+    """Slots when all executors are there; None where the properties do not say how many there will be.
+
+    Raises:
+        ConfigError: as `slots_per_executor`.
+    """
+    read = Conf(conf)
+    if read.local or not read.has("spark.executor.instances"):
+        return None
+    return int(read.number("spark.executor.instances", "0")) * read.slots()
