@@ -35,7 +35,7 @@ from sparkdeep.store_protocol import JSON, Store
 
 __all__ = ["read_model", "write_model"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 64 << 20
 
 _WEIGHTS, _METADATA, _PICKLE = "model.safetensors", "metadata.json", "model.pkl"

@@ -192,7 +192,7 @@ def test_metadata_says_what_lies_there(store, saved):
     assert body["files"] == {
         "model.safetensors": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
     }
-    assert body["format_version"] == 1
+    assert body["format_version"] == 2
     assert body["reference"] == {"name": f"{__name__}:Net", "args": [], "kwargs": {"inputs": 3, "hidden": 4}}
     assert set(body["versions"]) == {"python", "torch", "sparkdeep"}
 
@@ -484,7 +484,7 @@ def forge(store, weights=None, **changes):
         weights = safetensors.torch.save({"weight": torch.ones(1, 1), "bias": torch.zeros(1)})
     store.write("model.safetensors", weights)
     body = {
-        "format_version": 1,
+        "format_version": 2,
         "reference": {"name": "torch.nn:Linear", "args": [1, 1], "kwargs": {}},
         "aliases": {},
         "meta": {},
@@ -646,7 +646,7 @@ def test_a_header_longer_than_the_bound_is_refused_before_it_is_parsed(store, mo
         {"reference": "torch.nn:Linear"},
         {"reference": {"name": "torch.nn:Linear", "args": [[1], 1], "kwargs": {}}},
         {"reference": {"name": "torch.nn:Linear", "args": [], "kwargs": {"in_features": {"a": 1}}}},
-        {"format_version": 2},
+        {"format_version": 1},
         {"format_version": None},
         {"aliases": {"extra": "weight"}},
     ],

@@ -220,7 +220,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         return self._train(dataset, None)
 
     def _train(self, dataset: Any, warm_start: TorchModel | None) -> TorchModel:
-        return train(replace(self.settings(), search=self._search), dataset, warm_start)
+        model = train(replace(self.settings(), search=self._search), dataset, warm_start)
+        return model._resetUid(self.uid)  # as every Spark ML model has its estimator's
 
 
 def _defaults() -> dict[str, Any]:

@@ -1,36 +1,40 @@
-"""`TorchModel`: a trained network as a Spark transformer, batched, shipped once per executor, saved without pickle."""
+"""`TorchModel`: a trained network as a Spark ML model, batched, shipped once per executor, saved without pickle."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import cloudpickle
 from pyspark.ml.base import Model
+from pyspark.ml.functions import array_to_vector
+from pyspark.ml.param import Param
+from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from torch import nn
 
 from sparkdeep.data.schema import Callables, Schema
-from sparkdeep.errors import ConfigError, DataError, ModelLoadError
+from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.export import exported
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.parameters import float_dtype_of, named_tensors
 from sparkdeep.prediction import Prediction, check_choice
 from sparkdeep.program import Program, pack_program
 from sparkdeep.registry import ModelReference
-from sparkdeep.saving import read_model, write_model
-from sparkdeep.spark.hadoop import HadoopStore
-from sparkdeep.spark.scoring import ZERO_ROWS, Scorer, predict_column, zero_output
+from sparkdeep.spark.model_columns import Columns, by_column, feature_cols_of
+from sparkdeep.spark.model_persistence import ModelReader, ModelWriter, relative_to_here, write_file
+from sparkdeep.spark.params import MODEL_PARAMS, canonical, values_of, with_params
+from sparkdeep.spark.scoring import ZERO_ROWS, Scorer, prediction_udf, zero_batch, zero_output
 from sparkdeep.spark.types import column_types, quoted
-from sparkdeep.store import Store, open_store
 from sparkdeep.trees import pack_tensors
 
 __all__ = ["TorchModel"]
 
-_CALLABLES = ("preprocess", "collate", "decode")
+_SCORED = "__sparkdeep_scored__"
 
 
 @dataclass
@@ -42,21 +46,25 @@ class _Shipped:
     broadcast: Any = None
 
 
-@dataclass
-class _Settings:
-    schema: Schema
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What `transform` does, as the params say."""
+
+    columns: Columns
     prediction: Prediction
-    prediction_col: str
-    callables: dict[str, Any] = field(default_factory=dict)
+    batch_size: int
 
 
-class TorchModel(Model):
-    """A trained network; `transform` adds its prediction column.
+@with_params(MODEL_PARAMS)
+class TorchModel(Model, MLWritable, MLReadable):
+    """A trained network; `transform` adds its prediction, and for classifiers what Spark ML's evaluators read.
+
+    Its settings are Spark ML params, as the estimator's are: `model.batch_size` is the param, `getBatchSize()` its value,
+    `setBatchSize(4096)` sets it, and `transform(df, {model.batch_size: 4096})` for one time.
 
     Attributes:
         model: the trained nn.Module, on the CPU, in eval mode.
         history: one `RoundRecord` a round.
-        batch_size: rows per forward pass in `transform`.
     """
 
     def __init__(
@@ -64,122 +72,217 @@ class TorchModel(Model):
         *,
         module: nn.Module,
         schema: Schema,
-        prediction: Prediction,
-        prediction_col: str = "prediction",
+        written: Prediction | None = None,
         history: Sequence[RoundRecord] = (),
-        batch_size: int = 1024,
         preprocess: Callable[[Any], Any] | None = None,
         collate: Callables = None,
         decode: Callables = None,
         reference: ModelReference | None = None,
+        **params: Any,
     ) -> None:
+        """Make a model of a trained module.
+
+        Args:
+            module: on the CPU.
+            schema: the columns that it was trained on.
+            written: the prediction that was tried with real rows; None: rows of zeros will do.
+            history: of the fit.
+            preprocess: the estimator's.
+            collate: the estimator's.
+            decode: the estimator's.
+            reference: how the module can be built again.
+            **params: values of `MODEL_PARAMS`.
+        """
         super().__init__()
         self.model = module
         self.history = list(history)
-        self.batch_size = batch_size
-        self._settings = _Settings(
-            schema=schema,
-            prediction=prediction,
-            prediction_col=prediction_col,
-            callables={"preprocess": preprocess, "collate": collate, "decode": decode},
-        )
+        self._schema = schema
+        self._written = written
+        self._callables: dict[str, Any] = {"preprocess": preprocess, "collate": collate, "decode": decode}
         self._reference = reference
         self._shipped = _Shipped()
+        self._setDefault(
+            feature_cols=feature_cols_of(schema),
+            prediction=None,
+            prediction_col="prediction",
+            probability_col=None,
+            raw_prediction_col=None,
+            batch_size=1024,
+        )
+        self._set(**canonical(params, MODEL_PARAMS, "TorchModel setting"))
 
-    @property
-    def prediction_col(self) -> str:
-        """Name of the column that `transform` adds."""
-        return self._settings.prediction_col
+    def getModel(self) -> nn.Module:  # noqa: N802 (Spark ML's way of naming)
+        """The trained network: the same as `model.model`."""
+        return self.model
 
-    def _transform(self, dataset: DataFrame) -> DataFrame:
-        """Add the prediction column; lazy, and fine on a streaming DataFrame.
+    def transform(self, dataset: DataFrame, params: Any = None) -> DataFrame:
+        """Add the prediction column or columns; lazy, and fine on a streaming DataFrame.
+
+        Args:
+            dataset: rows with the feature columns.
+            params: a param map for this time. Params of others in it are passed over, as in all of Spark ML.
 
         Raises:
             DataError: a feature column is missing or cannot become a tensor.
-            ConfigError: the prediction column is there already.
+            ConfigError: a param cannot be meant, or a column to write is there already.
         """
-        taken = [name for name in dataset.columns if name.casefold() == self.prediction_col.casefold()]
-        if taken:  # Spark resolves names without regard to case: withColumn would replace it silently
-            raise ConfigError(
-                f"column {taken[0]!r} is in the DataFrame already; drop or rename it, or choose another prediction_col."
-            )
-        if not self._settings.prediction.sql_type:
-            raise ConfigError(
-                "this model's output is no tensor with one row per input row: choose what transform writes with "
-                "prediction=lambda output: ..., or model.set_prediction(...)."
-            )
-        columns = self._feature_columns()
+        for key in params or {}:
+            if not isinstance(key, Param):
+                raise ConfigError(f"params has the key {key!r}; its keys are Params: {{model.batch_size: 4096}}.")
+        return super().transform(dataset, params)
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        task = self._task()
+        task.columns.refuse_taken(dataset.columns)
+        columns = task.columns.features
         missing = [name for name in columns if name not in dataset.columns]
         if missing:
             raise DataError(f"the DataFrame lacks the feature column(s) {missing}; it has {dataset.columns}.")
         column_types(dataset.schema, columns)
-        return dataset.withColumn(self.prediction_col, self._predicted(dataset, columns))
-
-    def _predicted(self, dataset: DataFrame, columns: Sequence[str]) -> Column:
         decimals = {f.name for f in dataset.schema.fields if f.dataType.typeName() == "decimal"}
         inputs = [F.col(quoted(c)).cast("double") if c in decimals else F.col(quoted(c)) for c in columns]
-        return predict_column(
-            partial(Scorer.run, self._ship(dataset.sparkSession)), inputs, self._settings.prediction.sql_type
-        )
+        scored: Column = self._udf(dataset.sparkSession, task)(*inputs)
+        outputs = task.columns.outputs
+        if not task.prediction.vectors:
+            return dataset.withColumn(outputs["prediction"], scored)
+        # A column of its own first, so that the network runs once a row, however many of its parts are read.
+        parts = {
+            name: F.col(_SCORED)[part] if part == "prediction" else array_to_vector(F.col(_SCORED)[part])
+            for part, name in outputs.items()
+        }
+        return dataset.withColumn(_SCORED, scored).withColumns(parts).drop(_SCORED)
 
-    def _feature_columns(self) -> list[str]:
-        features = [f for f in self._settings.schema.fields if f.role == "features"]
-        return list(dict.fromkeys(column for f in features for column in f.columns))
+    def udf(self) -> Any:
+        """The prediction as a function for Spark SQL: `spark.udf.register("predict", model.udf())`.
 
-    def _ship(self, spark: SparkSession) -> Any:
+        Its arguments are the feature columns in their order (of a mapping: argument by argument), decimals cast to
+        double. It returns what `transform` writes; with `probability_col` or `raw_prediction_col` a struct of
+        `prediction`, `probability` and `raw_prediction`, the latter two arrays. It keeps the model as it is now.
+
+        Raises:
+            ConfigError: no session is active, or a param cannot be meant.
+        """
+        spark = SparkSession.getActiveSession()
+        if spark is None:
+            raise ConfigError("no Spark session is active: start one before model.udf().")
+        return self._udf(spark, self._task())
+
+    def export(self, path: str, *, format: str = "torch", overwrite: bool = False) -> None:
+        """Write the network, with `preprocess`, as one file that runs without sparkdeep.
+
+        The file maps the tensors of a batch of any number of rows to the network's output; `decode`, `collate` and
+        `prediction` are not part of it.
+
+        Args:
+            path: of the file; a local path, or a URI as for `save`.
+            format: "torch" for a torch.export program (`torch.export.load`), "onnx" for ONNX (the extra `onnx`).
+            overwrite: replace a file that is there.
+
+        Raises:
+            ConfigError: the network or `preprocess` cannot be exported, with torch's reason; or the file is there.
+        """
+        program = self._program()
+        batch = zero_batch(program, self._schema, float_dtype_of(self.model))
+        write_file(path, lambda: exported(program, batch.features, format), overwrite=overwrite)
+
+    # -- settings ------------------------------------------------------------------------------------------------
+
+    def set_prediction(self, prediction: Any, *, prediction_col: str | None = None) -> TorchModel:
+        """Choose anew what `transform` writes, and where; checked at once; returns this model."""
+        check_choice(prediction)
+        self._set(prediction=prediction)
+        if prediction_col is not None:
+            self._set(prediction_col=prediction_col)
+        self._task()
+        return self
+
+    def _task(self) -> _Task:
+        """The params as one checked value.
+
+        Raises:
+            ConfigError: a value, or two together, cannot be meant.
+        """
+        values = values_of(self)
+        size = values["batch_size"]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"batch_size={size!r}: must be a whole number, at least 1.")
+        columns = self._columns()
+        prediction = self._predicts(values["prediction"], columns.vectors)
+        return _Task(columns=columns, prediction=prediction, batch_size=size)
+
+    def _columns(self) -> Columns:
+        return Columns.of(self._schema, values_of(self))
+
+    def _predicts(self, choice: Any, vectors: tuple[str, ...]) -> Prediction:
+        written = self._written
+        if written is None or (written.choice, written.vectors) != (choice, vectors):
+            check_choice(choice, vectors)
+            output = zero_output(self._program(), self._schema, float_dtype_of(self.model))
+            self._written = written = Prediction.of(choice, output, rows=ZERO_ROWS, vectors=vectors)
+        if not written.sql_type:
+            raise ConfigError(
+                "this model's output is no tensor with one row per input row: choose what transform writes with "
+                "prediction=lambda output: ..., or model.set_prediction(...)."
+            )
+        return written
+
+    def _udf(self, spark: SparkSession, task: _Task) -> Any:
+        return prediction_udf(partial(Scorer.run, self._ship(spark, task)), task.prediction.sql_type)
+
+    def _ship(self, spark: SparkSession, task: _Task) -> Any:
         """The model as a broadcast: once a session, fetched once by each executor, and again when it was changed."""
         context = spark.sparkContext
         tensors = [(id(t), 0 if t.is_inference() else t._version) for _, t in named_tensors(self.model)]
-        state = (context, id(self.model), tensors, self.batch_size)
+        columns = task.columns
+        state = (context, id(self.model), tensors, columns.schema, task.prediction, task.batch_size)
         if self._shipped.state != state:
             scorer = Scorer(
                 uid=f"{self.uid}-{secrets.token_hex(8)}",
-                program=pack_program(self._program()),
+                program=pack_program(self._program(columns.renamed)),
                 tensors=pack_tensors(dict(named_tensors(self.model))),
-                schema=self._settings.schema,
-                prediction=cloudpickle.dumps(self._settings.prediction),
-                decode=cloudpickle.dumps(self._settings.callables["decode"]),
-                columns=tuple(self._feature_columns()),
-                batch_size=self.batch_size,
+                schema=columns.schema,
+                prediction=cloudpickle.dumps(task.prediction),
+                decode=cloudpickle.dumps(by_column(self._callables["decode"], columns.renamed)),
+                columns=columns.features,
+                batch_size=task.batch_size,
             )
             self._shipped = _Shipped(state=state, broadcast=context.broadcast(scorer))
         return self._shipped.broadcast
 
-    def _program(self) -> Program:
+    def _program(self, renamed: Mapping[str, str] | None = None) -> Program:
         return Program(
             model=self.model,
             loss=None,
             optimizer=_no_optimizer,
-            preprocess=self._settings.callables["preprocess"],
-            collate=self._settings.callables["collate"],
+            preprocess=self._callables["preprocess"],
+            collate=by_column(self._callables["collate"], renamed or {}),
         )
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, path: str, *, pickle: bool = False) -> None:
-        """Write the model into a folder: weights as safetensors, the rest as JSON.
+    def write(self) -> ModelWriter:
+        """A writer, as every Spark ML model has one: `model.write().overwrite().save(path)`."""
+        return ModelWriter(self)
 
-        Callables (preprocess, collate, decode, prediction) are not written; `load` is given them again.
+    def save(self, path: str, *, pickle: bool = False) -> None:
+        """Write the model into a new folder: weights as safetensors, the rest as JSON.
+
+        `preprocess`, `collate`, `decode` and a callable `prediction` are stored by name where they have one that loading
+        would accept (see `sparkdeep.register`); else `load` is given them again.
 
         Args:
             path: a local path, or any URI that pyarrow.fs or Spark's Hadoop file system takes.
             pickle: also write the module itself with cloudpickle, for `load(path, trust_pickle=True)`.
+
+        Raises:
+            ConfigError: something lies there already (`model.write().overwrite().save(path)` replaces it).
         """
-        settings = self._settings
-        choice = settings.prediction.choice
-        meta: dict[str, Any] = {
-            "schema": settings.schema.to_json(),
-            "prediction": {
-                "choice": choice if isinstance(choice, str) or choice is None else "callable",
-                "sql_type": settings.prediction.sql_type,
-                "column": settings.prediction_col,
-            },
-            "callables": [name for name in _CALLABLES if settings.callables[name] is not None],
-            "batch_size": self.batch_size,
-            "history": [record.to_dict() for record in self.history],
-        }
-        pickled = bytes(cloudpickle.dumps(self.model)) if pickle else None
-        write_model(_store(path), self.model, reference=self._reference, meta=meta, pickled=pickled)
+        ModelWriter(self, pickle=pickle).save(relative_to_here(path))
+
+    @classmethod
+    def read(cls) -> ModelReader:
+        """A reader, used by `PipelineModel.load` and `CrossValidatorModel.load`; runs no stored code."""
+        return ModelReader(cls)
 
     @classmethod
     def load(
@@ -199,9 +302,10 @@ class TorchModel(Model):
         Args:
             path: as given to `save`.
             model: the class, callable or module to load the weights into; else the stored name is resolved.
-            allow_modules: modules whose nn.Module classes a stored name may mean, beside those imported already.
+            allow_modules: modules whose nn.Module classes and functions a stored name may mean, beside those classes that
+                are imported already and what is registered.
             trust_pickle: unpickle a module that was saved with `pickle=True`. Only for files you trust: a pickle runs code.
-            preprocess: the estimator's, where it had one.
+            preprocess: the estimator's, where it had one that has no name.
             collate: as `preprocess`.
             decode: as `preprocess`.
             prediction: choose anew what `transform` writes.
@@ -209,62 +313,10 @@ class TorchModel(Model):
         Raises:
             ModelLoadError: a name that may not be resolved, a damaged file, a missing callable.
         """
-        module, meta = read_model(_store(path), model=model, allow_modules=allow_modules, trust_pickle=trust_pickle)
-        given = {"preprocess": preprocess, "collate": collate, "decode": decode}
-        try:
-            schema = Schema.from_json(meta["schema"])
-            stored: Mapping[str, Any] = meta["prediction"]
-            needed = [str(name) for name in meta["callables"] if given.get(str(name)) is None]
-            history = [RoundRecord.from_dict(record) for record in meta["history"]]
-            choice, sql_type = stored["choice"], str(stored["sql_type"])
-            column, batch_size = str(stored["column"]), int(meta["batch_size"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelLoadError(f"the metadata of {path} are damaged: {type(error).__name__}: {error}") from error
-        if needed:
-            raise ModelLoadError(
-                f"the model in {path} was trained with {', '.join(needed)}, and callables are not stored: pass "
-                f"{', '.join(f'{name}=' for name in needed)} to TorchModel.load."
-            )
-        check_choice(prediction)
-        if prediction is None and choice == "callable":
-            raise ModelLoadError(
-                f"the model in {path} wrote a callable's prediction, which is not stored: pass prediction=."
-            )
-        result = cls(
-            module=module.eval(),
-            schema=schema,
-            prediction=Prediction(choice=choice if prediction is None else prediction, sql_type=sql_type),
-            prediction_col=column,
-            history=history,
-            batch_size=batch_size,
-            preprocess=preprocess,
-            collate=collate,
-            decode=decode,
-        )
-        if prediction is not None:
-            result.set_prediction(prediction)
-        return result
-
-    def set_prediction(self, prediction: Any, *, prediction_col: str | None = None) -> TorchModel:
-        """Choose anew what `transform` writes, and where; returns this model."""
-        check_choice(prediction)
-        output = zero_output(self._program(), self._settings.schema, float_dtype_of(self.model))
-        self._settings.prediction = Prediction.of(prediction, output, rows=ZERO_ROWS)
-        if prediction_col is not None:
-            self._settings.prediction_col = prediction_col
-        self._shipped = _Shipped()
-        return self
+        reader = ModelReader(cls, model=model, allow_modules=allow_modules, trust_pickle=trust_pickle)
+        given = {"preprocess": preprocess, "collate": collate, "decode": decode, "prediction": prediction}
+        return reader.load(path, **given)
 
 
 def _no_optimizer(*_: Any) -> Any:
     raise AssertionError("a model that only predicts has no optimizer")
-
-
-def _store(path: str) -> Store:
-    def hadoop(uri: str) -> Store:
-        session = SparkSession.getActiveSession()
-        if session is None:
-            raise ConfigError(f"{uri}: this scheme is read by Spark's Hadoop file system; start a Spark session first.")
-        return HadoopStore(session, uri)
-
-    return open_store(path, fallback=hadoop)

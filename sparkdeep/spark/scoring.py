@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pyspark import TaskContext
-from pyspark.sql import Column
 from torch import nn
 
 from sparkdeep.data.arrow import Ragged
-from sparkdeep.data.batches import make_batch
+from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
 from sparkdeep.inputs import prepared
@@ -29,7 +28,7 @@ from sparkdeep.program import Program, other_modules, unpack_program
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
-__all__ = ["ZERO_ROWS", "Scorer", "predict_column", "zero_output"]
+__all__ = ["ZERO_ROWS", "Scorer", "prediction_udf", "zero_batch", "zero_output"]
 
 ZERO_ROWS: Final = 3
 
@@ -119,14 +118,12 @@ def _load(scorer: Scorer) -> _Loaded:
     return _models[name]
 
 
-def predict_column(
-    function: Callable[[Iterator[Any]], Iterator[pa.Array]], inputs: Sequence[Column], sql: str
-) -> Column:
-    """The prediction as a column expression: an Arrow UDF where Spark has them (4.1), a pandas UDF before."""
+def prediction_udf(function: Callable[[Iterator[Any]], Iterator[pa.Array]], sql: str) -> Any:
+    """The prediction as a UDF of the feature columns: an Arrow UDF where Spark has them (4.1), a pandas UDF before."""
     try:
         from pyspark.sql.functions import ArrowUDFType, arrow_udf
     except ImportError:
-        return _pandas_column(function, inputs, sql)
+        return _pandas_udf(function, sql)
 
     def predict(batches: Any) -> Any:
         return function(batches)
@@ -134,28 +131,40 @@ def predict_column(
     with warnings.catch_warnings():
         # Type hints are preferred, but the right ones depend on the number of columns; the type says it directly.
         warnings.simplefilter("ignore")
-        return arrow_udf(predict, sql, ArrowUDFType.SCALAR_ITER)(*inputs)
+        return arrow_udf(predict, sql, ArrowUDFType.SCALAR_ITER)
 
 
-def _pandas_column(
-    function: Callable[[Iterator[Any]], Iterator[pa.Array]], inputs: Sequence[Column], sql: str
-) -> Column:
+def _pandas_udf(function: Callable[[Iterator[Any]], Iterator[pa.Array]], sql: str) -> Any:
     from pyspark.sql.functions import PandasUDFType, pandas_udf
 
     def predict(batches: Any) -> Any:
         def arrays() -> Iterator[tuple[pa.Array, ...]]:
             for series in batches:
                 columns = series if isinstance(series, tuple) else (series,)
-                yield tuple(pa.Array.from_pandas(column) for column in columns)
+                yield tuple(_from_pandas(column) for column in columns)
 
         for result in function(arrays()):
-            yield result.to_pandas()
+            yield _to_pandas(result)
 
-    return pandas_udf(predict, sql, PandasUDFType.SCALAR_ITER)(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as for the Arrow UDF
+        return pandas_udf(predict, sql, PandasUDFType.SCALAR_ITER)
 
 
-def zero_output(program: Program, schema: Schema, float_dtype: torch.dtype) -> Any:
-    """The output for ZERO_ROWS rows of zeros: its shape and dtype, without asking for a row of data."""
+def _from_pandas(column: Any) -> pa.Array:
+    if hasattr(column, "columns"):  # a struct, such as a Spark ML vector
+        return pa.RecordBatch.from_pandas(column, preserve_index=False).to_struct_array()
+    return pa.Array.from_pandas(column)
+
+
+def _to_pandas(array: pa.Array) -> Any:
+    if not pa.types.is_struct(array.type):
+        return array.to_pandas()
+    return pa.RecordBatch.from_struct_array(array).to_pandas()
+
+
+def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype) -> Batch:
+    """ZERO_ROWS rows of zeros, as a batch that `preprocess` has not seen yet."""
     rows = ZERO_ROWS
     fields: dict[str, Any] = {}
     for field in schema.fields:
@@ -167,6 +176,11 @@ def zero_output(program: Program, schema: Schema, float_dtype: torch.dtype) -> A
         else:
             fields[field.name] = np.zeros((rows, *shape), field.dtype)
     kept = Schema(fields=tuple(f for f in schema.fields if f.role == "features"), float_dtype=schema.float_dtype)
-    batch = prepared(make_batch(fields, kept, float_dtype=float_dtype, collate=program.collate), program, augment=False)
+    return make_batch(fields, kept, float_dtype=float_dtype, collate=program.collate)
+
+
+def zero_output(program: Program, schema: Schema, float_dtype: torch.dtype) -> Any:
+    """The output for rows of zeros: its shape and dtype, without asking for a row of data."""
+    batch = prepared(zero_batch(program, schema, float_dtype), program, augment=False)
     with torch.inference_mode():
         return forward(program.model.eval(), batch.features)

@@ -28,6 +28,7 @@ from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
 from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
+from sparkdeep.spark.model_columns import VECTORS
 from sparkdeep.spark.petastorm_source import active_session, source_of
 from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
 from sparkdeep.spark.settings import FitSettings, described
@@ -39,6 +40,7 @@ __all__ = ["train"]
 _LOG = logging.getLogger("sparkdeep")
 _INGEST_TIMEOUT_S: Final = 24 * 3600.0
 _SLOT_TIMEOUT_S: Final = 30.0
+_HANDED_ON: Final = ("prediction", "prediction_col", "probability_col", "raw_prediction_col")
 
 
 def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
@@ -107,14 +109,14 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     model = TorchModel(
         module=program.model.eval(),
         schema=ingested.schema,
-        prediction=prediction,
-        prediction_col=settings.prediction_col,
+        written=prediction,
         history=fit.state.records,
-        batch_size=max(settings.local.batch_size, 256),
         preprocess=settings.preprocess,
         collate=settings.collate,
         decode=settings.decode,
         reference=reference_of(settings.model, settings.model_args),
+        batch_size=max(settings.local.batch_size, 256),
+        **{name: getattr(settings, name) for name in _HANDED_ON if getattr(settings, name) is not None},
     )
     callbacks.end(model, None)
     return model
@@ -133,10 +135,12 @@ def _slots(
 
 def _prediction(settings: FitSettings, output: Any, rows: int) -> Prediction:
     """What `transform` will write; a training_step's model need not have an output that can be written."""
+    choice = settings.prediction
+    vectors = [part for part in VECTORS if getattr(settings, f"{part}_col") is not None]
     try:
-        return Prediction.of(settings.prediction, output, rows=rows)
+        return Prediction.of(choice, output, rows=rows, vectors=vectors)
     except ConfigError:
-        if settings.training_step is None or settings.prediction is not None:
+        if settings.training_step is None or choice is not None or vectors:
             raise
         return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
 
