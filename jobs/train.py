@@ -19,7 +19,7 @@ def train(job: Job) -> None:
     train_rows, test_rows = job.split()
     model = estimator.fit(train_rows)
     job.records[:] = model.history
-    model.save(job.output("model"))
+    model.write().overwrite().save(job.output_uri("model"))
 
     predictions = model.transform(test_rows).select(job.label(), job.prediction())
     predictions.write.mode("overwrite").parquet(job.output_uri("predictions"))

@@ -125,7 +125,8 @@ class FitSettings:
             if not (callable(one) or isinstance(one, Callback)):
                 raise ConfigError(f"callbacks hold {one!r}: give functions of a round's record, or Callback objects.")
         self._check_columns()
-        check_choice(self.prediction)
+        vectors = [part for part in ("probability", "raw_prediction") if getattr(self, f"{part}_col") is not None]
+        check_choice(self.prediction, vectors)
         parse_ports(self.coordinator_port)
 
     def _check_columns(self) -> None:
