@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, final
 
-from pyspark import InheritableThread
 from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.launch import ReplicaPlan, RunningStage, Ticket
 from sparkdeep.spark.failures import translate
-from sparkdeep.spark.preflight import available_slots, is_local
+from sparkdeep.spark.session import access_to
 from sparkdeep.spark.tasks import ReplicaJob, clean_task, replica_task
 
 __all__ = ["BarrierLauncher", "SparkJob", "clean_executors"]
@@ -28,22 +27,26 @@ _CLEAN_TIMEOUT_S = 30.0
 class SparkJob:
     """A Spark action in a thread, cancellable by its tag; the caller's job group and properties are left as they are."""
 
-    def __init__(self, spark: SparkSession, frame: DataFrame, *, tag: str, description: str) -> None:
-        self._context = spark.sparkContext
+    def __init__(
+        self,
+        spark: SparkSession,
+        frame: DataFrame,
+        *,
+        tag: str,
+        description: str,
+        action: Callable[[DataFrame], Sequence[Any]] = DataFrame.collect,
+    ) -> None:
+        self._access = access_to(spark)
         self._frame = frame
+        self._action = action
         self._tag = tag
-        self._description = description
         self._failure: BaseException | None = None
-        self._rows: Sequence[Any] = ()
-        # Inherits the caller's local properties (job group, scheduler pool) as a copy, so that what is set here stays here.
-        self._thread = InheritableThread(target=self._run, name=f"sparkdeep-job-{tag}", daemon=True)
-        self._thread.start()
+        self._rows: Sequence[Any] | None = None
+        self._thread = self._access.start(self._run, tag=tag, description=description)
 
     def _run(self) -> None:
         try:
-            self._context.addJobTag(self._tag)
-            self._context.setJobDescription(self._description)
-            self._rows = self._frame.collect()
+            self._rows = self._action(self._frame)
         except BaseException as error:  # noqa: BLE001 (handed to the thread that asks for `failure` or `result`)
             self._failure = translate(error)
 
@@ -81,7 +84,7 @@ class SparkJob:
             if idle_timeout_s is None or now - looked < _LOOK_EVERY_S:
                 continue
             looked = now
-            if self._has_tasks():
+            if self._access.has_tasks(self._tag) is not False:
                 busy = now
                 on_busy()
             elif now - busy > idle_timeout_s:
@@ -93,18 +96,9 @@ class SparkJob:
                 )
         if self._failure is not None:
             raise self._failure
+        if self._rows is None:
+            raise ReplicaLostError(f"{what} was not submitted: its thread ended before; see its traceback above.")
         return self._rows
-
-    def _has_tasks(self) -> bool:
-        tracker = self._context.statusTracker()
-        jobs: Any = self._context._jsc.sc().statusTracker().getJobIdsForTag(self._tag)
-        for job in jobs:
-            info = tracker.getJobInfo(job)
-            for stage in info.stageIds if info is not None else ():
-                detail = tracker.getStageInfo(stage)
-                if detail is not None and detail.numActiveTasks > 0:
-                    return True
-        return False
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the end; what the tasks had to say they have said."""
@@ -118,7 +112,7 @@ class SparkJob:
     def cancel(self) -> None:
         """Cancel the job by its tag, and give it a moment to go."""
         if self._thread.is_alive():
-            self._context.cancelJobsWithTag(self._tag)
+            self._access.cancel(self._tag)
             self._thread.join(timeout=5.0)
 
 
@@ -174,24 +168,39 @@ class BarrierLauncher:
         self._shards.unpersist()
 
 
-def clean_executors(spark: SparkSession, run: str, shard_dir: str | None) -> bool:
+def clean_executors(
+    spark: SparkSession,
+    run: str,
+    shard_dir: str | None,
+    *,
+    exchange: str | None = None,
+    num_workers: int = 1,
+) -> bool:
     """Remove a run's folders on every executor that is up; returns whether all of them were reached.
 
     A folder of an executor that is gone lies in its Spark local directory, and is swept by the next fit on that host.
+
+    Args:
+        spark: the session.
+        run: the run's id.
+        shard_dir: the shared folder of shards, or None.
+        exchange: that of updates, or None.
+        num_workers: tasks to run at once where the session cannot tell its slots (Spark Connect).
     """
-    tracker: Any = spark.sparkContext._jsc.sc().statusTracker()
+    access = access_to(spark)
     reached: set[str] = set()
     for attempt in range(_CLEAN_ATTEMPTS):
-        slots = max(1, available_slots(spark, None))
-        frame = spark.range(0, slots, 1, slots).mapInArrow(partial(clean_task, run, shard_dir), "executor string")
+        slots = max(1, access.slots(None) or num_workers)
+        task = partial(clean_task, run, shard_dir, exchange)
+        # Tasks of a barrier stage run at the same time: on as many executors as replicas had.
+        frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string", barrier=access.connect)
         job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
         try:
             reached |= {row["executor"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
         except Exception as error:  # noqa: BLE001 (a failed clean-up must not hide the fit's own outcome; it is logged)
             _LOG.warning("cleaning up failed: %s", error)
             return False
-        # The driver counts as an executor, except on a local master, where it is the only one.
-        executors = len(tracker.getExecutorInfos()) - (0 if is_local(spark) else 1)
-        if len(reached) >= executors:
+        executors = access.executors()
+        if executors is None or len(reached) >= executors:
             return True
     return False

@@ -27,6 +27,8 @@ _LOST: Final = (
     "No space left on device",
 )
 
+_CANCELLED: Final = ("SPARK_JOB_CANCELLED", "OPERATION_CANCELED", "cancelled because SparkContext was shut down")
+
 
 class RemoteFailureError(RuntimeError):
     """What a task raises in place of a named error, so that the driver can name it again."""
@@ -57,7 +59,7 @@ def translate(error: BaseException) -> BaseException:
     text = str(error)
     if (match := re.search(re.escape(_MARK) + r"(\{.*\})", text)) is not None:
         return _rebuilt(match[1], error)
-    if "SPARK_JOB_CANCELLED" in text or "cancelled because SparkContext was shut down" in text:
+    if any(sign in text for sign in _CANCELLED):
         return SparkdeepError(
             f"the fit's Spark job was cancelled from outside (the UI, cancelJobGroup, a stopped session), and is not "
             f"repeated: {_first_line(text)}"
@@ -66,6 +68,11 @@ def translate(error: BaseException) -> BaseException:
         return PreflightError(
             "barrier stages do not run with dynamic allocation: set spark.dynamicAllocation.enabled=false and a fixed "
             "spark.executor.instances."
+        )
+    if "TaskResourceProfiles are only supported" in text or "ResourceProfiles are only supported" in text:
+        return PreflightError(
+            "cpus_per_worker, gpus_per_worker: Spark refuses a resource profile here; start the application with "
+            f"spark.task.cpus or spark.task.resource.gpu.amount instead. Spark says: {_first_line(text)}"
         )
     if "SPARK-24819" in text:
         return PreflightError(

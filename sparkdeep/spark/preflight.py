@@ -11,6 +11,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from sparkdeep.errors import PreflightError
+from sparkdeep.spark.session import access_to
 
 __all__ = ["available_slots", "check_session", "check_slots", "is_local", "task_profile"]
 
@@ -28,26 +29,25 @@ def check_session(spark: SparkSession) -> None:
         )
     if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
         raise PreflightError(f"Python {platform.python_version()}: sparkdeep needs Python 3.11 or newer.")
-    if "connect" in type(spark).__module__:
+    access = access_to(spark)
+    if access.connect and major < 4:
         raise PreflightError(
-            "this is a Spark Connect session, which has no SparkContext: run on a classic session "
-            "(SparkSession.builder.master(...), spark-submit, or a dedicated Databricks cluster)."
+            f"Spark Connect with pyspark {pyspark.__version__}: sparkdeep needs Spark 4.0 or newer there; use a classic session."
         )
-    conf = spark.sparkContext.getConf()
-    if conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+    if str(access.conf("spark.dynamicAllocation.enabled", "false")).lower() == "true":
         raise PreflightError(
             "spark.dynamicAllocation.enabled=true: Spark runs no barrier stage with dynamic allocation. Start the application "
             "with spark.dynamicAllocation.enabled=false and a fixed spark.executor.instances."
         )
-    if conf.get("spark.python.worker.killOnIdleTimeout", "false").lower() == "true":
+    if str(access.conf("spark.python.worker.killOnIdleTimeout", "false")).lower() == "true":
         raise PreflightError(
             "spark.python.worker.killOnIdleTimeout=true: Spark would kill a replica that trains silently. Set it to false."
         )
 
 
 def is_local(spark: SparkSession) -> bool:
-    """Whether driver and executor are one process."""
-    master = spark.sparkContext.master
+    """Whether driver and executor are one process; False where the session does not tell."""
+    master = access_to(spark).master or ""
     return master == "local" or master.startswith("local[")
 
 
@@ -59,9 +59,9 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
     """
     if cpus_per_worker is None and gpus_per_worker is None:
         return None
-    conf = spark.sparkContext.getConf()
-    own_cpus = int(conf.get("spark.task.cpus", "1"))
-    own_gpus = float(conf.get("spark.task.resource.gpu.amount", "0"))
+    access = access_to(spark)
+    own_cpus = int(access.conf("spark.task.cpus") or 1)
+    own_gpus = float(access.conf("spark.task.resource.gpu.amount") or 0)
     if cpus_per_worker in {None, own_cpus} and gpus_per_worker in {None, own_gpus}:
         return None
     instead = [f"spark.task.cpus={cpus_per_worker}"] if cpus_per_worker is not None else []
@@ -79,10 +79,11 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
             f"cpus_per_worker={cpus_per_worker}, gpus_per_worker={gpus_per_worker}: DataFrame stages take a resource profile "
             f"from Spark 4.0 on; this is {pyspark.__version__}. Start the application with {properties} instead."
         )
-    if gpus_per_worker and float(conf.get("spark.executor.resource.gpu.amount", "0")) < gpus_per_worker:
+    executor_gpus = access.conf("spark.executor.resource.gpu.amount")
+    if gpus_per_worker and not access.connect and float(executor_gpus or 0) < gpus_per_worker:
         raise PreflightError(
             f"gpus_per_worker={gpus_per_worker}, but executors have spark.executor.resource.gpu.amount="
-            f"{conf.get('spark.executor.resource.gpu.amount', 'unset')}. Start the application with at least that many, and "
+            f"{executor_gpus or 'unset'}. Start the application with at least that many, and "
             "spark.executor.resource.gpu.discoveryScript."
         )
     from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
@@ -91,6 +92,8 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
     if gpus_per_worker is not None:
         requests = requests.resource("gpu", gpus_per_worker)
     profile = ResourceProfileBuilder().require(requests).build
+    if access.connect:
+        return profile  # made on the server with the first stage, which says if it cannot be
     try:
         # Spark would do it with the first stage; slots can be counted only for a profile that it knows.
         context: Any = spark.sparkContext._jsc.sc()
@@ -105,28 +108,25 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
 
 
 def available_slots(spark: SparkSession, profile: Any) -> int:
-    """Tasks that can run at the same time, whether busy or not."""
-    context: Any = spark.sparkContext._jsc.sc()
-    if profile is None:
-        java_profile = context.resourceProfileManager().defaultResourceProfile()
-    else:
-        java_profile = profile._java_resource_profile
-    return int(context.maxNumConcurrentTasks(java_profile))
+    """Tasks that can run at the same time, whether busy or not; 0 where the session does not tell (Spark Connect)."""
+    return access_to(spark).slots(profile) or 0
 
 
-def check_slots(spark: SparkSession, num_workers: int, profile: Any, *, timeout_s: float) -> int:
+def check_slots(spark: SparkSession, num_workers: int, profile: Any, *, timeout_s: float) -> None:
     """Wait until there are `num_workers` slots; executors may still be on their way.
+
+    Where the session does not tell (Spark Connect) this says nothing: `transports.probe` finds out.
 
     Raises:
         PreflightError: there are fewer after `timeout_s` (at once on a local master).
     """
+    access = access_to(spark)
     deadline = time.monotonic() + (0.0 if is_local(spark) else timeout_s)
-    while (slots := available_slots(spark, profile)) < num_workers:
+    while (slots := access.slots(profile)) is not None and slots < num_workers:
         if time.monotonic() >= deadline:
             raise PreflightError(
-                f"num_workers={num_workers}, but the session has {slots} slot(s) (master {spark.sparkContext.master}): every "
+                f"num_workers={num_workers}, but the session has {slots} slot(s) (master {access.master}): every "
                 "replica needs one at the same time. Lower num_workers, or start the application with more: "
                 "spark.executor.instances x spark.executor.cores / spark.task.cpus, or local[n]."
             )
         time.sleep(0.25)
-    return slots

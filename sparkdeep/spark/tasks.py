@@ -25,6 +25,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.data.scratch import claim, release, sweep
 from sparkdeep.data.shards import Shard, ShardWriter, encode_rows
 from sparkdeep.errors import DataError, PreflightError
+from sparkdeep.exchange import run_folder
 from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
 from sparkdeep.messages import Hello
 from sparkdeep.replica import Replica
@@ -32,16 +33,21 @@ from sparkdeep.session import serve, versions
 from sparkdeep.spark.failures import missing_module, named_failures
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.state_files import StateFiles
+from sparkdeep.store import open_store
 
 __all__ = [
     "FLAG",
     "HASH",
     "IngestJob",
+    "Placed",
     "ReplicaJob",
     "ReplicaTask",
+    "barrier_context",
     "clean_task",
     "ingest_task",
     "numbered",
+    "placed",
+    "ready_device",
     "replica_task",
 ]
 
@@ -77,10 +83,9 @@ class ReplicaJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaTask:
-    """One replica's place: made in the Python worker, and passed on to a child process where there is one."""
+class Placed:
+    """Where a replica runs."""
 
-    job: ReplicaJob
     replica: int
     host: str
     device: str
@@ -91,6 +96,13 @@ class ReplicaTask:
     state_dir: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplicaTask(Placed):
+    """One replica's place and job: made in the Python worker, and passed on to a child process where there is one."""
+
+    job: ReplicaJob
+
+
 def numbered(index: int) -> str:
     """Name under which the schema's `index`-th column travels through Spark."""
     return f"__sparkdeep_column_{index}"
@@ -99,7 +111,7 @@ def numbered(index: int) -> str:
 def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Write this partition's rows as one shard; yields one manifest row."""
     with named_failures():
-        context = _barrier_context("ingest")
+        context = barrier_context("ingest")
         root = _root(job.run, job.shard_dir)
         number = context.partitionId()
         faults = Faults()
@@ -144,26 +156,8 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
 def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Be one replica for as long as the stage is open; the batch holds the manifest row of its shard."""
     with named_failures():
-        context = _barrier_context("training")
-        rows = [row for batch in batches for row in batch.column("manifest").to_pylist()]
-        if len(rows) != 1:
-            raise DataError(f"the training task was given {len(rows)} shards; each replica has exactly one.")
-        manifest = json.loads(rows[0])
-        root = _root(job.ticket.run, job.shard_dir)
-        path = Path(manifest["path"])
-        gpus = context.resources().get("gpu")
-        task = ReplicaTask(
-            job=job,
-            replica=manifest["replica"],
-            host=_host(context),
-            device=resolve_device(
-                job.plan.settings.device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")
-            ),
-            num_threads=context.cpus(),
-            shard=str(path),
-            problem=_problem(path, None if job.shard_dir is not None else root, manifest["host"]),
-            state_dir=str(path.parent / f"state-{manifest['replica']:05d}"),
-        )
+        place = placed(job.ticket.run, job.shard_dir, job.plan.settings.device, batches)
+        task = ReplicaTask(job=job, **vars(place))
         spawn = job.worker_process == "spawn" or (job.worker_process == "auto" and task.device.startswith("cuda"))
         if spawn:
             from sparkdeep.spark.child import run_in_child
@@ -174,17 +168,39 @@ def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator
     yield pa.RecordBatch.from_pydict({"replica": pa.array([task.replica], pa.int32())})
 
 
+def placed(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.RecordBatch]) -> Placed:
+    """Find out where this barrier task's replica is.
+
+    Args:
+        run: the run's id.
+        shard_dir: see `ReplicaJob`.
+        device: the setting.
+        batches: the manifest row of its shard.
+    """
+    context = barrier_context("training")
+    rows = [row for batch in batches for row in batch.column("manifest").to_pylist()]
+    if len(rows) != 1:
+        raise DataError(f"the training task was given {len(rows)} shards; each replica has exactly one.")
+    manifest = json.loads(rows[0])
+    root = _root(run, shard_dir)
+    path = Path(manifest["path"])
+    gpus = context.resources().get("gpu")
+    return Placed(
+        replica=manifest["replica"],
+        host=_host(context),
+        device=resolve_device(device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")),
+        num_threads=context.cpus(),
+        shard=str(path),
+        problem=_problem(path, None if shard_dir is not None else root, manifest["host"]),
+        state_dir=str(path.parent / f"state-{manifest['replica']:05d}"),
+    )
+
+
 def run_replica(task: ReplicaTask) -> None:
     """Dial the driver and serve it; returns when the driver says stop."""
     job = task.job
     who = f"replica {task.replica} on {task.host}"
-    torch.set_num_threads(task.num_threads)
-    device = torch.device(task.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PreflightError(
-            f"{who} was given {task.device}, but its torch {torch.__version__} sees no CUDA device. Install a CUDA build of "
-            "torch on the executors, check the driver, or set device='cpu'."
-        )
+    device = ready_device(task.device, task.num_threads, who)
     ticket = job.ticket
     channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=who)
     with contextlib.ExitStack() as stack:
@@ -215,6 +231,22 @@ def run_replica(task: ReplicaTask) -> None:
         )
 
 
+def ready_device(name: str, num_threads: int, who: str) -> torch.device:
+    """The device, with this worker's torch set to the task's threads.
+
+    Raises:
+        PreflightError: torch cannot use it here.
+    """
+    torch.set_num_threads(num_threads)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(
+            f"{who} was given {name}, but its torch {torch.__version__} sees no CUDA device. Install a CUDA build of "
+            "torch on the executors, check the driver, or set device='cpu'."
+        )
+    return device
+
+
 def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.device) -> Replica:
     try:
         return open_replica(task.job.plan, channel, shard, number=task.replica, device=device)
@@ -222,8 +254,10 @@ def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.devi
         raise missing_module(error.name or str(error), str(error)) from error
 
 
-def clean_task(run: str, shard_dir: str | None, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Remove what a run left on this executor, and its shared folder.
+def clean_task(
+    run: str, shard_dir: str | None, exchange: str | None, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Remove what a run left on this executor, and its shared folders.
 
     Yields one row: which executor this is, by its local directories.
     """
@@ -237,11 +271,19 @@ def clean_task(run: str, shard_dir: str | None, batches: Iterator[pa.RecordBatch
             while path.exists() and time.monotonic() < deadline:  # a failed stage's task may still be dying in there
                 time.sleep(0.1)
                 release(path)
+    if exchange is not None:
+        with contextlib.suppress(OSError):  # another task of this clean-up may be at it
+            open_store(exchange).delete(run_folder(run))
     time.sleep(_SPREAD_S)
     yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
 
 
-def _barrier_context(what: str) -> BarrierTaskContext:
+def barrier_context(what: str) -> BarrierTaskContext:
+    """This barrier task's context.
+
+    Raises:
+        PreflightError: the engine does not run it as one.
+    """
     context = TaskContext.get()
     if not isinstance(context, BarrierTaskContext):
         raise PreflightError(

@@ -1,0 +1,168 @@
+"""Which transport a fit takes, what it cannot do there, and the pieces that a `Fit` is given for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from pyspark.sql import DataFrame, SparkSession
+
+from sparkdeep.coordinator import Coordinator, parse_ports
+from sparkdeep.errors import ConfigError, PreflightError
+from sparkdeep.fitting import Fit
+from sparkdeep.launch import ReplicaPlan
+from sparkdeep.parameters import named_tensors
+from sparkdeep.run_state import RunState
+from sparkdeep.spark.barrier import BarrierLauncher
+from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
+from sparkdeep.spark.session import access_to, is_connect
+from sparkdeep.spark.settings import FitSettings
+
+__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "probe", "transport_for"]
+
+Shards: TypeAlias = Callable[[], DataFrame]
+Transport: TypeAlias = BarrierLauncher | SparkRunner
+# Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
+_MOST_SECTIONS: Final = 3
+_PROBE_TIMEOUT_S: Final = 60.0
+
+
+def chosen(settings: FitSettings, spark: SparkSession) -> str:
+    """ "socket" or "spark": what was asked for, or what the session can do.
+
+    Raises:
+        PreflightError: the session cannot do what was asked for.
+        ConfigError: a setting has no meaning with that transport.
+    """
+    transport = settings.transport
+    if transport == "auto":
+        transport = "spark" if is_connect(spark) else "socket"
+    if transport == "socket":
+        if is_connect(spark):
+            raise PreflightError(
+                "transport='socket': this is a Spark Connect session, whose client executors cannot dial; use "
+                "transport='spark' or 'auto', or a classic session."
+            )
+        if settings.exchange_dir is not None:
+            raise ConfigError(
+                "exchange_dir is for transport='spark'; with 'socket' updates go to the driver. Leave it out, or set "
+                "transport='spark'."
+            )
+        return transport
+    without: dict[str, tuple[Any, str]] = {
+        "rounds_per_stage": (
+            settings.run.rounds_per_stage if settings.run.rounds_per_stage not in ("auto", 1) else None,
+            "every round is a job of its own",
+        ),
+        "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
+        "coordinator_port": (settings.coordinator_port, "no port is opened"),
+        "worker_process": (
+            "spawn" if settings.worker_process == "spawn" else None,
+            "replicas train in Spark's Python workers",
+        ),
+    }
+    for name, (value, reason) in without.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} with transport='spark': {reason}. Leave it out, or use transport='socket'."
+            )
+    return transport
+
+
+def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
+    """Find out by a tiny barrier job what the session does not tell: slots, and whether storage is shared.
+
+    Raises:
+        PreflightError: too few slots, or executors that do not see each other's files in `exchange_dir`.
+    """
+    if is_connect(spark) or settings.exchange_dir is not None:
+        probe_session(
+            spark,
+            run,
+            settings.run.num_workers,
+            profile,
+            exchange=settings.exchange_dir,
+            timeout_s=min(_PROBE_TIMEOUT_S, settings.run.open_timeout_s),
+        )
+
+
+def transport_for(
+    settings: FitSettings,
+    spark: SparkSession,
+    shards: Shards,
+    *,
+    generation: DataFrame,
+    plan: ReplicaPlan,
+    run: str,
+    profile: Any,
+) -> Transport:
+    """What runs replicas over the persisted shards; the caller closes it."""
+    if chosen(settings, spark) == "spark":
+        return SparkRunner(
+            spark,
+            shards,
+            generation=generation,
+            settings=RunnerSettings(
+                run=run,
+                num_replicas=settings.run.num_workers,
+                shard_dir=settings.shard_dir,
+                exchange=settings.exchange_dir,
+                stall_timeout_s=settings.run.stall_timeout_s,
+                profile=profile,
+            ),
+        )
+    return BarrierLauncher(
+        spark,
+        shards,
+        generation=generation,
+        plan=plan,
+        num_replicas=settings.run.num_workers,
+        shard_dir=settings.shard_dir,
+        worker_process=settings.worker_process,
+        profile=profile,
+    )
+
+
+def ends_of(
+    transport: Transport, settings: FitSettings, spark: SparkSession, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """The arguments of `Fit` that say how replicas are reached; a port that is opened is closed with the stack."""
+    if isinstance(transport, SparkRunner):
+        return {"runner": transport}
+    access = access_to(spark)
+    host = access.conf("spark.driver.host") or "localhost"
+    coordinator = Coordinator(
+        bind_host=access.conf("spark.driver.bindAddress") or host,
+        advertised_host=settings.coordinator_host or host,
+        ports=parse_ports(settings.coordinator_port),
+    )
+    stack.callback(coordinator.close)
+    return {"launcher": transport, "coordinator": coordinator}
+
+
+def check_load(settings: FitSettings, fit: Fit) -> None:
+    """Refuse a fit whose parameters this session cannot carry.
+
+    Raises:
+        PreflightError: with the numbers, and what to set.
+    """
+    runner = fit.runner
+    if not isinstance(runner, SparkRunner):
+        return
+    sections = _MOST_SECTIONS if settings.local.inner_state == "average" else 0
+    moving = {entry.name for entry in fit.layout.entries} | set(fit.layout.buffers)
+    fixed = [tensor for name, tensor in named_tensors(fit.program.model) if name not in moving]
+    runner.check(
+        Load(
+            start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
+            fixed_bytes=sum(tensor.nbytes for tensor in fixed),
+            rounds=fit.schedule.num_rounds - fit.state.committed,
+            wide=settings.outer_optimizer is not None,
+            durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
+        )
+    )
+
+
+def _buffer_bytes(state: RunState) -> int:
+    return sum(tensor.nbytes for tensor in state.buffers.values())
