@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, SparkdeepError
+from sparkdeep.interop import adopt
 from sparkdeep.program import Program, check_picklable
 
 __all__ = ["build_model", "copy_of"]
@@ -28,7 +29,9 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
                 f"model_args={dict(arguments)!r} with a model that is built already; give the class instead."
             )
         try:
-            return copy_of(factory).cpu()
+            return copy_of(adopt(factory)).cpu()
+        except SparkdeepError:
+            raise
         except Exception as error:
             check_picklable(Program(model=factory, loss=None, optimizer=torch.optim.SGD))  # names the attribute
             raise ConfigError(
@@ -37,7 +40,7 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
             ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = factory(**arguments)
+        module = adopt(factory(**arguments))
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"model={factory!r} returned {type(module).__name__}; it must be an nn.Module, a class of one, a callable that "

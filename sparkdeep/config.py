@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["EarlyStopping", "LocalSettings", "RunSettings", "refuse_unknown"]
+__all__ = ["EarlyStopping", "LocalSettings", "RunSettings", "choose_keras_backend", "refuse_unknown"]
 
 InnerState = Literal["keep", "average", "reset"]
 ReplicaState = Literal["local", "durable"]
@@ -28,6 +30,23 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown {where} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def choose_keras_backend(backend: str) -> None:
+    """Have Keras use `backend` in this process, which it decides when it is first imported.
+
+    Raises:
+        ConfigError: it was imported already, with another one.
+    """
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = backend
+        return
+    given = sys.modules["keras"].backend.backend()
+    if given != backend:
+        raise ConfigError(
+            f"Keras was imported with the backend {given!r} in this process, and the model needs {backend!r}: set "
+            f"KERAS_BACKEND={backend} before keras is imported, on executors by spark.executorEnv.KERAS_BACKEND={backend}."
+        )
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

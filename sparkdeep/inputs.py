@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparkdeep.data.batches import Batch
 from sparkdeep.program import Program
 
@@ -17,4 +19,4 @@ def prepared(batch: Batch, program: Program, *, augment: bool) -> Batch:
         features = program.augment(features)
     if features is batch.features:
         return batch
-    return Batch(features=features, labels=batch.labels, weights=batch.weights, rows=batch.rows)
+    return replace(batch, features=features)

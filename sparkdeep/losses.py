@@ -15,6 +15,7 @@ from torch.nn.modules.loss import _Loss
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
+from sparkdeep.outputs import logits_of
 from sparkdeep.program import Program
 
 __all__ = ["LossFunction", "forward"]
@@ -78,9 +79,16 @@ class LossFunction:
             return self._step(model, batch)
         return self.of_output(forward(model, batch.features), batch)
 
+    def take_logged(self, *, training: bool) -> dict[str, list[float]]:
+        """What the model logged itself since the last call: name -> [sum over rows, rows]."""
+        take = getattr(self._step, "take_logged", None)
+        return take(training=training) if take is not None else {}
+
     def of_output(self, output: Any, batch: Batch) -> Tensor:
         """The scalar loss for an output that is already there (validation computes it once)."""
         assert self._loss is not None
+        if isinstance(self._loss, _Loss):  # one of torch's own, which takes tensors only
+            output = logits_of(output)
         labels = _aligned(self._loss, output, batch.labels)
         if batch.weights is None or (self._per_row is None and not self._takes_weight):
             return self._loss(output, labels)

@@ -86,6 +86,8 @@ class Update:
     compute_s: float
     input_s: float
     """Part of `compute_s` spent on getting batches."""
+    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Means of what the model logged itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,6 +45,8 @@ class RoundRecord:
     """Training loss: the mean over the round's rows of the loss at the time each was seen."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scores of the averaged model on the validation rows ("loss" and each metric); empty when not validated."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """What the model logged itself in training (a Lightning module's `self.log`): means over the round's rows."""
     seconds: float = 0.0
     """Wall time of the round, stage opening and validation included."""
     compute_seconds: float = 0.0

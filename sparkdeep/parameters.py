@@ -107,8 +107,10 @@ class Layout:
         wide = any(entry.dtype == torch.float64 for entry in entries)
         variance_of: dict[str, str] = {}
         for name, child in module.named_modules():
+            prefix = f"{name}." if name else ""
+            if hasattr(child, "variance_of"):
+                variance_of |= {f"{prefix}{var}": f"{prefix}{mean}" for var, mean in child.variance_of().items()}
             if isinstance(child, _NormBase) and child.running_var is not None:
-                prefix = f"{name}." if name else ""
                 variance_of[f"{prefix}running_var"] = f"{prefix}running_mean"
         names = tuple(name for name, _ in module.named_buffers())
         return cls(

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from sparkdeep.config import choose_keras_backend
 from sparkdeep.errors import ConfigError, PreflightError
+from sparkdeep.keras_network import KerasNetwork
 from sparkdeep.parameters import named_tensors
 
 __all__ = [
@@ -188,7 +190,7 @@ def pack_program(program: Program) -> bytes:
         )
         for name, t in named.items()
     }
-    return bytes(cloudpickle.dumps((table, parts)))
+    return bytes(cloudpickle.dumps((table, parts, isinstance(program.model, KerasNetwork))))
 
 
 def check_picklable(program: Program) -> bytes:
@@ -215,7 +217,9 @@ def check_picklable(program: Program) -> bytes:
 
 def unpack_program(data: bytes) -> Program:
     """Rebuild a program on a replica; its module's tensors are zeros until they are loaded."""
-    table, parts = pickle.loads(data)  # noqa: S301 (the user's own program, from Spark's task closure)
+    table, parts, keras = pickle.loads(data)  # noqa: S301 (the user's own program, from Spark's task closure)
+    if keras:  # before a module of the user's imports it
+        choose_keras_backend("torch")
     return Program(**_Unpickler(io.BytesIO(parts), table).load())
 
 

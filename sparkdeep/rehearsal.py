@@ -19,6 +19,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
 from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction, forward
+from sparkdeep.outputs import logits_of
 from sparkdeep.parameters import float_dtype_of, named_tensors
 from sparkdeep.program import Program, check_trained, inner_optimizer
 from sparkdeep.validation import check_metrics, is_torchmetric
@@ -64,7 +65,7 @@ def _lazy(module: nn.Module) -> list[str]:
 def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
     """One batch through a copy of the model, the loss and the metrics, and one step of optimizer and learning rate.
 
-    Returns the model's output, detached.
+    Returns the model's output, without a gradient.
 
     Raises:
         ConfigError: shapes or dtypes do not fit; the message gives them and the remedy.
@@ -83,11 +84,13 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
                 raise _forward_error(error, batch, "the first ingested rows") from error
         _rehearse_loss(program, loss_function, model, output, batch)
         with torch.no_grad():
+            if output is not None:
+                output = forward(model, batch.features)  # as transform will see it, of the user's own type
             _rehearse_one_row(program, model, output, batch)
             for name, metric in (program.metrics or {}).items():
                 _rehearse_metric(name, metric, output, batch)
         _rehearse_optimizer(program, model)
-    return _detached(output)
+    return output
 
 
 def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch) -> None:
@@ -175,7 +178,7 @@ def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
     try:
         if is_torchmetric(metric):
             # The first rows may lack a class, so that there may be no score of them yet.
-            copy.deepcopy(metric).update(output, batch.labels)
+            copy.deepcopy(metric).update(logits_of(output), batch.labels)
         else:
             float(metric(output, batch.labels))
     except Exception as error:

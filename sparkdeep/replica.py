@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,8 @@ class Replica:
         batches = []
         for index in range(first, min(first + self._settings.accumulate_batches, count)):
             start, stop = batch_range(self.train_rows, self._settings.batch_size, index)
-            batches.append(self._batch("train", order.indices(start, stop), augment=True))
+            batch = self._batch("train", order.indices(start, stop), augment=True)
+            batches.append(replace(batch, epoch=epoch, index=index))
         progress.input_s += time.perf_counter() - began
         return batches
 
@@ -263,6 +264,7 @@ class Replica:
             crc32=crc,
             compute_s=time.perf_counter() - began,
             input_s=progress.input_s,
+            logged={name: total / rows for name, (total, rows) in self._loss.take_logged(training=True).items()},
         )
         return LocalResult(update=update, vector=vector, buffers=buffers)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from sparkdeep.config import RunSettings
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.messages import Update
 from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
@@ -122,6 +123,7 @@ def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, se
         epoch=spec.epoch + 1,
         rows=sum(update.rows for update in result.updates),
         loss=result.loss,
+        logged=_logged(result.updates),
         seconds=seconds + run.stages.last_opening_s,
         compute_seconds=compute_s,
         exchange_seconds=max(0.0, result.seconds - compute_s),
@@ -144,6 +146,15 @@ def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, se
             for i, update in enumerate(result.updates)
         ],
     )
+
+
+def _logged(updates: Sequence[Update]) -> dict[str, float]:
+    """Means over the rows of those replicas that logged a name."""
+    means: dict[str, float] = {}
+    for name in [name for update in updates for name in update.logged]:
+        parts = [(update.logged[name], update.rows) for update in updates if name in update.logged]
+        means[name] = sum(value * rows for value, rows in parts) / sum(rows for _, rows in parts)
+    return means
 
 
 def _validation_due(run: Run) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError, ModelLoadError
+from sparkdeep.interop import adopt
 from sparkdeep.manifest import (
     MAX_MANIFEST_BYTES,
     DamagedError,
@@ -147,7 +148,7 @@ def _read_model(store: Store, model: Any, allow_modules: Sequence[str], trust_pi
         return cloudpickle.loads(data)
 
     source = _source(store, model, reference, allow_modules, unpickle if trust_pickle and _PICKLE in files else None)
-    module = _build(source, reference)
+    module: nn.Module = adopt(_build(source, reference))
     _fill(module, state)
     return module.cpu().eval(), meta
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
 from sparkdeep.losses import LossFunction, forward
+from sparkdeep.outputs import logits_of
 
 __all__ = ["Evaluator", "check_metrics", "is_torchmetric", "merge_scores"]
 
@@ -70,8 +71,9 @@ class Evaluator:
         for name, function in self._functions.items():
             self._sums[name] += float(function(output, batch.labels)) * batch.rows
         for metric in self._metrics.values():
-            metric.to(output.device if isinstance(output, Tensor) else "cpu")
-            metric.update(output, batch.labels)
+            scores = logits_of(output)
+            metric.to(scores.device if isinstance(scores, Tensor) else "cpu")
+            metric.update(scores, batch.labels)
 
     def scores(self) -> dict[str, Any]:
         """Sums and metric states, as `trees.pack` takes them."""
@@ -82,7 +84,7 @@ class Evaluator:
             }
             for name, metric in self._metrics.items()
         }
-        return {"sums": dict(self._sums), "states": states}
+        return {"sums": dict(self._sums), "states": states, "logged": self._loss.take_logged(training=False)}
 
 
 def _state_of(metric: Any) -> list[tuple[str, Any]]:
@@ -118,6 +120,9 @@ def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
                 "(average='macro') or give one metric a number."
             )
         merged[name] = float(value)
+    for name in [name for part in parts for name in part["logged"] if name not in merged]:
+        pairs = [part["logged"][name] for part in parts if name in part["logged"]]
+        merged[name] = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     return merged
 
 

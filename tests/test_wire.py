@@ -220,6 +220,7 @@ def update(**changes):
         "crc32": 7,
         "compute_s": 0.1,
         "input_s": 0.0,
+        "logged": {"accuracy": 0.5},
     }
     return {**header, **changes}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +29,18 @@ class Batch:
     """(rows,) as stored, float32 or float64: sums of weights must not be rounded to bfloat16."""
     rows: int
     """Number of rows."""
+    epoch: int = 0
+    """From 0; of training batches, as is `index`."""
+    index: int = 0
+    """Which batch of its epoch on this replica, from 0."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
-        return Batch(
+        return replace(
+            self,
             features=_move(self.features, device, non_blocking),
             labels=_move(self.labels, device, non_blocking),
             weights=_move(self.weights, device, non_blocking),
-            rows=self.rows,
         )
 
 
