@@ -119,6 +119,13 @@ def expected_slots(conf: Mapping[str, str]) -> int | None:
         ConfigError: as `slots_per_executor`.
     """
     read = Conf(conf)
-    if read.local or not read.has("spark.executor.instances"):
+    if read.master.startswith("spark://"):
+        # There the number of executors is a matter of their cores; spark.executor.instances is not read.
+        if not (read.has("spark.cores.max") and read.has("spark.executor.cores")):
+            return None
+        executors = read.number("spark.cores.max", "0") // max(1.0, read.number("spark.executor.cores", "1"))
+    elif read.contained and read.has("spark.executor.instances"):
+        executors = read.number("spark.executor.instances", "0")
+    else:
         return None
-    return int(read.number("spark.executor.instances", "0")) * read.slots()
+    return int(executors) * read.slots()

@@ -100,10 +100,10 @@ def open_session(
     Raises:
         ConfigError: the properties file is not there.
     """
+    if properties_file is not None and not Path(properties_file).is_file():
+        raise ConfigError(f"--properties-file {properties_file}: there is no such file.")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     if properties_file is not None:
-        if not Path(properties_file).is_file():
-            raise ConfigError(f"--properties-file {properties_file}: there is no such file.")
         given = os.environ.get("PYSPARK_SUBMIT_ARGS", "pyspark-shell")
         os.environ["PYSPARK_SUBMIT_ARGS"] = f'--properties-file "{properties_file}" {given}'
     builder: Any = SparkSession.builder.appName("sparkdeep doctor")
@@ -200,7 +200,7 @@ def _classic(
 
 def _wait_for_slots(spark: SparkSession, profile: Any, num_workers: int | None, timeout_s: float) -> int:
     conf = dict(spark.sparkContext.getConf().getAll())
-    wanted = num_workers or 1
+    wanted: int = num_workers or 1
     if num_workers is None:
         with contextlib.suppress(ConfigError):  # named by check_conf
             wanted = expected_slots(conf) or 1
