@@ -34,11 +34,11 @@ class SparkJob:
         *,
         tag: str,
         description: str,
-        action: Callable[[DataFrame], Sequence[Any]] = DataFrame.collect,
+        action: Callable[[DataFrame], Sequence[Any]] | None = None,
     ) -> None:
         self._access = access_to(spark)
         self._frame = frame
-        self._action = action
+        self._action = action or _collected
         self._tag = tag
         self._failure: BaseException | None = None
         self._rows: Sequence[Any] | None = None
@@ -114,6 +114,10 @@ class SparkJob:
         if self._thread.is_alive():
             self._access.cancel(self._tag)
             self._thread.join(timeout=5.0)
+
+
+def _collected(frame: DataFrame) -> Sequence[Any]:
+    return frame.collect()
 
 
 @final

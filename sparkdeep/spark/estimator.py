@@ -69,6 +69,10 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         deal: "rows" deals each row to a replica by a hash of it; "partitions" leaves the DataFrame's partitions, of which
             there must be `num_workers`, as they are, one to a replica.
         shard_dir: shared storage for shards, in place of the executors' local disks.
+        transport: "socket": replicas dial the driver's port, many rounds a stage; "spark": every round is a Spark job, and no
+            port is opened; "auto": "socket" on a classic session, "spark" on Spark Connect.
+        exchange_dir: with "spark", a folder of storage that all executors share (the client need not reach it), for models
+            that are too large to pass through the driver.
         worker_process: "auto" trains in a child process when on a GPU, so that no reused Python worker holds a CUDA context;
             "spawn" always, "reuse" never.
         progress: whether to show a progress bar.
@@ -115,6 +119,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         coordinator_port: int | tuple[int, int] | str | None = None,
         deal: str = "rows",
         shard_dir: str | None = None,
+        transport: str = "auto",
+        exchange_dir: str | None = None,
         worker_process: str = "auto",
         progress: bool = True,
         **settings: Any,

@@ -28,7 +28,9 @@ from sparkdeep.registry import ModelReference
 from sparkdeep.spark.model_columns import Columns, by_column, feature_cols_of
 from sparkdeep.spark.model_persistence import ModelReader, ModelWriter, relative_to_here, write_file
 from sparkdeep.spark.params import MODEL_PARAMS, canonical, values_of, with_params
+from sparkdeep.spark.parcels import carried
 from sparkdeep.spark.scoring import ZERO_ROWS, Scorer, prediction_udf, zero_batch, zero_output
+from sparkdeep.spark.session import access_to
 from sparkdeep.spark.types import column_types, quoted
 from sparkdeep.trees import pack_tensors
 
@@ -183,7 +185,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         """
         program = self._program()
         batch = zero_batch(program, self._schema, float_dtype_of(self.model))
-        write_file(path, lambda: exported(program, batch.features, format), overwrite=overwrite)
+        write_file(path, exported(program, batch.features, format), overwrite=overwrite)
 
     # -- settings ------------------------------------------------------------------------------------------------
 
@@ -231,10 +233,16 @@ class TorchModel(Model, MLWritable, MLReadable):
 
     def _ship(self, spark: SparkSession, task: _Task) -> Any:
         """The model as a broadcast: once a session, fetched once by each executor, and again when it was changed."""
-        context = spark.sparkContext
         tensors = [(id(t), 0 if t.is_inference() else t._version) for _, t in named_tensors(self.model)]
         columns = task.columns
-        state = (context, id(self.model), tensors, columns.schema, task.prediction, task.batch_size)
+        state = (
+            access_to(spark).session,
+            id(self.model),
+            tensors,
+            columns.schema,
+            task.prediction,
+            task.batch_size,
+        )
         if self._shipped.state != state:
             scorer = Scorer(
                 uid=f"{self.uid}-{secrets.token_hex(8)}",
@@ -246,7 +254,7 @@ class TorchModel(Model, MLWritable, MLReadable):
                 columns=columns.features,
                 batch_size=task.batch_size,
             )
-            self._shipped = _Shipped(state=state, broadcast=context.broadcast(scorer))
+            self._shipped = _Shipped(state=state, broadcast=carried(spark, scorer))
         return self._shipped.broadcast
 
     def _program(self, renamed: Mapping[str, str] | None = None) -> Program:

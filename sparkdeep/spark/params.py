@@ -76,6 +76,8 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "coordinator_port": "a port or a range (first, last) for the coordinator",
     "deal": "'rows': each row goes to a replica by its hash; 'partitions': each partition goes to a replica as it is",
     "shard_dir": "shared storage for shards in place of local disks",
+    "transport": "how parameters travel: 'socket' to the driver's port, 'spark' in Spark's own jobs, 'auto' by the session",
+    "exchange_dir": "with transport='spark': shared storage of the executors, through which they average",
     "callbacks": "called with each round's record; a Callback hears of start and end too",
     "progress": "whether to show a progress bar",
 }

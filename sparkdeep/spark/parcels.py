@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import tempfile
@@ -20,11 +21,11 @@ from sparkdeep.errors import PreflightError, ReplicaLostError
 from sparkdeep.exchange import run_folder
 from sparkdeep.orders import Inline, Parcel, Stored, checked, digest_of
 from sparkdeep.spark.failures import named_failures
-from sparkdeep.spark.session import is_connect
+from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.state_files import own_files
 from sparkdeep.store import open_store
 
-__all__ = ["ARTIFACT_LIMIT_BYTES", "CLOSURE_LIMIT_BYTES", "Carrier", "artifact_bytes", "carrier_for"]
+__all__ = ["ARTIFACT_LIMIT_BYTES", "CLOSURE_LIMIT_BYTES", "Carrier", "artifact_bytes", "carried", "carrier_for"]
 
 CLOSURE_LIMIT_BYTES: Final = 4 << 20
 """On Spark Connect: a closure is part of the plan, which the server holds in its heap."""
@@ -68,11 +69,7 @@ def carrier_for(
 def artifact_bytes(spark: SparkSession) -> int:
     """Bytes of artifacts that fits have left with a Spark Connect session so far."""
     with _artifacts_lock:
-        return _artifacts.get(_session(spark), 0)
-
-
-def _session(spark: Any) -> str:
-    return str(spark.session_id)
+        return _artifacts.get(access_to(spark).session, 0)
 
 
 class _Slots:
@@ -182,7 +179,8 @@ class _ConnectCarrier:
         elif self._exchange is not None:
             parcel = self._upload(slot, data, digest, self._exchange)
         else:
-            parcel = self._add(slot, data, digest)
+            remedy = "give exchange_dir=, a folder of shared storage that executors can reach, or take a new session"
+            parcel = _add_artifact(self._spark, f"{self._run}-{slot}", data, remedy)
         self._slots.put(slot, parcel)
         return parcel
 
@@ -198,29 +196,30 @@ class _ConnectCarrier:
             names.append(name)
         return Stored(folder=folder, names=tuple(names), num_bytes=len(data), digest=digest)
 
-    def _add(self, slot: str, data: bytes, digest: str) -> _Artifact:
-        session = _session(self._spark)
-        with _artifacts_lock:
-            used = _artifacts.get(session, 0)
-            if used + len(data) > ARTIFACT_LIMIT_BYTES:
-                raise PreflightError(
-                    f"{slot}: {len(data) / 1e6:.1f} MB do not fit in a task's closure ({CLOSURE_LIMIT_BYTES / 1e6:.1f} MB), "
-                    f"and of this Spark Connect session's {ARTIFACT_LIMIT_BYTES / 1e6:.0f} MB of artifacts {used / 1e6:.1f} MB "
-                    "are taken: give exchange_dir=, a folder of shared storage that executors can reach, or a new session."
-                )
-            _artifacts[session] = used + len(data)
-        name = f"sparkdeep-{self._run}-{slot}-{secrets.token_hex(4)}"
-        # A name once taken stays taken, so each has a new one; the server has its own copy when the call returns.
-        with tempfile.TemporaryDirectory(prefix="sparkdeep-") as folder:
-            path = Path(folder) / name
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            self._spark.addArtifacts(str(path), file=True)
-        return _Artifact(name=name, digest=digest)
-
     def close(self) -> None:
         self._slots.take_all()
+
+
+def _add_artifact(spark: Any, what: str, data: bytes, remedy: str) -> _Artifact:
+    session = access_to(spark).session
+    with _artifacts_lock:
+        used = _artifacts.get(session, 0)
+        if used + len(data) > ARTIFACT_LIMIT_BYTES:
+            raise PreflightError(
+                f"{what}: {len(data) / 1e6:.1f} MB do not fit in a task's closure ({CLOSURE_LIMIT_BYTES / 1e6:.1f} MB), and of "
+                f"this Spark Connect session's {ARTIFACT_LIMIT_BYTES / 1e6:.0f} MB of artifacts {used / 1e6:.1f} MB are taken: "
+                f"{remedy}."
+            )
+        _artifacts[session] = used + len(data)
+    name = f"sparkdeep-{what}-{secrets.token_hex(4)}"
+    # A name once taken stays taken, so each has a new one; the server has its own copy when the call returns.
+    with tempfile.TemporaryDirectory(prefix="sparkdeep-") as folder:
+        path = Path(folder) / name
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        spark.addArtifacts(str(path), file=True)
+    return _Artifact(name=name, digest=digest_of(data))
 
 
 def _write_task(folder: str, name: str, data: bytes, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -229,3 +228,40 @@ def _write_task(folder: str, name: str, data: bytes, batches: Iterator[pa.Record
     with named_failures(), own_files("it wrote parameters to exchange_dir"):
         open_store(folder).write(name, data)
     yield pa.RecordBatch.from_pydict({"name": pa.array([name], pa.string())})
+
+
+# -- a model that scores -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Carried:
+    """What a broadcast is on a classic session: its `value` is the scorer, with the tensors put back in."""
+
+    scorer: Any
+    tensors: Parcel
+
+    @property
+    def value(self) -> Any:
+        """The scorer, on an executor."""
+        return dataclasses.replace(self.scorer, tensors=bytes(self.tensors.open()))
+
+
+def carried(spark: SparkSession, scorer: Any) -> Any:
+    """A scorer on its way to executors: its `value` there is what was given here.
+
+    Args:
+        spark: the session.
+        scorer: a dataclass with a field `tensors` of bytes, and `uid`.
+
+    Raises:
+        PreflightError: it is too large for what is left of a Spark Connect session.
+    """
+    if not is_connect(spark):
+        return spark.sparkContext.broadcast(scorer)
+    data = scorer.tensors
+    tensors: Parcel = Inline(data=data, digest=digest_of(data))
+    if len(data) > CLOSURE_LIMIT_BYTES:
+        tensors = _add_artifact(
+            spark, f"model-{secrets.token_hex(4)}", data, "score on a classic session, or take a new session"
+        )
+    return _Carried(scorer=dataclasses.replace(scorer, tensors=b""), tensors=tensors)

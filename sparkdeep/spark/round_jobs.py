@@ -160,7 +160,7 @@ class SparkRunner:
         )
 
     def _submit(self, frame: DataFrame, description: str, timeout_s: float) -> Sequence[Any]:
-        return self._result(frame, description, timeout_s, timeout_s, DataFrame.collect)
+        return self._result(frame, description, timeout_s, timeout_s, None)
 
     def _result(
         self,
@@ -168,7 +168,7 @@ class SparkRunner:
         description: str,
         timeout_s: float,
         idle_timeout_s: float,
-        action: Callable[[Any], Sequence[Any]],
+        action: Callable[[Any], Sequence[Any]] | None,
     ) -> Sequence[Any]:
         self._jobs += 1
         tag = f"sparkdeep-{self._settings.run}-job-{self._jobs}"

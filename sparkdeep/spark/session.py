@@ -26,6 +26,10 @@ class Access(Protocol):
         """Names the application, whose slots its fits share."""
 
     @property
+    def session(self) -> str:
+        """Names what broadcasts and artifacts end with."""
+
+    @property
     def master(self) -> str | None:
         """The master's URL, where it is known."""
 
@@ -73,6 +77,10 @@ class _Classic:
     @property
     def application(self) -> str:
         return str(self._context.applicationId)
+
+    @property
+    def session(self) -> str:
+        return self.application
 
     @property
     def master(self) -> str | None:
@@ -142,7 +150,11 @@ class _Connect:
 
     @property
     def application(self) -> str:
-        return self.conf("spark.app.id") or str(self._spark.session_id)
+        return self.conf("spark.app.id") or self.session
+
+    @property
+    def session(self) -> str:
+        return str(self._spark.session_id)
 
     @property
     def master(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -17,6 +18,7 @@ from sparkdeep.coordinator import parse_ports
 from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.identity import describe
+from sparkdeep.interop import may_bring_loss, may_bring_optimizer
 from sparkdeep.prediction import check_choice
 
 __all__ = ["FitSettings", "described", "digest_of"]
@@ -69,6 +71,8 @@ class FitSettings:
     coordinator_port: int | tuple[int, int] | str | None = None
     deal: str = "rows"
     shard_dir: str | None = None
+    transport: str = "auto"
+    exchange_dir: str | None = None
     worker_process: str = "auto"
     progress: bool = True
     search: bool = False
@@ -102,11 +106,11 @@ class FitSettings:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: must be callable, such as partial(torch.optim.SGD, lr=0.1).")
-        if self.optimizer is None:
+        if self.optimizer is None and not may_bring_optimizer(self.model):
             raise ConfigError("give optimizer=, such as partial(torch.optim.SGD, lr=0.1).")
-        if self.loss is None and self.training_step is None:
+        if self.loss is None and self.training_step is None and not may_bring_loss(self.model):
             raise ConfigError("give loss=, such as nn.CrossEntropyLoss(), or training_step=.")
-        if self.training_step is None and self.label_cols is None:
+        if self.loss is not None and self.training_step is None and self.label_cols is None:
             raise ConfigError("give label_cols=, or training_step= for a loss that needs no label.")
         if (self.metrics or self.run.early_stopping) and self.validation is None:
             raise ConfigError(
@@ -119,6 +123,12 @@ class FitSettings:
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
         if self.deal not in ("rows", "partitions"):
             raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
+        if self.transport not in ("auto", "socket", "spark"):
+            raise ConfigError(f"transport={self.transport!r}: must be 'auto', 'socket' or 'spark'.")
+        if self.exchange_dir is not None and not re.match(r"/|[A-Za-z][A-Za-z0-9+.\-]*:", str(self.exchange_dir)):
+            raise ConfigError(
+                f"exchange_dir={self.exchange_dir!r}: give an absolute path or a URI, as executors have another current folder."
+            )
         if self.worker_process not in ("auto", "spawn", "reuse"):
             raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
         for one in self.callbacks:
@@ -184,6 +194,11 @@ def _code(value: Any) -> Any:
 def _at_rate(optimizer: Any, rate: Any) -> Any:
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0:
         raise ConfigError(f"learning_rate={rate!r}: must be a number that is not negative.")
+    if optimizer is None:
+        raise ConfigError(
+            f"learning_rate={rate!r} without optimizer=: what a model's own configure_optimizers makes has its own rate. Give "
+            "optimizer=, such as torch.optim.AdamW, or the rate in model_args."
+        )
     if not callable(optimizer):
-        return optimizer  # refused, or made from the model, where optimizers are
+        return optimizer  # refused where callables are checked
     return partial(optimizer, lr=rate)

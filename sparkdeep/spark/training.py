@@ -14,25 +14,27 @@ from torch import nn
 from sparkdeep.callbacks import Callbacks, FitInfo
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import RunSettings
-from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.interop import own_parts, ready
 from sparkdeep.metrics import summary
 from sparkdeep.prediction import Prediction
 from sparkdeep.program import Program, pack_program
 from sparkdeep.progress import Progress
 from sparkdeep.registry import import_factory, reference_of
 from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
-from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
+from sparkdeep.spark.barrier import SparkJob, clean_executors
 from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.model_columns import VECTORS
 from sparkdeep.spark.petastorm_source import active_session, source_of
 from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
+from sparkdeep.spark.session import access_to
 from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
+from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, probe, transport_for
 from sparkdeep.spark.types import column_types
 
 __all__ = ["train"]
@@ -54,6 +56,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             f"fit was given a {type(dataset).__name__}; it needs a Spark DataFrame: spark.createDataFrame(...)."
         )
     check_session(spark)
+    transport = chosen(settings, spark)
     profile = task_profile(spark, settings.cpus_per_worker, settings.gpus_per_worker)
     check_slots(spark, settings.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
     if warm_start is not None and not isinstance(warm_start, TorchModel):
@@ -80,19 +83,20 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     generation = shards()
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(_slots(settings, spark, run, profile))
-        stack.callback(lambda: _clean(spark, run, settings.shard_dir))
+        stack.callback(lambda: _clean(settings, spark, run))
         stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
-        launcher: BarrierLauncher | None = None
+        launcher: Transport | None = None
+        if transport == "spark":
+            probe(settings, spark, run, profile)
         ingested = _ingest(settings, spark, generation, schema, run, lease)
         program, prediction = _rehearse(settings, program, ingested)
-        launcher = BarrierLauncher(
+        launcher = transport_for(
+            settings,
             spark,
             shards,
             generation=generation,
             plan=plan_of(program, settings.local, ingested.schema),
-            num_replicas=settings.run.num_workers,
-            shard_dir=settings.shard_dir,
-            worker_process=settings.worker_process,
+            run=run,
             profile=profile,
         )
         progress = stack.enter_context(Progress(enabled=settings.progress))
@@ -101,7 +105,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         callbacks = Callbacks(settings.callbacks)
         try:
             callbacks.start(_info(settings, fit, ingested))
-            _run_rounds(fit, progress, callbacks, lease, Courtesy(spark))
+            _run_rounds(fit, progress, callbacks, lease, Courtesy(spark) if transport == "socket" else None)
         except BaseException as error:
             callbacks.end(None, error)
             raise
@@ -125,22 +129,22 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
 def _slots(
     settings: FitSettings, spark: SparkSession, run: str, profile: Any
 ) -> contextlib.AbstractContextManager[Lease]:
-    return ledger_of(spark.sparkContext.applicationId).hold(
+    return ledger_of(access_to(spark).application).hold(
         f"fit {run}",
         settings.run.num_workers,
-        lambda: available_slots(spark, profile),
+        lambda: available_slots(spark, profile) or settings.run.num_workers,
         timeout_s=settings.run.open_timeout_s,
     )
 
 
-def _prediction(settings: FitSettings, output: Any, rows: int) -> Prediction:
+def _prediction(settings: FitSettings, program: Program, output: Any, rows: int) -> Prediction:
     """What `transform` will write; a training_step's model need not have an output that can be written."""
     choice = settings.prediction
     vectors = [part for part in VECTORS if getattr(settings, f"{part}_col") is not None]
     try:
         return Prediction.of(choice, output, rows=rows, vectors=vectors)
     except ConfigError:
-        if settings.training_step is None or choice is not None or vectors:
+        if program.training_step is None or choice is not None or vectors:
             raise
         return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
 
@@ -157,13 +161,19 @@ def _program(settings: FitSettings, warm_start: TorchModel | None) -> Program:
     module = build_model(factory, settings.model_args, settings.local.seed)
     if warm_start is not None:
         _warm(module, warm_start.model)
-    assert settings.optimizer is not None, "checked by FitSettings"
+    training_step, optimizer = own_parts(
+        module,
+        loss=settings.loss,
+        training_step=settings.training_step,
+        optimizer=settings.optimizer,
+        weighted=settings.weight_col is not None,
+    )
     return Program(
         model=module,
         loss=settings.loss,
-        optimizer=settings.optimizer,
+        optimizer=optimizer,
         lr_scheduler=settings.lr_scheduler,
-        training_step=settings.training_step,
+        training_step=training_step,
         preprocess=settings.preprocess,
         augment=settings.augment,
         collate=settings.collate,
@@ -213,9 +223,10 @@ def _ingest(
 def _rehearse(settings: FitSettings, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
     batch = sample_batch(ingested.sample, ingested.schema, program)
     materialize(program.model, batch, settings.local.seed)
+    program = ready(program, settings.local, settings.run.epochs, ingested.facts)
     pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
     output = rehearse(program, batch, ingested.schema)
-    prediction = _prediction(settings, output, batch.rows)
+    prediction = _prediction(settings, program, output, batch.rows)
     return program, prediction
 
 
@@ -225,21 +236,12 @@ def _assemble(
     stack: contextlib.ExitStack,
     program: Program,
     ingested: Ingested,
-    launcher: BarrierLauncher,
+    launcher: Transport,
     run: str,
     progress: Progress,
     checkpoints: CheckpointDirectory | None,
     lease: Lease,
 ) -> Fit:
-    conf = spark.sparkContext.getConf()
-    host = conf.get("spark.driver.host", "localhost")
-    coordinator = Coordinator(
-        bind_host=conf.get("spark.driver.bindAddress", host),
-        advertised_host=settings.coordinator_host or host,
-        ports=parse_ports(settings.coordinator_port),
-    )
-    stack.callback(coordinator.close)
-
     def beat(replica: int, rows: int) -> None:
         lease.alive()
         progress.beat(replica, rows)
@@ -250,15 +252,15 @@ def _assemble(
         settings=_staged(settings),
         plan=plan_of(program, settings.local, ingested.schema),
         shards=ingested.facts,
-        launcher=launcher,
-        coordinator=coordinator,
         run=run,
         outer_optimizer=settings.outer_optimizer,
         checkpoints=checkpoints,
         resume=bool(settings.resume),
         on_beat=beat,
         on_log=progress.log,
+        **ends_of(launcher, settings, spark, stack),
     )
+    check_load(settings, fit)
     if fit.state.committed:
         _LOG.warning(
             "going on with the run in %s after round %d of %d%s",
@@ -300,7 +302,7 @@ def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
     )
 
 
-def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease, courtesy: Courtesy) -> None:
+def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease, courtesy: Courtesy | None) -> None:
     def free_slots() -> None:
         fit.close_stage()
         lease.lent = True
@@ -313,7 +315,7 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
             if asked := callbacks.round(record, free_slots):
                 fit.stop(f"callback {asked} asked for it")
             lease.lent = False
-            if courtesy.asks():
+            if courtesy is not None and courtesy.asks():
                 fit.close_stage()
     progress.finish(summary(fit.state.records[fit.resumed_from :]))
 
@@ -327,8 +329,10 @@ def _warm(module: nn.Module, source: nn.Module) -> None:
         ) from error
 
 
-def _clean(spark: SparkSession, run: str, shard_dir: str | None) -> None:
-    if not clean_executors(spark, run, shard_dir):
+def _clean(settings: FitSettings, spark: SparkSession, run: str) -> None:
+    if not clean_executors(
+        spark, run, settings.shard_dir, exchange=settings.exchange_dir, num_workers=settings.run.num_workers
+    ):
         _LOG.warning(
             "not every executor could be cleaned of run %s; the next fit on its host sweeps what is left.", run
         )

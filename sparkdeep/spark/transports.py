@@ -29,7 +29,7 @@ _PROBE_TIMEOUT_S: Final = 60.0
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
-    """ "socket" or "spark": what was asked for, or what the session can do.
+    """What was asked for, or what the session can do: "socket" or "spark".
 
     Raises:
         PreflightError: the session cannot do what was asked for.

@@ -1,0 +1,53 @@
+"""A Spark Connect server of this process, and a client of it. Classic sessions cannot live in the same process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).resolve().parent
+_NEIGHBOURS = [str(_HERE), str(_HERE.parent / "spark"), str(_HERE.parents[1])]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_NEIGHBOURS, *filter(None, [os.environ.get("PYTHONPATH", "")])])
+os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+sys.path.insert(1, str(_HERE.parent / "spark"))
+
+# The server's own settings: a client may not set them.
+_SERVER = {
+    "spark.ui.enabled": "false",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.driver.host": "127.0.0.1",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.python.daemon.module": "warm_daemon",
+    "spark.connect.grpc.binding.address": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="session")
+def spark():
+    from pyspark.sql import SparkSession
+
+    before = os.environ.get("PYSPARK_SUBMIT_ARGS")
+    options = " ".join(f"--conf {name}={value}" for name, value in _SERVER.items())
+    os.environ["PYSPARK_SUBMIT_ARGS"] = f"{options} pyspark-shell"
+    try:
+        session = SparkSession.builder.remote("local[2]").getOrCreate()
+    finally:
+        if before is None:
+            del os.environ["PYSPARK_SUBMIT_ARGS"]
+        else:
+            os.environ["PYSPARK_SUBMIT_ARGS"] = before
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def blobs(spark):
+    """200 rows of three separable classes: pixels array<double> of 8, label bigint, id int."""
+    from spark_models import blob_rows
+
+    return spark.createDataFrame(blob_rows(200), "id int, pixels array<double>, label bigint").cache()
