@@ -80,9 +80,9 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     def shards() -> DataFrame:
         return shards_of(rows, schema, run=run, decode=settings.decode, shard_dir=settings.shard_dir, profile=profile)
 
-    generation = shards()
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(_slots(settings, spark, run, profile))
+        generation = shards()
         stack.callback(lambda: _clean(settings, spark, run))
         stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
         launcher: Transport | None = None
