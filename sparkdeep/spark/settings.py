@@ -31,7 +31,15 @@ _PASSING: Final = frozenset(
     {"callbacks", "checkpoint_dir", "checkpoint_every", "coordinator_host", "coordinator_port", "cpus_per_worker"}
     | {"device", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s", "progress"}
     | {"replica_state", "resume", "retry_backoff_s", "rounds_per_stage", "search", "shard_dir", "stall_timeout_s"}
-    | {"worker_process", "prediction", "prediction_col", "probability_col", "raw_prediction_col"}
+    | {
+        "transport",
+        "exchange_dir",
+        "worker_process",
+        "prediction",
+        "prediction_col",
+        "probability_col",
+        "raw_prediction_col",
+    }
 )
 
 
