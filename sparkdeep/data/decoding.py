@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparkdeep.data.arrow import Array, Source, shaped, without_nans
+from sparkdeep.data.codecs import FieldDecoder
 from sparkdeep.data.schema import Field
 from sparkdeep.errors import DataError, UserCodeError
 
@@ -31,6 +32,8 @@ def read_binary(array: pa.Array, source: Source, decode: Callable[..., Any], fie
         UserCodeError: `decode` raised.
     """
     source.faults.count_nulls(source.column, array.null_count)
+    if isinstance(decode, FieldDecoder):
+        return _read_rows(array, source, decode, float_dtype)
     dtype = None if field.dtype == "decoded" else np.dtype(field.dtype)
     out: Array | None = None
     for row, item in enumerate(array):
@@ -59,6 +62,15 @@ def read_binary(array: pa.Array, source: Source, decode: Callable[..., Any], fie
             out[row] = value
     if out is None:
         return np.zeros((len(array), *(source.expected or ())), dtype or np.dtype(float_dtype))
+    return without_nans(out, source)
+
+
+def _read_rows(array: pa.Array, source: Source, decode: FieldDecoder, float_dtype: str) -> Array:
+    """Return a column that petastorm encoded, decoded as a whole."""
+    values = decode.rows(array)
+    if values.dtype == np.float64:
+        values = values.astype(float_dtype, copy=False)
+    out = shaped(values, source, len(array), values.shape[1:], usable=len(values) == len(array))
     return without_nans(out, source)
 
 
