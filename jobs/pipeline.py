@@ -150,11 +150,12 @@ def pipeline(job: Job) -> None:
     steps = steps_of(job)
     for name in [job.options.step] if job.options.step else steps.names:
         report = steps.run(name, again=job.options.again)
-        job.result.update({name: dict(report.result)})
+        job.result.setdefault("steps", {})[name] = dict(report.result)
         told = "done before" if report.done_before else f"{report.seconds:.1f} s"
         print(
             f"step {name}: {told}: " + ", ".join(f"{key} {value}" for key, value in report.result.items()), flush=True
         )
+    job.result.update(steps.result("evaluate") or {})
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,9 @@ for params, score in zip(search.getEstimatorParamMaps(), found.avgMetrics, stric
 best = found.bestModel
 best.write().overwrite().save("runs/notebooks/progression")
 again = PipelineModel.load("runs/notebooks/progression")
+expected = best.transform(test).select("prediction").collect()
+same = again.transform(test).select("prediction").collect() == expected
+print(f"the loaded pipeline predicts the same: {same}")
 score = rmse.evaluate(again.transform(test))
 print(f"rmse of the held-out rows {score:.1f}")
 

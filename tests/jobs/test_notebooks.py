@@ -125,10 +125,9 @@ def test_the_quickstart_learns_the_digits_and_answers_sql(spark):
 
 
 def test_the_tabular_pipeline_searches_saves_and_loads(spark):
-    names, printed, _ = run(FOLDER / "tabular_pipeline.py", spark)
+    _, printed, _ = run(FOLDER / "tabular_pipeline.py", spark)
     assert number(r"rmse of the held-out rows ([\d.]+)", printed) < 70  # always saying the mean gives about 77
-    best, again = (m.transform(names["test"]).select("prediction").collect() for m in (names["best"], names["again"]))
-    assert best == again
+    assert "predicts the same: True" in printed
     assert not spark.catalog.tableExists("sparkdeep_patients")
 
 

@@ -31,7 +31,7 @@ def run(spark, folder, *overrides, step=None, again=False):
     job = Job(config=config, options=argparse.Namespace(step=step, again=again))
     job._session = spark
     pipeline.pipeline(job)
-    return job.result
+    return job.result["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,8 @@ def test_a_step_out_of_order_is_a_wrong_configuration_with_an_exit_code(tmp_path
         env={**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_CONF_DIR": str(ROOT / "conf"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "step 'train' needs step 'features', which has not been done" in done.stderr
+    assert (
+        "step 'train' needs step 'features', which has not been done" in done.stdout
+    )  # spark-submit sends both to one stream
     result = json.loads((tmp_path / "pipeline.json").read_text())
     assert (result["status"], result["exit_code"]) == ("wrong configuration", 2)
