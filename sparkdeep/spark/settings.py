@@ -29,17 +29,9 @@ _RUN = frozenset(f.name for f in fields(RunSettings))
 # What a run may change when it is resumed: where and how it runs, and who watches.
 _PASSING: Final = frozenset(
     {"callbacks", "checkpoint_dir", "checkpoint_every", "coordinator_host", "coordinator_port", "cpus_per_worker"}
-    | {"device", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s", "progress"}
-    | {"replica_state", "resume", "retry_backoff_s", "rounds_per_stage", "search", "shard_dir", "stall_timeout_s"}
-    | {
-        "transport",
-        "exchange_dir",
-        "worker_process",
-        "prediction",
-        "prediction_col",
-        "probability_col",
-        "raw_prediction_col",
-    }
+    | {"device", "exchange_dir", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s"}
+    | {"prediction", "prediction_col", "probability_col", "progress", "raw_prediction_col", "replica_state", "resume"}
+    | {"retry_backoff_s", "rounds_per_stage", "search", "shard_dir", "stall_timeout_s", "transport", "worker_process"}
 )
 
 
