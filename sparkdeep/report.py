@@ -157,7 +157,7 @@ def _replicas(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
     for record in rounds:
         for part in record.replicas:
             found.setdefault((part.replica, part.host), []).append((part, record))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (replica, host), parts in sorted(found.items()):
         compute_s = sum(part.compute_seconds for part, _ in parts)
         slowest_s = sum(record.compute_seconds for _, record in parts)

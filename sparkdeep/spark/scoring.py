@@ -28,7 +28,7 @@ from sparkdeep.program import Program, other_modules, unpack_program
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.trees import unpack_tensors
 
-__all__ = ["ZERO_ROWS", "Scorer", "prediction_udf", "zero_batch", "zero_output"]
+__all__ = ["ZERO_ROWS", "Scorer", "load_here", "prediction_udf", "zero_batch", "zero_output"]
 
 ZERO_ROWS: Final = 3
 
@@ -116,6 +116,15 @@ def _load(scorer: Scorer) -> _Loaded:
             _models.popitem(last=False)
     _models.move_to_end(name)
     return _models[name]
+
+
+def load_here(scorer: Scorer) -> _Loaded:
+    """The model in this process, outside of any task: with the process's own number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        return _Loaded(scorer)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def prediction_udf(function: Callable[[Iterator[Any]], Iterator[pa.Array]], sql: str) -> Any:
