@@ -48,7 +48,7 @@ class TensorBoardCallback(Callback):
         """Open the files and write the settings."""
         purge = info.committed + 1 if info.committed else None
         self._writer = self._make(log_dir=self._log_dir, purge_step=purge)
-        lines = (f"| {name} | {_cell(value)} |" for name, value in info.settings.items())
+        lines = (f"| {_cell(name)} | {_cell(value)} |" for name, value in info.settings.items())
         self._writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), info.committed)
 
     def on_round_end(self, record: RoundRecord) -> None:
