@@ -73,13 +73,15 @@ class KerasNetwork(nn.Module):
         """The network's output, dropout and moving averages as `train()` or `eval()` said; named inputs by name."""
         if not kwargs:
             return self.network(*args, training=self.training)
-        if not hasattr(self.network, "input_names"):  # a subclassed model: named arguments of call()
+        tensors = getattr(self.network, "inputs", None)
+        if tensors is None:  # a subclassed model: named arguments of call()
             return self.network(*args, **kwargs, training=self.training)
-        names = self.network.input_names
+        structure = getattr(self.network, "_inputs_struct", None)
+        names = list(structure) if isinstance(structure, dict) else [tensor.name for tensor in tensors]
         if set(kwargs) != set(names):
-            raise ConfigError(f"feature_cols names the inputs {sorted(kwargs)}; the Keras model's are {names}.")
-        structure = self.network._inputs_struct
-        inputs = kwargs if isinstance(structure, dict) else [kwargs[name] for name in names]
+            raise ConfigError(f"feature_cols names the inputs {sorted(kwargs)}; the Keras model's are {sorted(names)}.")
+        given = [kwargs[name] for name in names]
+        inputs = kwargs if isinstance(structure, dict) else given[0] if len(given) == 1 else given
         return self.network(inputs, training=self.training)
 
     def variance_of(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparkdeep.errors import ConfigError
+from sparkdeep.outputs import logits_of
 
 __all__ = ["Prediction", "check_choice", "check_rows", "to_arrow"]
 
@@ -123,8 +124,13 @@ def classified(scores: Tensor, vectors: Sequence[str]) -> dict[str, Tensor]:
 
 def chosen(output: Any, choice: Choice) -> Tensor:
     """Apply `choice` to a batch's output; a trailing dimension of one number a row is dropped."""
-    if callable(choice):
-        output = choice(output)
+    whole = output
+    output = choice(output) if callable(choice) else logits_of(output)
+    if output is not whole and choice in _CHOICES and output.dim() > 2:
+        raise ConfigError(
+            f"prediction={choice!r} of logits of shape {tuple(output.shape)}: which dimension holds the classes is not said. "
+            "Pass prediction=lambda output: output.logits.argmax(-1), for one."
+        )
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise ConfigError(
             f"the model's output is {type(output).__name__}"
