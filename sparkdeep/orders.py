@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sparkdeep.config import LocalSettings
+from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.launch import ReplicaPlan
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.stage import Globals
@@ -108,7 +109,8 @@ class Order:
     job: str
     """Unique to this attempt: files and replies that carry another one are a zombie's."""
     kind: Literal["train", "evaluate", "states"]
-    plan: ReplicaPlan
+    settings: LocalSettings
+    schema: Schema
     facts: tuple[ShardFacts, ...]
     """The ledger; a replica whose shard differs refuses."""
     versions: dict[str, str]
@@ -125,6 +127,8 @@ class Order:
     """Names of averaged optimizer state that follows the parameters in `start`."""
     start: Parcel | None = None
     """`pack_globals`: what the round starts from, or what is scored."""
+    program: Parcel | None = None
+    """`program.pack_program`."""
     fixed: Parcel | None = None
     """Parameters that are not trained, as `trees.pack_tensors`."""
     states: tuple[Parcel, ...] = ()

@@ -105,11 +105,11 @@ def _hello(order: Order, place: Place, shard: Shard) -> Hello:
 
 
 def _build(order: Order, place: Place, shard: Shard) -> Replica:
-    plan = order.plan
+    assert order.program is not None
     replica = Replica(
-        place.open_program(plan.program),
-        plan.settings,
-        plan.schema,
+        place.open_program(bytes(order.program.open())),
+        order.settings,
+        order.schema,
         shard,
         number=place.replica,
         device=torch.device(place.device),

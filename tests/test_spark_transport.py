@@ -188,9 +188,11 @@ def test_a_replica_out_of_rows_weighs_nothing(tmp_path):
 def test_the_mean_in_the_exchange_is_where_the_next_round_starts(rig, tmp_path):
     fit, records = rig.jobs(program(), exchange=tmp_path / "exchange", **OPTIONS)
     assert len(records) > 3
-    assert fit.runner.shipped == ["start", "fixed"]  # the rest was there already
+    assert fit.runner.shipped == ["start", "program", "fixed"]  # the rest was there already
     fit, _ = rig.jobs(program(), exchange=tmp_path / "other", outer_optimizer=partial(SGD, lr=0.5), **OPTIONS)
-    assert sorted(fit.runner.shipped) == ["fixed"] + ["start"] * (len(records) + 1)  # and once to validate the last
+    assert sorted(fit.runner.shipped) == ["fixed", "program"] + ["start"] * (
+        len(records) + 1
+    )  # and once to validate the last
 
 
 def test_the_exchange_holds_no_more_than_two_jobs(rig, tmp_path):
@@ -320,7 +322,7 @@ def test_a_mean_that_is_gone_from_the_exchange_is_shipped_again(rig, tmp_path):
         program(), exchange=tmp_path / "exchange", wrap=lambda runner: Faulty(runner, before=before), **OPTIONS
     )
     assert records[2].retries == 1
-    assert fit.runner.shipped == ["start", "fixed", "start"]
+    assert fit.runner.shipped == ["start", "program", "fixed", "start"]
     assert torch.equal(flat(fit.program.model), flat(expected.program.model))
 
 

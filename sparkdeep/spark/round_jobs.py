@@ -51,6 +51,8 @@ class RunnerSettings:
     stall_timeout_s: float
     profile: Any
     """The stage's resource profile, or None."""
+    on_busy: Callable[[], None] = lambda: None
+    """Called every second in which a job has running tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Load:
     start_bytes: int
     """Parameters, buffers and averaged optimizer state: sent with every round."""
     fixed_bytes: int
-    """Parameters that are not trained: sent once."""
+    """The program, and parameters that are not trained: sent once."""
     rounds: int
     """At most this many are left."""
     wide: bool
@@ -174,7 +176,7 @@ class SparkRunner:
         tag = f"sparkdeep-{self._settings.run}-job-{self._jobs}"
         job = SparkJob(self._spark, frame, tag=tag, description=description, action=action)
         try:
-            return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s)
+            return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
         except BaseException:
             job.cancel()
             raise

@@ -53,7 +53,7 @@ def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
     """Do the order as the replica whose manifest row the batch holds; yields its reply in parts."""
     with named_failures():
         order = job.order
-        task = placed(order.run, job.shard_dir, order.plan.settings.device, batches)
+        task = placed(order.run, job.shard_dir, order.settings.device, batches)
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
         lines = _Lines()
         with _watched(job.stall_timeout_s) as beat, contextlib.redirect_stdout(lines):

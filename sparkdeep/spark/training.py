@@ -98,6 +98,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             plan=plan_of(program, settings.local, ingested.schema),
             run=run,
             profile=profile,
+            on_busy=lease.alive,
         )
         progress = stack.enter_context(Progress(enabled=settings.progress))
         checkpoints = checkpoints_of(settings, spark, program, ingested, warm_start)

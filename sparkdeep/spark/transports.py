@@ -50,6 +50,11 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
                 "transport='spark'."
             )
         return transport
+    if is_connect(spark) and settings.deal == "partitions":
+        raise PreflightError(
+            "deal='partitions', and petastorm datasets, need a classic session: Spark Connect does not tell how many partitions "
+            "a DataFrame has. Use deal='rows' on a DataFrame."
+        )
     without: dict[str, tuple[Any, str]] = {
         "rounds_per_stage": (
             settings.run.rounds_per_stage if settings.run.rounds_per_stage not in ("auto", 1) else None,
@@ -96,8 +101,9 @@ def transport_for(
     plan: ReplicaPlan,
     run: str,
     profile: Any,
+    on_busy: Callable[[], None],
 ) -> Transport:
-    """What runs replicas over the persisted shards; the caller closes it."""
+    """What runs replicas over the persisted shards; `on_busy` hears that they work. The caller closes it."""
     if chosen(settings, spark) == "spark":
         return SparkRunner(
             spark,
@@ -110,6 +116,7 @@ def transport_for(
                 exchange=settings.exchange_dir,
                 stall_timeout_s=settings.run.stall_timeout_s,
                 profile=profile,
+                on_busy=on_busy,
             ),
         )
     return BarrierLauncher(
@@ -156,7 +163,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
     runner.check(
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
-            fixed_bytes=sum(tensor.nbytes for tensor in fixed),
+            fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
             rounds=fit.schedule.num_rounds - fit.state.committed,
             wide=settings.outer_optimizer is not None,
             durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
