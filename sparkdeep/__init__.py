@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparkdeep.callbacks import Callback, FitInfo
 from sparkdeep.config import EarlyStopping
 from sparkdeep.errors import (
     CheckpointError,
@@ -22,18 +23,22 @@ from sparkdeep.errors import (
 )
 
 if TYPE_CHECKING:
+    from sparkdeep import petastorm, tracking
     from sparkdeep.registry import register
+    from sparkdeep.spark.doctor import doctor
     from sparkdeep.spark.estimator import TorchEstimator
     from sparkdeep.spark.model import TorchModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "CoordinatorUnreachableError",
     "DataError",
     "EarlyStopping",
+    "FitInfo",
     "ModelLoadError",
     "NonFiniteError",
     "PreflightError",
@@ -44,22 +49,29 @@ __all__ = [
     "TorchModel",
     "UserCodeError",
     "VersionMismatchError",
+    "doctor",
+    "petastorm",
     "register",
+    "tracking",
 ]
 
 # pyspark is imported when these are first used, and not by a replica that only trains.
 _LAZY = {
     "TorchEstimator": "sparkdeep.spark.estimator",
     "TorchModel": "sparkdeep.spark.model",
+    "doctor": "sparkdeep.spark.doctor",
     "register": "sparkdeep.registry",
 }
+_LAZY_MODULES = ("petastorm", "tracking")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"sparkdeep.{name}")
     raise AttributeError(f"module 'sparkdeep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_LAZY_MODULES])
