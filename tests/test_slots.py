@@ -129,6 +129,7 @@ def test_a_fit_within_a_callback_uses_the_slots_of_the_one_around_it_if_its_stag
     ledger = SlotLedger()
     with ExitStack() as stack:
         outer = stack.enter_context(ledger.hold("outer", 2, lambda: 2, timeout_s=1.0))
+        outer.lent = False
         with (
             pytest.raises(PreflightError, match=r"inner.*callback.*outer \(2 slots.*needs_spark = True"),
             ledger.hold("inner", 1, lambda: 2, timeout_s=1.0),
@@ -147,9 +148,11 @@ def test_a_fit_within_a_callback_uses_the_slots_of_the_one_around_it_if_its_stag
 
 def test_a_fit_within_a_callback_may_use_slots_that_are_free():
     ledger = SlotLedger()
-    with ledger.hold("outer", 2, lambda: 4, timeout_s=1.0), ledger.hold("inner", 2, lambda: 4, timeout_s=0.1):
-        other = Background(ledger, "other", 1, 4)
-        assert waits(other)
+    with ledger.hold("outer", 2, lambda: 4, timeout_s=1.0) as outer:
+        outer.lent = False
+        with ledger.hold("inner", 2, lambda: 4, timeout_s=0.1):
+            other = Background(ledger, "other", 1, 4)
+            assert waits(other)
     assert other.holds.wait(JOIN_S)
     assert other.end() is None
 

@@ -42,8 +42,8 @@ class Lease:
     began: float = 0.0
     seen: float = 0.0
     """When it last gave a sign of life."""
-    lent: bool = False
-    """Whether its stage is closed for a callback, so that a fit which the callback starts may use its slots."""
+    lent: bool = True
+    """Whether no stage of it is open, so that a fit which one of its callbacks starts may use its slots."""
     thread: int = field(default_factory=threading.get_ident)
 
     def alive(self) -> None:

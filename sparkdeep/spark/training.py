@@ -309,15 +309,19 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
         lease.lent = True
 
     progress.start(fit.schedule.num_rounds, fit.state.committed)
-    with contextlib.closing(fit.rounds()) as records:
-        for record in records:
-            lease.alive()
-            progress.advance(record)
-            if asked := callbacks.round(record, free_slots):
-                fit.stop(f"callback {asked} asked for it")
-            lease.lent = False
-            if courtesy is not None and courtesy.asks():
-                fit.close_stage()
+    lease.lent = False
+    try:
+        with contextlib.closing(fit.rounds()) as records:
+            for record in records:
+                lease.alive()
+                progress.advance(record)
+                if asked := callbacks.round(record, free_slots):
+                    fit.stop(f"callback {asked} asked for it")
+                lease.lent = False
+                if courtesy is not None and courtesy.asks():
+                    fit.close_stage()
+    finally:
+        lease.lent = True
     progress.finish(summary(fit.state.records[fit.resumed_from :]))
 
 
