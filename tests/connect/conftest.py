@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).resolve().parent
-_NEIGHBOURS = [str(_HERE), str(_HERE.parent / "spark"), str(_HERE.parents[1])]
+_NEIGHBOURS = [str(_HERE), str(_HERE.parent / "spark"), str(_HERE.parent / "jobs"), str(_HERE.parents[1])]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_NEIGHBOURS, *filter(None, [os.environ.get("PYTHONPATH", "")])])
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-sys.path.insert(1, str(_HERE.parent / "spark"))
+sys.path[1:1] = [str(_HERE.parent / "jobs"), str(_HERE.parent / "spark")]
 
 # The server's own settings: a client may not set them.
 _SERVER = {
@@ -48,6 +48,6 @@ def spark():
 @pytest.fixture(scope="session")
 def blobs(spark):
     """200 rows of three separable classes: pixels array<double> of 8, label bigint, id int."""
-    from spark_models import blob_rows
+    from transport_models import blob_rows
 
     return spark.createDataFrame(blob_rows(200), "id int, pixels array<double>, label bigint").cache()
