@@ -23,13 +23,14 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
     Raises:
         ConfigError: the factory gives no module, or the module holds what cannot be copied and sent.
     """
+    factory = adopt(factory)
     if isinstance(factory, nn.Module):
         if arguments:
             raise ConfigError(
                 f"model_args={dict(arguments)!r} with a model that is built already; give the class instead."
             )
         try:
-            return copy_of(adopt(factory)).cpu()
+            return copy_of(factory).cpu()
         except SparkdeepError:
             raise
         except Exception as error:

@@ -34,6 +34,7 @@ _CHANGE_TRAINING: Final = (
     *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
     *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
     *("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"),
+    *("setup", "configure_model", "configure_sharded_model"),
     *("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer"),
 )
 _ONLY_WATCH: Final = (

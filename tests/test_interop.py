@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from twin import deal, run, schema_of
 
+from sparkdeep.building import build_model
 from sparkdeep.config import choose_keras_backend
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
@@ -115,6 +116,13 @@ def test_only_building_tells_what_a_factory_brings():
     assert may_bring_loss(Scores())
     assert not may_bring_loss(nn.Linear)
     assert not may_bring_optimizer(Scores())
+
+
+def test_a_keras_model_on_another_backend_is_refused_before_it_is_called(monkeypatch):
+    layer = type("Layer", (), {"__module__": "keras.src.layers.layer"})
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace())
+    with pytest.raises(ConfigError, match="KERAS_BACKEND=torch in the environment before"):
+        build_model(type("Sequential", (layer,), {})(), {}, 0)
 
 
 def test_a_backend_that_was_chosen_otherwise_is_refused(monkeypatch):

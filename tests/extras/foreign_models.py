@@ -168,6 +168,13 @@ class LitClips(LitNet):
         torch.nn.utils.clip_grad_value_(self.parameters(), 0.01)
 
 
+class LitBuildsLate(LitNet):
+    """Makes a layer where only a Trainer would call it."""
+
+    def configure_model(self):
+        self.late = nn.Linear(3, 3)
+
+
 class LitForgets(LitNet):
     """Forgets to return its loss."""
 

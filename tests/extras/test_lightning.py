@@ -11,6 +11,7 @@ import pytest
 import torch
 from foreign_models import (
     LitAsksTrainer,
+    LitBuildsLate,
     LitByHand,
     LitClips,
     LitClosure,
@@ -150,6 +151,7 @@ def test_what_the_module_logs_is_a_mean_over_rows_of_all_replicas(tmp_path):
         (LitPlateau, "follows a score"),
         (LitClosure, "needs a closure"),
         (LitClips, "overrides on_before_optimizer_step"),
+        (LitBuildsLate, "overrides configure_model"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, cls, said):
