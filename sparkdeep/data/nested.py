@@ -37,7 +37,9 @@ def column_of(values: _Values, kind: pa.DataType, ndim: int, name: str) -> pa.Ar
         if isinstance(values, np.ndarray) and values.dtype != object:
             if values.ndim != ndim + 1:
                 raise ValueError(f"an array of {values.ndim - 1} dimension(s) a row")
-            return _lists(values.reshape(-1), [values.shape[1:]] * len(values), kind, None)
+            return _lists(
+                values.reshape(-1), np.tile(np.array(values.shape[1:], np.int64), (len(values), 1)), kind, None
+            )
         missing = np.array([value is None for value in values], bool)
         arrays = [np.asarray(value) for value in values if value is not None]
         if any(one.ndim != ndim for one in arrays):
@@ -45,7 +47,8 @@ def column_of(values: _Values, kind: pa.DataType, ndim: int, name: str) -> pa.Ar
         flat = np.concatenate([one.reshape(-1) for one in arrays]) if arrays else np.zeros(0, kind.to_pandas_dtype())
         present = iter(arrays)
         shapes = [(0,) * ndim if null else next(present).shape for null in missing]
-        return _lists(flat, shapes, kind, missing if missing.any() else None)
+        sizes = np.array(shapes, np.int64).reshape(len(shapes), ndim)
+        return _lists(flat, sizes, kind, missing if missing.any() else None)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise DataError(
             f"column {name!r} cannot be read as {ndim}-dimensional {kind}: {error}. The dataset's schema says otherwise; leave "
@@ -76,10 +79,16 @@ def _elements(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _lists(
-    flat: npt.NDArray[Any], shapes: list[tuple[int, ...]], kind: pa.DataType, missing: npt.NDArray[np.bool_] | None
+    flat: npt.NDArray[Any], sizes: npt.NDArray[np.int64], kind: pa.DataType, missing: npt.NDArray[np.bool_] | None
 ) -> pa.Array:
-    """Wrap all elements of all rows, end to end, into lists: one level an axis, the innermost first."""
-    sizes = np.array(shapes, np.int64).reshape(len(shapes), -1)  # (rows, ndim) int64
+    """Wrap all elements of all rows, end to end, into lists: one level an axis, the innermost first.
+
+    Args:
+        flat: (elements,).
+        sizes: (rows, ndim), each row's shape.
+        kind: of the elements.
+        missing: (rows,), or None where no row is null.
+    """
     column = _elements(flat, kind)
     for axis in reversed(range(sizes.shape[1])):
         lengths = np.repeat(sizes[:, axis], sizes[:, :axis].prod(axis=1))

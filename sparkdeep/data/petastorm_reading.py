@@ -233,9 +233,7 @@ def _batches(
     beat: Callable[[], None],
 ) -> Iterator[pa.RecordBatch]:
     petastorm, metadata = _modules()
-    options = {"workers_count": _WORKERS, **dataset.options}
-    # No field may be chosen by a longer name that begins with its own: patterns with both ends.
-    options["schema_fields"] = [f"^{re.escape(column.name)}$" for column in columns]
+    options = {"workers_count": _WORKERS, **dataset.options, "schema_fields": _read_from_storage(dataset, columns)}
     with _named(dataset), _quiet():
         reader = getattr(petastorm, dataset.reader)(
             _urls(dataset),
@@ -254,7 +252,7 @@ def _batches(
                     "while it was read, or this host has another folder under the same name. Use storage that all hosts share."
                 )
             beat()
-            for rows in _groups(reader, beat) if reader.batched_output else _chunks(reader, beat):
+            for rows in (_groups if reader.batched_output else _chunks)(_complete(reader, beat)):
                 yield pa.RecordBatch.from_arrays(
                     [column_of(rows[c.name], ARROW_TYPES[c.dtype], c.ndim, c.name) for c in columns],
                     [c.name for c in columns],
@@ -267,10 +265,32 @@ def _batches(
             joiner.join(_JOIN_TIMEOUT_S)
 
 
-def _groups(reader: Any, beat: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _read_from_storage(dataset: Dataset, columns: Sequence[Column]) -> list[str] | None:
+    """Patterns of the fields to read, or None for all."""
+    if dataset.options.get("transform_spec") is not None:
+        return None  # any of them may go into the transform
+    names = {column.name for column in columns}
+    if (predicate := dataset.options.get("predicate")) is not None:
+        names |= set(predicate.get_fields())
+    # No field may be chosen by a longer name that begins with its own: patterns with both ends.
+    return [f"^{re.escape(name)}$" for name in sorted(names)]
+
+
+def _complete(reader: Any, beat: Callable[[], None]) -> Iterator[Any]:
+    """Everything that the reader has.
+
+    petastorm ends a reading when its workers are idle and then the last row group was handed out: one that was handed out
+    between these two looks is lost to it. It comes when the reader is asked again, for by then everything was handed out.
+    """
+    for _ in range(2):
+        for item in reader:
+            beat()
+            yield item
+
+
+def _groups(items: Iterator[Any]) -> Iterator[dict[str, Any]]:
     """Row groups of make_batch_reader, each value an array of (rows, ...), cut to batches."""
-    for group in reader:
-        beat()
+    for group in items:
         values = group._asdict()
         rows = len(next(iter(values.values())))
         num_bytes = sum(int(one.nbytes) for one in values.values())
@@ -279,12 +299,11 @@ def _groups(reader: Any, beat: Callable[[], None]) -> Iterator[dict[str, Any]]:
             yield {name: one[start : start + step] for name, one in values.items()}
 
 
-def _chunks(reader: Any, beat: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _chunks(items: Iterator[Any]) -> Iterator[dict[str, Any]]:
     """Rows of make_reader, gathered to lists by field."""
     rows: list[Any] = []
     num_bytes = 0
-    for row in reader:
-        beat()
+    for row in items:
         rows.append(row)
         num_bytes += sum(getattr(value, "nbytes", 8) for value in row)
         if len(rows) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:

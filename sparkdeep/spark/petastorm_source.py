@@ -28,6 +28,7 @@ _OURS: Final = {
     "shard_count": "row groups are dealt by num_workers",
     "shard_seed": "row groups are dealt in their order",
     "num_epochs": "each row is read once; epochs= of the estimator repeats it",
+    "reader_pool_type": "threads read, inside the task",
     "shuffle_row_groups": "the estimator shuffles, by its seed",
     "shuffle_rows": "the estimator shuffles, by its seed",
     "shuffle_row_drop_partitions": "the estimator shuffles, by its seed",
