@@ -136,16 +136,20 @@ class ModelReader(MLReader):
             uid, sql_type = str(meta["uid"]), meta["sql_type"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelLoadError(f"the metadata of {path} are damaged: {type(error).__name__}: {error}") from error
+        prediction = chosen.pop("prediction", None)
         callables = self._found(path, stored, chosen)
-        params = self._found(path, params, {name: chosen[name] for name in chosen.keys() & {"prediction"}})
-        model = self._cls(module=module, schema=schema, history=history, **callables, **params)
-        if isinstance(sql_type, str) and "prediction" not in chosen:
+        params = self._found(path, params, {} if prediction is None else {"prediction": prediction})
+        try:
+            model = self._cls(module=module, schema=schema, history=history, **callables, **params)
+        except (ConfigError, TypeError) as error:
+            raise ModelLoadError(f"the model in {path} cannot be made: {error}") from error
+        if isinstance(sql_type, str) and prediction is None:
             model._written = Prediction(
                 choice=params.get("prediction"), sql_type=sql_type, vectors=model._columns().vectors
             )
         model._resetUid(uid)
-        if "prediction" in chosen:
-            model.set_prediction(chosen["prediction"])
+        if prediction is not None:
+            model.set_prediction(prediction)
         return model
 
     def _found(self, path: str, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,20 +180,20 @@ def relative_to_here(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def write_file(path: str, content: Callable[[], bytes], *, overwrite: bool) -> None:
-    """Write one file by a path or URI; `content` is called after the path was found free.
+def write_file(path: str, content: bytes, *, overwrite: bool) -> None:
+    """Write one file by a path or URI.
 
     Raises:
         ConfigError: it is there already, or the path names no file.
     """
-    path = relative_to_here(path)
-    folder, _, name = path.rpartition("/")
-    if not folder or not name:
+    folder, _, name = relative_to_here(path).rpartition("/")
+    if not folder or not name or path.endswith("/"):
         raise ConfigError(f"{path!r} names no file: give the path of a file that is to be written.")
     store = _folder(folder, None)
-    if not overwrite and name in store.list(""):
+    if overwrite:
+        store.write(name, content)
+    elif not store.create(name, content):
         raise ConfigError(f"{path!r} is there already: choose another path, or pass overwrite=True.")
-    store.write(name, content())
 
 
 def _stored(value: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`transform` gives what the model gives, without a job of its own, on batches and on streams."""
+"""`transform` gives what the model gives, without a job of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_prediction_is_the_local_models_bit_for_bit_on_the_same_batches(spark,
     frame = spark.createDataFrame([(p,) for p in points], "pixels array<double>").coalesce(1)
     features = torch.tensor(points, dtype=torch.float64).float()
     for size in (32, 7):  # a changed batch size counts at once
-        model.batch_size = size
+        model.setBatchSize(size)
         got = predictions(model.transform(frame))
         with torch.inference_mode():
             expected = torch.cat([model.model(part) for part in features.split(size)])
@@ -82,25 +82,6 @@ def test_a_worker_builds_the_model_once_however_many_tasks_it_runs(spark, blobs,
     built = (tmp_path / "builds").read_text().split()
     assert 1 <= len(built) <= 2  # two workers at most on local[2]
     assert len(set(built)) == len(built)
-
-
-def test_a_stream_is_scored_like_a_table(spark, model, tmp_path):
-    rows = blob_rows(20)
-    table = spark.createDataFrame(rows, "id int, pixels array<double>, label bigint")
-    table.write.parquet(str(tmp_path / "in"))
-    stream = spark.readStream.schema(table.schema).parquet(str(tmp_path / "in"))
-    query = (
-        model.transform(stream)
-        .writeStream.format("parquet")
-        .option("checkpointLocation", str(tmp_path / "state"))
-        .trigger(availableNow=True)
-        .start(str(tmp_path / "out"))
-    )
-    assert query.awaitTermination(60)
-    got = {row["id"]: row["prediction"] for row in spark.read.parquet(str(tmp_path / "out")).collect()}
-    expected = {row["id"]: row["prediction"] for row in model.transform(table).collect()}
-    assert got.keys() == expected.keys() == set(range(20))
-    assert all(got[i] == pytest.approx(expected[i], abs=1e-6) for i in got)
 
 
 def test_a_plain_prediction_can_be_written_by_a_model_that_was_loaded(model, blobs, tmp_path):
