@@ -37,7 +37,10 @@ def same(name, got, want):
         if name == "money":
             assert str(ours) == str(theirs), name
             continue
-        ours = np.array(ours, "M8[us]") if theirs.dtype.kind == "M" else np.array(ours)
+        if theirs.dtype.kind == "M":
+            ours = [value.replace(tzinfo=None) if hasattr(value, "tzinfo") else value for value in np.atleast_1d(ours)]
+            ours = np.array(ours, "M8[us]").reshape(theirs.shape)
+        ours = np.array(ours)
         wanted = theirs.astype(WIDENED.get(theirs.dtype.name, theirs.dtype))
         assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
         if theirs.dtype.kind in "iufb":

@@ -35,7 +35,7 @@ ARROW_TYPES: Final[dict[str, pa.DataType]] = {
     "float64": pa.float64(),
     "str": pa.string(),
     "bytes": pa.binary(),
-    "datetime64": pa.timestamp("us"),
+    "datetime64": pa.timestamp("us", tz="UTC"),  # an instant, as Spark's timestamp is
 }
 # As they become tensors: torch computes with no unsigned integers but uint8.
 _TENSORS: Final = {

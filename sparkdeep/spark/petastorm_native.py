@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
-from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -18,7 +17,9 @@ from pyspark.sql import types as T
 from sparkdeep.data.codecs import ARROW_TYPES, FieldDecoder, decode_column, row_bytes
 from sparkdeep.data.unischema import Unischema, UnischemaField, read_metadata
 from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.spark.types import quoted
+from sparkdeep.store import Store, open_store
 
 __all__ = ["decoders", "read", "read_schema"]
 
@@ -106,23 +107,23 @@ def _read_metadata(spark: SparkSession, url: str) -> tuple[Unischema, frozenset[
     if not isinstance(url, str) or not url:
         raise ConfigError(f"url={url!r}: the folder of one dataset is needed, such as file:///data/set or s3a://a/b")
     where = f"{url.rstrip('/')}/{_METADATA}"
-    # Spark reads the file, as it will the rows: with its credentials, and also where the driver sees no storage.
+    # As Spark will open the rows: by its file systems and with its credentials, where the session lets us at them.
+    direct = url.startswith("file:") or getattr(spark, "_jvm", None) is None
+    store: Store = open_store(url) if direct else HadoopStore(spark, url)
     try:
-        files = spark.read.format("binaryFile").load(where).where(F.col("length") <= _MAX_METADATA_BYTES)
-        rows = files.select("content").take(1)
-    except AnalysisException as error:
-        if "PATH_NOT_FOUND" not in str(error) and "does not exist" not in str(error):
-            raise
+        data = store.read(_METADATA, max_bytes=_MAX_METADATA_BYTES)
+    except FileNotFoundError:
         raise DataError(
             f"{url} has no file {_METADATA}, where petastorm keeps the schema: check the path; if petastorm wrote the "
             "dataset, make the file with petastorm-generate-metadata; read other Parquet with spark.read.parquet"
         ) from None
-    if not rows:
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
         raise DataError(
-            f"{where} is longer than {_MAX_METADATA_BYTES} bytes, which no schema is: write it again with "
-            "petastorm-generate-metadata"
-        )
-    return read_metadata(bytes(rows[0][0]), where=where)
+            f"{where} is larger than any schema ({error.strerror}): write it again with petastorm-generate-metadata"
+        ) from None
+    return read_metadata(data, where=where)
 
 
 def _choose(schema: Unischema, fields: Sequence[str] | None, url: str) -> list[UnischemaField]:
@@ -265,7 +266,11 @@ def _decoded_by_rows(frame: DataFrame, fields: list[UnischemaField], types: dict
         T.StructField(field.name, _spark_type(field)) if field.codec in _ENCODED else column
         for field, column in zip(fields, plain.schema.fields, strict=True)
     ]
-    return plain.mapInArrow(partial(_decode_records, fields=fields), T.StructType(columns))
+
+    def decode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return _decode_records(batches, fields)
+
+    return plain.mapInArrow(decode, T.StructType(columns))
 
 
 assert set(_SPARK_TYPES) == set(ARROW_TYPES), "each type of values has one in Arrow and one in Spark"
