@@ -1,16 +1,19 @@
 """The report in a real browser: on a phone and a desk, light and dark, drawn, readable, and without a word to the network.
 
-REPORT_SCREENSHOT=docs/report.png makes the README's picture again.
+The README's picture is made again, from a real run, by
+
+    python tests/extras/test_report_browser.py runs/digits/report.html docs/report.png
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import io
-import os
 import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -43,10 +46,9 @@ PAGES = {
 LAYOUTS = [(375, "light"), (375, "dark"), (1280, "light"), (1280, "dark")]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+@contextlib.contextmanager
+def chromium(profile):
     options = webdriver.ChromeOptions()
-    profile = tmp_path_factory.mktemp("chromium")
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -55,8 +57,16 @@ def browser(tmp_path_factory):
     options.binary_location = found["chromium"]
     driver = webdriver.Chrome(options=options, service=Service(found["chromedriver"]))
     driver.set_page_load_timeout(30)
-    yield driver
-    driver.quit()
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +211,32 @@ def test_a_control_that_overflows_and_asks_is_noticed(browser, site):
     assert "/never.png" not in site[1]
 
 
-def test_pictures_are_not_blank(browser, site, tmp_path):
-    """And `REPORT_SCREENSHOT` keeps one for the README."""
+def test_pictures_are_not_blank(browser, site):
     laid_out(browser, 1000, "light")
     browser.get(f"{site[0]}/many.html")
-    height = int(browser.execute_script("return document.querySelector('.plot').closest('section, main').offsetHeight"))
-    clip = {"x": 0, "y": 0, "width": 1000, "height": min(height, 1320), "scale": 1}
+    assert shades(picture(browser, height=1200)) > 30
+    browser.execute_script("document.body.textContent = ''")
+    assert shades(picture(browser, height=1200)) < 5
+
+
+def picture(browser, *, height):
+    clip = {"x": 0, "y": 0, "width": 1000, "height": height, "scale": 1}
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-    picture = base64.b64decode(shot["data"])
-    assert len(Image.open(io.BytesIO(picture)).convert("RGB").getcolors(1 << 24)) > 30
-    if wanted := os.environ.get("REPORT_SCREENSHOT"):
-        Path(wanted).write_bytes(picture)
+    return base64.b64decode(shot["data"])
+
+
+def shades(png):
+    return len(Image.open(io.BytesIO(png)).convert("RGB").getcolors(1 << 24))
+
+
+def main(page, kept):
+    """Keep a picture of the top of a report."""
+    with tempfile.TemporaryDirectory() as profile, chromium(profile) as driver:
+        laid_out(driver, 1000, "light")
+        driver.get(Path(page).absolute().as_uri())
+        height = driver.execute_script("return document.documentElement.scrollHeight")
+        Path(kept).write_bytes(picture(driver, height=min(height, 1560)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
