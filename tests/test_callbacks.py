@@ -137,3 +137,17 @@ def test_trackers_whose_package_is_missing_say_what_to_install(monkeypatch):
         MLflowCallback()
     with pytest.raises(ConfigError, match=r"pip install 'sparkdeep\[tensorboard\]'"):
         TensorBoardCallback("runs")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [(3, "hold 3: give functions"), (Callback, r"objects, Callback\(\.\.\.\)\.")]
+)
+def test_what_cannot_listen_is_refused(given, shown):
+    from sparkdeep.config import LocalSettings, RunSettings
+    from sparkdeep.spark.settings import FitSettings
+
+    with pytest.raises(ConfigError, match=shown):
+        FitSettings(
+            local=LocalSettings(), run=RunSettings(), model=None, feature_cols="x", label_cols="y", optimizer=print,
+            loss=print, callbacks=[given],
+        )  # fmt: skip

@@ -67,7 +67,7 @@ class Job:
         """
         from sparkdeep import TorchEstimator
 
-        config, self.watch = self.config, Watch(self.records)
+        config, watch = self.config, Watch(self.records)
         for name in _SECTION_ARGUMENTS:
             if name in config.fit:
                 raise ConfigError(f"[fit] holds {name!r}: it has its own place, {_PLACES.get(name, f'[{name}]')}")
@@ -75,13 +75,13 @@ class Job:
             raise ConfigError('[fit] has no feature_cols: give feature_cols = ["column", ...]')
         _checked(config.model)
         fit = {key: _resolved(value) if key in _CALLABLES else value for key, value in config.fit.items()}
-        fit["callbacks"] = [self.watch, *map(_made, fit.get("callbacks", ()))]
+        fit["callbacks"] = [watch, *map(_made, fit.get("callbacks", ()))]
         if isinstance(fit.get("early_stopping"), dict):
             fit["early_stopping"] = from_mapping(EarlyStopping, fit["early_stopping"])
         if "validation" in fit:
             fit["metrics"] = validation_metrics(config.metrics)
         parts = {"lr_scheduler": config.lr_scheduler, "outer_optimizer": config.outer_optimizer}
-        return TorchEstimator(
+        made = TorchEstimator(
             model=config.model.name,
             model_args=config.model.args,
             loss=None if config.loss is None else _loss(config.loss),
@@ -89,6 +89,8 @@ class Job:
             **{name: _partial(section) for name, section in parts.items() if section is not None},
             **fit,
         )
+        self.watch = watch
+        return made
 
     def session(self) -> Any:
         """Returns the SparkSession, started at the first call, with the user's modules sent to executors."""

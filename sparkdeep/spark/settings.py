@@ -132,8 +132,12 @@ class FitSettings:
         if self.worker_process not in ("auto", "spawn", "reuse"):
             raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
         for one in self.callbacks:
-            if not (callable(one) or isinstance(one, Callback)):
-                raise ConfigError(f"callbacks hold {one!r}: give functions of a round's record, or Callback objects.")
+            is_class = isinstance(one, type) and issubclass(one, Callback)
+            if is_class or not (callable(one) or isinstance(one, Callback)):
+                raise ConfigError(
+                    f"callbacks hold {one!r}: give functions of a round's record, or Callback objects"
+                    f"{f', {one.__name__}(...)' if is_class else ''}."
+                )
         self._check_columns()
         vectors = [part for part in ("probability", "raw_prediction") if getattr(self, f"{part}_col") is not None]
         check_choice(self.prediction, vectors)

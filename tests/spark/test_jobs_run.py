@@ -47,6 +47,10 @@ def test_training_leaves_a_model_records_predictions_and_a_result(trained):
     assert [r["round"] for r in records] == list(range(1, len(records) + 1))
     assert (folder / "model" / "model.safetensors").is_file()
     assert list((folder / "predictions").glob("*.parquet"))
+    report = (folder / "report.html").read_text()
+    assert f"<dt>rounds</dt><dd>{len(records)}</dd>" in report
+    assert "<dt>accuracy</dt>" in report
+    assert "CrossEntropyLoss" in report
     line = next(line for line in done.stdout.splitlines() if line.startswith("accuracy "))
     assert float(line.split()[1]) > 0.9
 
@@ -76,3 +80,5 @@ def test_what_goes_wrong_has_an_exit_code_and_a_reason(tmp_path, override, code,
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == (status, code)
     assert words in json.dumps(result)
+    # A run that began has its report; one whose estimator could not even be made has none.
+    assert (tmp_path / "report.html").exists() == ("batch_sise" not in override)
