@@ -144,7 +144,7 @@ def _address_space(conf: Conf) -> Finding:
 def _cores(conf: Conf) -> Finding:
     name = "cores"
     if conf.local:
-        return Finding(name=name, level="ok", seen=f"spark.task.cpus={conf.task_cpus()}.")
+        return Finding(name=name, level="ok", seen=f"spark.task.cpus={conf.task_cpus():g}.")
     if conf.master.startswith("spark://") and not conf.has("spark.executor.cores"):
         return Finding(
             name=name,

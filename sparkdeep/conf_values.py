@@ -69,11 +69,11 @@ class Conf:
         """A size in bytes; a bare number counts in MiB, as in Spark's memory settings."""
         return memory_bytes(key, self.properties.get(key, default), unit="m")
 
-    def task_cpus(self) -> int:
-        """CPUs of a task."""
-        cpus = int(self.number("spark.task.cpus", "1"))
-        if cpus < 1:
-            raise ConfigError(f"spark.task.cpus={cpus}: must be at least 1.")
+    def task_cpus(self) -> float:
+        """CPUs of a task; Spark 4.3 also takes fractions."""
+        cpus = self.number("spark.task.cpus", "1")
+        if cpus == 0:
+            raise ConfigError("spark.task.cpus=0: must be more than 0.")
         return cpus
 
     def slots(self) -> int:
@@ -107,7 +107,7 @@ def slots_per_executor(conf: Mapping[str, str]) -> int:
     """How many tasks an executor runs at a time: by its cores and, where tasks ask for GPUs, by those.
 
     Raises:
-        ConfigError: a malformed amount, or a task that asks for no CPU.
+        ConfigError: a malformed amount, or tasks that ask for no CPU.
     """
     return Conf(conf).slots()
 

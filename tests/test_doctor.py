@@ -175,6 +175,7 @@ def test_slots_by_cores_and_by_gpus():
     # 1 / 0.1 tasks share a GPU: ten, and not nine by rounding.
     shared = GPU | {"spark.executor.cores": "40", "spark.task.cpus": "1", "spark.task.resource.gpu.amount": "0.1"}
     assert slots_per_executor(YARN | shared) == 20
+    assert slots_per_executor(YARN | {"spark.task.cpus": "0.5"}) == 8
     assert expected_slots(YARN) == 8
     assert expected_slots({"spark.master": "local[4]"}) is None
     assert expected_slots({"spark.master": "yarn"}) is None
