@@ -52,5 +52,29 @@ timed() {
     return "$code"
 }
 
+# lts_tests LIMIT_S PYTEST_ARGUMENTS...: with that environment's Python and Spark in driver and executors. A test that was
+# skipped has shown nothing, so it fails the step; so does a selection without tests (pytest's exit 5).
+lts_tests() {
+    local folder="$PWD/.venv-lts" limit_s="$1" report code=0
+    shift
+    report="$(mktemp)"
+    PATH="$folder/bin:$PATH" SPARK_HOME="$lts_spark_home" PYSPARK_PYTHON="$folder/bin/python" \
+        PYSPARK_DRIVER_PYTHON="$folder/bin/python" SPARK_CONF_DIR="$PWD/conf" SPARK_LOCAL_IP=127.0.0.1 \
+        timeout "$limit_s" "$folder/bin/python" -m pytest -q --junitxml="$report" "$@" || code=$?
+    if [[ $code == 0 ]] && ! grep -q ' skipped="0"' "$report"; then
+        printf 'skipped tests fail this step: they are listed above\n' >&2
+        code=1
+    fi
+    rm -f "$report"
+    return "$code"
+}
+
 timed "environment .venv-lts" 120 lts_venv
+lts_spark_home="$(.venv-lts/bin/python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("pyspark").origin).parent)')"
+readonly lts_spark_home
+if [[ "${1:-}" != build ]]; then
+    timed "tests without a JVM" 120 lts_tests 480 -m "not spark and not lts" --ignore-glob="$PWD/tests/*/*" tests
+    timed "tests on two workers" 60 lts_tests 240 -m lts tests/cluster/test_smoke.py
+    timed "petastorm on local[2]" 120 lts_tests 480 -m lts tests/lts
+fi
 printf '== lts: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"
