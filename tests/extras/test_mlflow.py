@@ -468,7 +468,7 @@ def test_a_fit_on_spark_is_logged_whole(spark, store, caplog):
     )
     from sparkdeep import TorchEstimator
 
-    callback = MLflowCallback("spark")
+    callback = MLflowCallback()
     model = TorchEstimator(
         model=Net,
         model_args={"width": 6},
