@@ -36,7 +36,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
 
     Args:
         model: an nn.Module (a copy is trained), a class or callable that returns one, or "package.module:function".
-        loss: `loss(output, label) -> Tensor`, a mean over the batch; not needed with `training_step`.
+        loss: `loss(output, label) -> Tensor`, a mean over the batch; not needed with `training_step`, nor for models
+            that bring their own.
         optimizer: called with the parameters, e.g. `partial(torch.optim.AdamW, lr=1e-3)`.
         feature_cols: a list of columns, laid side by side as (B, k); one name, in its own shape, a scalar as (B,); or
             {argument of forward: either of these}.
