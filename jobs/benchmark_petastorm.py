@@ -1,6 +1,6 @@
 """petastorm's own reader beside the native one, on one dataset that petastorm wrote, in one run.
 
-spark-submit jobs/benchmark_petastorm.py --lts-python .venv-lts/bin/python [--rows 40000] [--pairs 5]
+spark-submit jobs/benchmark_petastorm.py --lts-python .venv-lts/bin/python [--rows 100000] [--pairs 5]
     [--output runs/benchmark_petastorm]
 
 petastorm runs in processes of the interpreter that has it (Spark 3.5, pyarrow 14), the native reader in this one, on two
@@ -195,7 +195,7 @@ def main() -> int:
     """Write, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lts-python", type=Path, help="an interpreter with petastorm")
-    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_petastorm"))
     parser.add_argument("--write", nargs=2, metavar=("URL", "ROWS"), help=argparse.SUPPRESS)
