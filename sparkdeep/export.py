@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 import torch
@@ -33,7 +33,12 @@ class _Prepared(nn.Module):
         return forward(self.network, self.preprocess(features) if self.preprocess is not None else features)
 
 
-def exported(program: Program, features: Tensor | dict[str, Tensor], format: str = "torch") -> bytes:
+def exported(
+    program: Program,
+    features: Tensor | dict[str, Tensor],
+    format: str = "torch",
+    ragged: Collection[str | None] = (),
+) -> bytes:
     """The network, with `preprocess` where there is one, as a file's content.
 
     Its inputs are `features`: a tensor, or tensors by the names of the arguments of `forward`; with `preprocess`, one
@@ -43,6 +48,7 @@ def exported(program: Program, features: Tensor | dict[str, Tensor], format: str
         program: with the model on the CPU.
         features: of a batch of at least two rows, whose values do not matter.
         format: "torch" for what `torch.export.load` reads, "onnx" for ONNX.
+        ragged: the named tensors, or None for the only one, whose further dimensions may be of any size too.
 
     Raises:
         ConfigError: an unknown format, a package that is not installed, or what torch cannot export, with its reason.
@@ -53,14 +59,23 @@ def exported(program: Program, features: Tensor | dict[str, Tensor], format: str
         _check_onnx()
     module = program.model.eval() if program.preprocess is None else _Prepared(program).eval()
     rows = torch.export.Dim("rows")
+
+    def sizes(name: str | None, tensor: Tensor) -> dict[int, Any]:
+        free = range(1, tensor.dim()) if name in ragged else ()
+        return {0: rows, **dict.fromkeys(free, torch.export.Dim.AUTO)}
+
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     shapes: Any
+    of_features = (
+        {name: sizes(name, one) for name, one in features.items()}
+        if isinstance(features, dict)
+        else sizes(None, features)
+    )
     if isinstance(features, dict) and program.preprocess is None:
-        kwargs, shapes = features, {name: {0: rows} for name in features}
+        kwargs, shapes = features, of_features
     else:
-        args = (features,)
-        shapes = ({name: {0: rows} for name in features} if isinstance(features, dict) else {0: rows},)
+        args, shapes = (features,), (of_features,)
     with _named(format), torch.no_grad():
         whole = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         if format == "onnx":

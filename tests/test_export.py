@@ -104,6 +104,26 @@ def test_named_arguments_stay_named():
         torch.testing.assert_close(again(columns), expected)
 
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, words):
+        return self.head(self.embedding(words).mean(1))
+
+
+def test_what_was_ragged_may_have_any_length():
+    model = Words().eval()
+    zeros = torch.zeros(3, 4, dtype=torch.int64)
+    words = torch.arange(14).reshape(2, 7) % 9
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(exported(program(model), zeros, ragged=[None]))(words), model(words))
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):  # without the word it has the length that was shown
+        loaded(exported(program(model), zeros))(words)
+
+
 @pytest.mark.parametrize(
     ("model", "preprocess", "why"),
     [

@@ -173,7 +173,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         """Write the network, with `preprocess`, as one file that runs without sparkdeep.
 
         The file maps the tensors of a batch of any number of rows to the network's output; `decode`, `collate` and
-        `prediction` are not part of it.
+        `prediction` are not part of it. What `collate` makes of ragged columns may be of any length.
 
         Args:
             path: of the file; a local path, or a URI as for `save`.
@@ -184,8 +184,9 @@ class TorchModel(Model, MLWritable, MLReadable):
             ConfigError: the network or `preprocess` cannot be exported, with torch's reason; or the file is there.
         """
         program = self._program()
-        batch = zero_batch(program, self._schema, float_dtype_of(self.model))
-        write_file(path, exported(program, batch.features, format), overwrite=overwrite)
+        batch = zero_batch(program, self._schema, float_dtype_of(self.model), ragged_length=4)
+        ragged = frozenset(f.argument for f in self._schema.fields if f.role == "features" and f.ragged)
+        write_file(path, exported(program, batch.features, format, ragged), overwrite=overwrite)
 
     # -- settings ------------------------------------------------------------------------------------------------
 

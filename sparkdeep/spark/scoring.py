@@ -172,8 +172,8 @@ def _to_pandas(array: pa.Array) -> Any:
     return pa.RecordBatch.from_struct_array(array).to_pandas()
 
 
-def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype) -> Batch:
-    """ZERO_ROWS rows of zeros, as a batch that `preprocess` has not seen yet."""
+def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype, *, ragged_length: int = 1) -> Batch:
+    """ZERO_ROWS rows of zeros, as a batch that `preprocess` has not seen yet; ragged rows have `ragged_length` values."""
     rows = ZERO_ROWS
     fields: dict[str, Any] = {}
     for field in schema.fields:
@@ -181,7 +181,7 @@ def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype) -> Ba
             continue
         shape = field.shape or ()
         if field.ragged:
-            fields[field.name] = Ragged(np.zeros(rows, field.dtype), np.ones(rows, np.int64))
+            fields[field.name] = Ragged(np.zeros(rows * ragged_length, field.dtype), np.full(rows, ragged_length))
         else:
             fields[field.name] = np.zeros((rows, *shape), field.dtype)
     kept = Schema(fields=tuple(f for f in schema.fields if f.role == "features"), float_dtype=schema.float_dtype)
