@@ -15,7 +15,7 @@ readonly extras_packages=(
     transformers lightning keras
     mlflow tensorboard
     onnx onnxscript onnxruntime
-    opencv-python-headless pillow jinja2 selenium
+    opencv-python-headless pillow jinja2 selenium kubernetes-validate
 )
 readonly airflow_packages=(apache-airflow-core apache-airflow-providers-standard pytest pytest-timeout)
 

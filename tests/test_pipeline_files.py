@@ -44,7 +44,9 @@ def test_the_databricks_job_runs_every_step_after_those_it_needs(needs):
     for task in job["tasks"]:
         cluster = clusters[task["job_cluster_key"]]
         assert "num_workers" in cluster, "a fixed number of workers: barrier stages know no autoscaling"
-        assert cluster["spark_conf"]["spark.dynamicAllocation.enabled"] == "false"
+        dedicated = json.loads((ROOT / "conf/databricks/cluster.json").read_text())
+        for setting in ("spark_conf", "init_scripts", "data_security_mode", "runtime_engine"):
+            assert cluster[setting] == dedicated[setting]
         run = task["spark_python_task"]
         assert (ROOT / run["python_file"]).is_file()
         assert run["parameters"][1:3] == ["--step", task["task_key"]]
