@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 import pytest
 from report_runs import about, rounds
 
+from sparkdeep.callbacks import FitInfo
 from sparkdeep.charts import HEIGHT, WIDTH, Line, line_chart, seconds, short, stacked_bars
 from sparkdeep.metrics import write_jsonl
 from sparkdeep.report import About, main, render, write
@@ -279,3 +280,80 @@ def test_versions_are_those_of_this_process_unless_given(tmp_path):
     assert f"python {sys.version_info.major}.{sys.version_info.minor}" in words
     assert html.escape("torch") in words
     assert "Versions" not in Page(render(rounds(1), About(versions={}))).words
+
+
+# -- from a job -------------------------------------------------------------------------------------------------------
+
+_JOB = """
+[data]
+source = "parquet"
+path = "nowhere"
+[model]
+factory = "torch.nn:Linear"
+args = { in_features = 2, out_features = 1 }
+[loss]
+name = "torch.nn:MSELoss"
+[optimizer]
+name = "torch.optim:SGD"
+args = { lr = 0.1 }
+[fit]
+feature_cols = ["x"]
+label_cols = "y"
+epochs = 12
+"""
+
+
+def job(tmp_path, work, text=_JOB):
+    """Runs a job's work; returns its exit code and the report's words, None without a report."""
+    from sparkdeep.spark.job import run_job
+
+    (tmp_path / "small.toml").write_text(f'{text}\n[output]\ndir = "{tmp_path}/out"\n')
+    code = run_job(work, description="", result_name="result.json", argv=[str(tmp_path / "small.toml")])
+    page = tmp_path / "out" / "report.html"
+    return code, Page(page.read_text(encoding="utf-8")).words if page.exists() else None
+
+
+def told(made, count):
+    """What a fit tells the job's own callback."""
+    (watch,) = made.getCallbacks()
+    info = FitInfo(run="r", num_rounds=120, committed=0, rows=640, num_parameters=3, settings={"batch_size": 77})
+    watch.on_fit_start(info)
+    for record in rounds(count):
+        watch.on_round_end(record)
+
+
+def test_a_job_reports_its_rounds_scores_and_settings(tmp_path):
+    def work(job):
+        told(job.estimator(), 120)
+        job.result["accuracy"] = 0.875
+
+    code, words = job(tmp_path, work)
+    assert code == 0
+    for part in ("small done", "accuracy 0.875", "rounds 120", "training rows 640", "parameters 3", "batch_size 77"):
+        assert part in words
+
+
+def test_a_job_that_fails_reports_the_rounds_it_has(tmp_path):
+    def work(job):
+        told(job.estimator(), 30)
+        raise RuntimeError("no luck")
+
+    code, words = job(tmp_path, work)
+    assert code == 1
+    for part in ("small failed", "RuntimeError: no luck", "rounds 30 of 120", "batch_size 77"):
+        assert part in words
+
+
+def test_a_job_that_fails_before_its_first_round_reports_what_the_file_says(tmp_path):
+    def work(job):
+        job.estimator()
+        raise RuntimeError("no rows")
+
+    _, words = job(tmp_path, work)
+    for part in ("RuntimeError: no rows", "rounds 0", "No round was committed.", "epochs 12", "model torch.nn:Linear"):
+        assert part in words
+
+
+def test_a_job_that_trains_nothing_has_no_report(tmp_path):
+    assert job(tmp_path, lambda job: None) == (0, None)
+    assert job(tmp_path, lambda job: job.estimator(), _JOB.replace("epochs", "epoks")) == (2, None)

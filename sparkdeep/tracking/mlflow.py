@@ -65,7 +65,7 @@ class MLflowCallback(Callback):
 
     Nothing of this is waited for during training. When the server is down, a warning says so once, training goes on, and
     what could not be sent is kept in order and tried again. At the end the server is given `timeout_s` more; what is then
-    still not taken stays in memory for `flush()`.
+    still not taken stays in memory for `flush()`, until the next fit begins. One object follows one fit at a time.
 
     Args:
         experiment: its name, made if it is new; None: MLflow's current one.
