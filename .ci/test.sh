@@ -26,7 +26,7 @@ tier() {
 }
 
 if [[ "${1:-}" == jobs ]]; then
-    tier "jobs, notebooks and searches on local[2]" 480 -m jobs tests/jobs tests/spark
+    tier "jobs, notebooks and searches on local[2]" 720 -m jobs tests/jobs tests/spark
     tier "Spark Connect" 180 -m connect tests/connect
     exit 0
 fi
