@@ -2,7 +2,7 @@
 
 The README's picture is made again, from a real run, by
 
-    python tests/extras/test_report_browser.py runs/digits/report.html docs/report.png
+    python tests/extras/test_report_browser.py runs/digits/report.html jobs/report.png
 """
 
 from __future__ import annotations
