@@ -19,11 +19,11 @@ def read(spark: Any, url: str, fields: Sequence[str] | None = None, *, decode: b
     petastorm need not be installed. Its schema is a pickle beside the rows: it is read opcode by opcode, and nothing
     of it is run. Values are petastorm's own: unsigned integers come in the next larger type (uint8 as smallint, uint16
     as int, uint32 as bigint), float16 as float, arrays as arrays of arrays of the field's shape, datetime64 as
-    timestamp, decimals and text as they are stored. Missing values stay null.
+    timestamp, decimals and text as they are stored. Missing values are null, also where petastorm has NaN for them.
 
     Args:
-        spark: a SparkSession; from Spark 4.1 on a column that is not used is neither read nor decoded, before that
-            leave it out by `fields`.
+        spark: a SparkSession. From Spark 4.1 on, with at most three array and image fields, a column that is not used
+            is neither read nor decoded; otherwise leave it out by `fields`.
         url: the dataset's folder, as `spark.read.parquet` takes it.
         fields: names of the fields to read, in this order; None reads all.
         decode: False leaves arrays and images encoded, as binary columns. Images and large arrays then pass through

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ _METADATA: Final = "_common_metadata"
 _METADATA_KEY: Final = "sparkdeep.petastorm"
 _MAX_METADATA_BYTES: Final = 64 << 20
 _SLICE_BYTES: Final = 4 << 20  # decoded values of a field that are in flight together
+_MAX_FUNCTIONS: Final = 3  # Spark starts a Python worker a task for each of them
 _SPARK_TYPES: Final[dict[str, T.DataType]] = {
     "bool": T.BooleanType(),
     "int8": T.ByteType(),
@@ -67,8 +69,11 @@ def read(spark: SparkSession, url: str, fields: Sequence[str] | None = None, *, 
         _check(field, types[field.name], decode=decode)
     if not decode:
         return frame.select(*[_encoded_or_plain(field, types[field.name]) for field in chosen])
-    if not any(field.codec in _ENCODED for field in chosen):
+    encoded = sum(field.codec in _ENCODED for field in chosen)
+    if not encoded:
         return frame.select(*[_plain(field, types[field.name]) for field in chosen])
+    if encoded > _MAX_FUNCTIONS:
+        return _decoded_by_rows(frame, chosen, types)
     try:
         from pyspark.sql.functions import ArrowUDFType, arrow_udf
     except ImportError:  # before Spark 4.1
@@ -76,7 +81,9 @@ def read(spark: SparkSession, url: str, fields: Sequence[str] | None = None, *, 
     columns = []
     for field in chosen:
         if field.codec in _ENCODED:
-            function = arrow_udf(_column_function(field), _spark_type(field), ArrowUDFType.SCALAR_ITER)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it prefers type hints, and the type says it directly
+                function = arrow_udf(_column_function(field), _spark_type(field), ArrowUDFType.SCALAR_ITER)
             columns.append(function(F.col(quoted(field.name))).alias(field.name))
         else:
             columns.append(_plain(field, types[field.name]))
