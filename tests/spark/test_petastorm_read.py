@@ -146,24 +146,26 @@ def test_the_estimator_trains_on_encoded_columns_as_on_decoded_ones(spark):
     assert dict(frames[False].dtypes)["matrix"] == "binary"
     decoders = petastorm.decoders(frames[False].where("id >= 0"))
     assert list(decoders) == ["matrix"]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 2))
     weights, scores = [], []
     for decode, frame in frames.items():
         estimator = TorchEstimator(
-            model=nn.Sequential(nn.Flatten(), nn.Linear(6, 2)),
+            model=network,
             loss=nn.CrossEntropyLoss(),
             optimizer=partial(torch.optim.SGD, lr=0.1),
             feature_cols="matrix",
             label_cols="label",
             num_workers=1,
-            batch_size=4,
+            batch_size=12,  # rows are ordered by a hash of the columns, which differ; one batch holds all
             decode=None if decode else decoders,
             progress=False,
         )
         model = estimator.fit(frame.selectExpr("matrix", "bigint(flag) AS label"))
         weights.append(model.model[1].weight.detach().numpy().copy())
         scores.append([row.prediction for row in model.transform(frame.orderBy("id")).select("prediction").collect()])
-    assert np.array_equal(*weights)
-    assert scores[0] == scores[1]
+    assert not np.allclose(weights[0], network[1].weight.detach().numpy(), rtol=1e-3)
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+    np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 def test_decoders_of_a_frame_without_encoded_columns_are_refused(spark):
