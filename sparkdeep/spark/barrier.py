@@ -189,15 +189,15 @@ def clean_executors(
         run: the run's id.
         shard_dir: the shared folder of shards, or None.
         exchange: that of updates, or None.
-        num_workers: tasks to run at once where the session cannot tell its slots (Spark Connect).
+        num_workers: replicas; twice as many tasks run where the session cannot tell its slots (Spark Connect).
     """
     access = access_to(spark)
     reached: set[str] = set()
     for attempt in range(_CLEAN_ATTEMPTS):
-        slots = max(1, access.slots(None) or num_workers)
+        # Each task stays in its slot for a moment, so that every executor gets one.
+        slots = max(1, access.slots(None) or 2 * num_workers)
         task = partial(clean_task, run, shard_dir, exchange)
-        # Tasks of a barrier stage run at the same time: on as many executors as replicas had.
-        frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string", barrier=access.connect)
+        frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string")
         job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
         try:
             reached |= {row["executor"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}

@@ -109,3 +109,20 @@ def test_what_cannot_be_there_is_refused_by_name(blobs, options, word):
 def test_too_few_slots_are_found_by_a_probe(blobs):
     with pytest.raises(PreflightError, match=r"num_workers=3.*within 5 s"):
         estimator(num_workers=3, open_timeout_s=5.0).fit(blobs)
+
+
+def test_a_pipeline_of_sparks_own_stages_and_ours_is_fitted_there(spark, blobs):
+    from pyspark.ml import Pipeline
+    from pyspark.ml.feature import VectorAssembler
+
+    columns = [f"x{i}" for i in range(8)]
+    flat = blobs.select("label", *[blobs.pixels[i].alias(name) for i, name in enumerate(columns)])
+    assembler = VectorAssembler(inputCols=columns, outputCol="pixels")
+    pipeline = Pipeline(stages=[assembler, estimator(prediction="argmax", transport="auto")])
+    model = pipeline.fit(flat)
+    rows = model.transform(flat).select("pixels", "prediction").collect()
+    with torch.no_grad():
+        pixels = torch.tensor(np.array([row.pixels.toArray() for row in rows]), dtype=torch.float32)
+        expected = model.stages[-1].model(pixels).argmax(1)
+    assert len(rows) == 200
+    assert [row.prediction for row in rows] == expected.tolist()
