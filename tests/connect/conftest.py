@@ -31,16 +31,11 @@ _SERVER = {
 def spark():
     from pyspark.sql import SparkSession
 
-    before = os.environ.get("PYSPARK_SUBMIT_ARGS")
     options = " ".join(f"--conf {name}={value}" for name, value in _SERVER.items())
-    os.environ["PYSPARK_SUBMIT_ARGS"] = f"{options} pyspark-shell"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{options} pyspark-shell")
+        patch.setenv("SPARK_TESTING", "1")  # PySpark then takes any free port, for servers beside each other
         session = SparkSession.builder.remote("local[2]").getOrCreate()
-    finally:
-        if before is None:
-            del os.environ["PYSPARK_SUBMIT_ARGS"]
-        else:
-            os.environ["PYSPARK_SUBMIT_ARGS"] = before
     yield session
     session.stop()
 
