@@ -34,7 +34,7 @@ from sparkdeep.manifest import (
 from sparkdeep.registry import ModelReference, import_factory, resolve
 from sparkdeep.store_protocol import JSON, Store
 
-__all__ = ["read_model", "write_model"]
+__all__ = ["read_model", "read_reference", "write_model"]
 
 FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 64 << 20
@@ -119,6 +119,12 @@ def read_model(
         raise ModelLoadError(
             f"{store.uri} is no intact saved model: {exc}; save it again, or restore the folder from a copy"
         ) from exc
+
+
+def read_reference(store: Store) -> ModelReference | None:
+    """How the model in the folder `store`, which `read_model` took, can be built again: what a copy of it should say too."""
+    stored = decode(read_bounded(store, _METADATA, MAX_MANIFEST_BYTES)).get("reference")
+    return None if stored is None else ModelReference.from_json(stored)
 
 
 def _read_model(store: Store, model: Any, allow_modules: Sequence[str], trust_pickle: bool) -> tuple[nn.Module, Any]:

@@ -176,6 +176,17 @@ def test_weights_params_and_uid_come_back(tmp_path):
         assert torch.equal(again.model.linear.weight, model.model.linear.weight)
 
 
+def test_a_loaded_model_that_is_saved_again_still_names_its_class(tmp_path):
+    first = made()
+    first.save(str(tmp_path / "first"))
+    TorchModel.load(str(tmp_path / "first")).save(str(tmp_path / "second"))
+    assert torch.equal(TorchModel.load(str(tmp_path / "second")).model.linear.weight, first.model.linear.weight)
+    # Loaded into what the name does not build, it has no name to give.
+    TorchModel.load(str(tmp_path / "first"), model=lambda: Net()).save(str(tmp_path / "third"))
+    with pytest.raises(ModelLoadError, match="does not name its model's class"):
+        TorchModel.load(str(tmp_path / "third"))
+
+
 def test_what_lies_there_is_replaced_only_when_told(tmp_path):
     folder = tmp_path / "m"
     made().save(str(folder), pickle=True)

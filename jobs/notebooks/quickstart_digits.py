@@ -76,7 +76,8 @@ display(predictions.select("label", "prediction", "probability").limit(5))
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC The model as a file (on Databricks: a folder of a Unity Catalog volume), and as a function of SQL.
+# MAGIC The model as a file (on Databricks: a folder of a Unity Catalog volume), and as a function of SQL. With
+# MAGIC `probability_col` its result has two fields.
 
 # COMMAND ----------
 
@@ -84,5 +85,7 @@ model.write().overwrite().save("runs/notebooks/digits")
 again = TorchModel.load("runs/notebooks/digits")
 spark.udf.register("predict_digit", again.udf())
 test.createOrReplaceTempView("digits_test")
-counted = spark.sql("SELECT predict_digit(pixels) AS digit, count(*) AS rows FROM digits_test GROUP BY 1 ORDER BY 1")
+counted = spark.sql(
+    "SELECT predict_digit(pixels).prediction AS digit, count(*) AS rows FROM digits_test GROUP BY 1 ORDER BY 1"
+)
 display(counted)

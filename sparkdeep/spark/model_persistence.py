@@ -23,7 +23,8 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.prediction import Prediction
-from sparkdeep.saving import read_model, write_model
+from sparkdeep.registry import ModelReference, reference_of
+from sparkdeep.saving import read_model, read_reference, write_model
 from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.store import LocalStore, Store, open_store
 from sparkdeep.stored_values import from_json, to_json
@@ -121,8 +122,9 @@ class ModelReader(MLReader):
         Raises:
             ModelLoadError: a name that may not be resolved, a damaged file, a missing callable.
         """
+        store = _folder_to_read(path, self._sparkSession)
         module, meta = read_model(
-            _folder_to_read(path, self._sparkSession),
+            store,
             model=self._model,
             allow_modules=self._allow_modules,
             trust_pickle=self._trust_pickle,
@@ -140,7 +142,9 @@ class ModelReader(MLReader):
         callables = self._found(path, stored, chosen)
         params = self._found(path, params, {} if prediction is None else {"prediction": prediction})
         try:
-            model = self._cls(module=module, schema=schema, history=history, **callables, **params)
+            model = self._cls(
+                module=module, schema=schema, history=history, reference=self._reference(store), **callables, **params
+            )
         except (ConfigError, TypeError) as error:
             raise ModelLoadError(f"the model in {path} cannot be made: {error}") from error
         if isinstance(sql_type, str) and prediction is None:
@@ -151,6 +155,14 @@ class ModelReader(MLReader):
         if prediction is not None:
             model.set_prediction(prediction)
         return model
+
+    def _reference(self, store: Store) -> ModelReference | None:
+        """What a model that is loaded and saved again says of itself; nothing, where it was loaded into something else."""
+        stored = read_reference(store)
+        if self._model is None or stored is None:
+            return stored
+        given = reference_of(self._model, stored.kwargs)
+        return stored if given is not None and given.name == stored.name else None
 
     def _found(self, path: str, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The stored values, those in `chosen` in place of theirs."""
