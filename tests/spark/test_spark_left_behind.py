@@ -91,6 +91,8 @@ def test_no_folder_no_persisted_rows_no_job_and_no_port_are_left(spark, frame, o
     from pyspark.sql import functions as F
 
     folders, port = local_dirs(spark), free_port()
+    # Spark tells of a job's end a moment later: what an earlier test ran must not stand in `before`.
+    assert settles(lambda: left(spark, folders, port)["jobs"], []) == []
     before = left(spark, folders, port)
     assert not before["port"]
     seen = []
