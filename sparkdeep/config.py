@@ -84,6 +84,8 @@ class LocalSettings:
     """Contiguous rows read together when a shard exceeds `window_rows`."""
     window_rows: int = 1 << 20
     """Rows shuffled together; a shard of at most this many is shuffled as a whole."""
+    prefetch: int | Literal["auto"] = "auto"
+    """Batches gathered ahead by a thread, 0 for none; "auto": 2 on a GPU, none on a CPU, whose thread computes all the time."""
     device: str = "auto"
     """"auto" (the GPU that Spark gave the task, else the CPU), "cpu" or a torch device such as "cuda:0"."""
 
@@ -93,6 +95,8 @@ class LocalSettings:
         _at_least("block_rows", self.block_rows, 1)
         _at_least("window_rows", self.window_rows, 1)
         _at_least("seed", self.seed, 0)
+        if self.prefetch != "auto":
+            _at_least("prefetch", self.prefetch, 0)
         if self.clip_grad_norm is not None:
             _positive("clip_grad_norm", self.clip_grad_norm)
         _one_of("precision", self.precision, (None, "bf16"))

@@ -8,7 +8,7 @@ own memory tells whether anything was drawn at all.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class NumpyStream:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
+        self._mark = b""
+        """The installed generator's words when the position was last known."""
         self.put(np.random.RandomState(seed % 2**32).get_state())
 
     def put(self, legacy: Any) -> None:
@@ -70,7 +72,7 @@ class NumpyStream:
             self._reset()
 
     def _reset(self) -> None:
-        self._bits.state = self._state
+        self._bits.state = cast("Any", self._state)
         self._mark = _words(self._bits)
 
 
@@ -81,7 +83,7 @@ class Lent:
     """A generator, and the words at which it had no second normal number in store: half of what a pair gave."""
 
     def __init__(self) -> None:
-        self._bits: Any = np.random.get_bit_generator()
+        self._bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in numpy's stubs' list
         words = _words(self._bits)
         self._state: dict[str, Any] | None = None
         known = Lent._plain
@@ -100,7 +102,7 @@ class Lent:
 
 
 def _swap(bits: Any, state: dict[str, Any] | None) -> None:
-    np.random.set_bit_generator(bits)
+    np.random.set_bit_generator(bits)  # type: ignore[attr-defined]  # nor this
     # The second of two normal numbers waits above the bit generator, and is gone with the swap.
     if state is not None and state["has_gauss"]:
         np.random.set_state(state)

@@ -7,27 +7,25 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkdeep.config import LocalSettings
-from sparkdeep.data.batches import Batch, make_batch
-from sparkdeep.data.order import EpochOrder, batch_range, num_batches
+from sparkdeep.data.batches import Batch
+from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
-from sparkdeep.inputs import prepared
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, raw_bytes
 from sparkdeep.program import Program, inner_optimizer, other_modules
+from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.state_files import own_files
 from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
 from sparkdeep.validation import Evaluator
 
@@ -84,15 +82,13 @@ class Replica:
         self.layout = Layout.of(self.model)
         self._program = program
         self._settings = settings
-        self._schema = schema
         self._device = device
         self._beat = beat
-        self._float_dtype = float_dtype_of(self.model)
         self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self._flat = self.layout.empty()
-        self._order: tuple[int, EpochOrder] | None = None
+        self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
         self._start_optimizer(0)
@@ -165,9 +161,9 @@ class Replica:
         last = min(spec.first_step + spec.num_steps, self.steps_per_epoch)
         progress = _Progress(self._beat)
         self.model.train()
-        with self._random.installed():
-            for step in range(spec.first_step, last):
-                self._local_step(self._batches(spec.epoch, step, progress), progress)
+        with self._random.installed(), self._reader.training(spec.epoch, spec.first_step, last) as steps:
+            for _ in range(spec.first_step, last):
+                self._local_step(self._batches(steps, progress), progress)
             # A replica that is out of rows keeps the common clock of the learning rate all the same.
             for _ in range(spec.num_steps - max(0, last - spec.first_step)):
                 if self._scheduler is not None:
@@ -192,38 +188,11 @@ class Replica:
             self._scheduler.step()
         progress.end_step()
 
-    def _batches(self, epoch: int, step: int, progress: _Progress) -> list[Batch]:
+    def _batches(self, steps: Iterator[list[Batch]], progress: _Progress) -> list[Batch]:
         began = time.perf_counter()
-        if self._order is None or self._order[0] != epoch:
-            self._order = (
-                epoch,
-                EpochOrder(
-                    self.train_rows,
-                    seed=self._settings.seed,
-                    epoch=epoch,
-                    digest=self.shard.info.digest,
-                    block_rows=self._settings.block_rows,
-                    window_rows=self._settings.window_rows,
-                ),
-            )
-        order = self._order[1]
-        first = step * self._settings.accumulate_batches
-        count = num_batches(self.train_rows, self._settings.batch_size)
-        batches = []
-        for index in range(first, min(first + self._settings.accumulate_batches, count)):
-            start, stop = batch_range(self.train_rows, self._settings.batch_size, index)
-            batch = self._batch("train", order.indices(start, stop), augment=True)
-            batches.append(replace(batch, epoch=epoch, index=index))
+        batches = next(steps)
         progress.input_s += time.perf_counter() - began
         return batches
-
-    def _batch(self, split: str, indices: Any, *, augment: bool) -> Batch:
-        with own_files("it read the shard"):
-            fields = self.shard.take(split, indices)
-        batch = make_batch(fields, self._schema, float_dtype=self._float_dtype, collate=self._program.collate)
-        if self._device.type != "cpu":
-            batch = batch.to(self._device, non_blocking=True)
-        return prepared(batch, self._program, augment=augment)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._settings.precision is None:
@@ -276,17 +245,11 @@ class Replica:
         self.model.eval()
         progress = _Progress(self._beat)
         with torch.no_grad(), self._random.borrowed():
-            for batch in self._validation_batches():
+            for batch in self._reader.validation():
                 with self._autocast():
                     evaluator.add(self.model, batch)
                 progress.add(batch.rows, 0.0, None)
         return evaluator.scores()
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        rows = self.shard.info.rows["validation"]
-        size = self._settings.batch_size
-        for start in range(0, rows, size):
-            yield self._batch("validation", np.arange(start, min(start + size, rows)), augment=False)
 
 
 class _Progress:
@@ -314,7 +277,8 @@ class _Progress:
         self.steps += 1
 
     def loss_sum(self) -> float:
-        losses = torch.stack([loss.reshape(()) for loss, _ in self._losses]).to("cpu", torch.float64)
+        losses = torch.stack([loss if loss.dim() == 0 else loss.reshape(()) for loss, _ in self._losses])
+        losses = losses.to("cpu", torch.float64)
         return float(losses @ torch.tensor([weight for _, weight in self._losses], dtype=torch.float64))
 
 

@@ -91,7 +91,7 @@ class RandomState:
         self._state = {**state, "python": (version, tuple(words.tolist()), gauss)}
 
     def _capture(self) -> dict[str, Any]:
-        """torch's and Python's positions in their own form: a round takes and sets them twice, a file only once."""
+        """The positions of torch and Python in their own form: a round takes and sets them twice, a file only once."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self._device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,13 +34,26 @@ class Batch:
     index: int = 0
     """Which batch of its epoch on this replica, from 0."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory, from which a GPU copies while others compute."""
         return replace(
             self,
-            features=_move(self.features, device, non_blocking),
-            labels=_move(self.labels, device, non_blocking),
-            weights=_move(self.weights, device, non_blocking),
+            features=_each(self.features, Tensor.pin_memory),
+            labels=_each(self.labels, Tensor.pin_memory),
+            weights=_each(self.weights, Tensor.pin_memory),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            features=_each(self.features, move),
+            labels=_each(self.labels, move),
+            weights=_each(self.weights, move),
         )
 
 
@@ -50,6 +63,7 @@ def make_batch(
     *,
     float_dtype: torch.dtype,
     collate: Callables = None,
+    place: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Turn fields into tensors, sharing the memory of writable arrays.
 
@@ -58,6 +72,7 @@ def make_batch(
         schema: says which field is what.
         float_dtype: for floating-point features and labels; integers and booleans stay what they are.
         collate: for ragged fields, a list of 1-d tensors to a tensor: one callable, or one a column.
+        place: the batch's epoch and its number there.
 
     Raises:
         UserCodeError: `collate` raised.
@@ -72,6 +87,8 @@ def make_batch(
         labels=_by_argument("label", schema, values),
         weights=values.get("weight"),
         rows=len(first.lengths) if isinstance(first, Ragged) else len(first),
+        epoch=place[0],
+        index=place[1],
     )
 
 
@@ -107,11 +124,12 @@ def _as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _move(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change every tensor in a dict, tuple or list, or whatever else can move."""
     if isinstance(value, dict):
-        return {key: _move(item, device, non_blocking) for key, item in value.items()}
+        return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_move(item, device, non_blocking) for item in value)
+        return tuple(_each(item, change) for item in value)
     if isinstance(value, list):
-        return [_move(item, device, non_blocking) for item in value]
-    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+        return [_each(item, change) for item in value]
+    return change(value) if hasattr(value, "to") else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -230,7 +231,8 @@ class Shard:
             IndexError: an index lies outside the split.
         """
         rows = self.info.rows[split]
-        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= rows):
+        # As unsigned numbers negative ones are the largest, so that one look finds both ends.
+        if len(indices) and int(indices.astype(np.uint64).max()) >= rows:
             raise IndexError(
                 f"indices from {indices.min()} to {indices.max()} reach outside the {rows} rows of {split}"
             )
@@ -248,6 +250,17 @@ class Shard:
     def head(self, n: int) -> dict[str, FieldValues]:
         """Return the first `n` rows of train, or all if there are fewer."""
         return self.take("train", np.arange(min(n, self.info.rows["train"])))
+
+    def will_need(self, split: str, start: int, stop: int) -> None:
+        """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
+        for field in self.schema.fields:
+            column = self._maps[split, field.name]
+            if not isinstance(column, Ragged):
+                _will_need(column, start, stop)
+                continue
+            values, offsets = column
+            _will_need(offsets, start, stop + 1)
+            _will_need(values, int(offsets[start]), int(offsets[stop]))
 
     def close(self) -> None:
         """Let go of the maps; arrays that `take` returned stay valid."""
@@ -302,4 +315,17 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mappin
         )
     if size == 0:
         return np.zeros(shape, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype).reshape(shape)
+
+
+def _will_need(array: Array, start: int, stop: int) -> None:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
+        return  # an empty column has no map
+    stride = array.nbytes // len(array)
+    first = start * stride // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_WILLNEED, first, stop * stride - first)
