@@ -85,11 +85,7 @@ class Reader:
             yield self._ready(self._made(fields, (0, 0)), augment=False)
 
     def _steps(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
-        while True:
-            with own_files("it read the shard"):
-                step = list(islice(batches, self._settings.accumulate_batches))
-            if not step:
-                return
+        while step := list(islice(batches, self._settings.accumulate_batches)):
             yield [self._ready(batch, augment=True) for batch in step]
 
     def _made(self, fields: dict[str, FieldValues], place: tuple[int, int]) -> Batch:

@@ -32,6 +32,7 @@ from sparkdeep.validation import Evaluator
 __all__ = ["LocalResult", "Replica", "steps_per_epoch"]
 
 BEAT_S = 0.5
+_NOTHING = nullcontext()
 
 
 def steps_per_epoch(rows: int, settings: LocalSettings) -> int:
@@ -175,12 +176,12 @@ class Replica:
         total = sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
         for batch, weight in zip(batches, weights, strict=True):
-            with self._autocast(), _single_row_norms(self.model, batch.rows, self.train_rows):
+            with self._autocast(), self._norms(batch.rows):
                 loss = self._loss(self.model, batch)
             # One batch a step is left alone, so that the step is a plain torch loop's to the last bit.
             share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
             share.backward()
-            progress.add(batch.rows, weight, loss.detach())
+            progress.add(batch.rows, weight, loss)
         if self._settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
         self._optimizer.step()
@@ -196,8 +197,11 @@ class Replica:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._settings.precision is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def _norms(self, rows: int) -> AbstractContextManager[Any]:
+        return _single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
 
     def _result(self, spec: RoundSpec, progress: _Progress, began: float) -> LocalResult:
         weight = progress.weight
@@ -260,7 +264,8 @@ class _Progress:
         self.steps = 0
         self.weight = 0.0
         self.input_s = 0.0
-        self._losses: list[tuple[Tensor, float]] = []
+        self._losses: list[Tensor | float] = []
+        self._weights: list[float] = []
         self._beat = beat
         self._last = time.monotonic()
 
@@ -268,7 +273,9 @@ class _Progress:
         self.rows += rows
         self.weight += weight
         if loss is not None:
-            self._losses.append((loss, weight))
+            # A number on the CPU is there; one on a device would be waited for, and is fetched when the round ends.
+            self._losses.append(loss.item() if loss.device.type == "cpu" else loss.detach().reshape(()))
+            self._weights.append(weight)
         if time.monotonic() - self._last > BEAT_S:
             self._beat(self.rows, self.steps)
             self._last = time.monotonic()
@@ -277,17 +284,19 @@ class _Progress:
         self.steps += 1
 
     def loss_sum(self) -> float:
-        losses = torch.stack([loss if loss.dim() == 0 else loss.reshape(()) for loss, _ in self._losses])
-        losses = losses.to("cpu", torch.float64)
-        return float(losses @ torch.tensor([weight for _, weight in self._losses], dtype=torch.float64))
+        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
+        losses = (
+            torch.stack(tensors).to("cpu", torch.float64) if tensors else torch.tensor(numbers, dtype=torch.float64)
+        )
+        return float(losses @ torch.tensor(self._weights, dtype=torch.float64))
 
 
 class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)
     """Batch norms use their running statistics while a shard of one row trains: one row has no variance."""
 
-    def __init__(self, model: nn.Module, rows: int, shard_rows: int) -> None:
-        alone = rows == 1 and shard_rows == 1
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if alone else []
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
 
     def __enter__(self) -> None:
         for norm in self._norms:

@@ -77,34 +77,34 @@ def make_batch(
     Raises:
         UserCodeError: `collate` raised.
     """
-    values: dict[str, Any] = {}
+    # Role to argument to tensor; the argument None stands for a tensor that is given without a name.
+    parts: dict[str, dict[str | None, Any]] = {"features": {}, "label": {}, "weight": {}}
     for field in schema.fields:
-        if field.name in fields:
-            values[field.name] = _tensor(fields[field.name], field, float_dtype, collate)
+        value = fields.get(field.name)
+        if isinstance(value, Ragged):
+            parts[field.role][field.argument] = _collated(value, field, float_dtype, collate)
+        elif value is not None:
+            tensor = _as_tensor(value)
+            # (a weight stays what it is, and `to` costs more than the look at the dtype)
+            if tensor.dtype is not float_dtype and tensor.is_floating_point() and field.role != "weight":
+                tensor = tensor.to(float_dtype)
+            parts[field.role][field.argument] = tensor
     first = fields[schema.fields[0].name]
     return Batch(
-        features=_by_argument("features", schema, values),
-        labels=_by_argument("label", schema, values),
-        weights=values.get("weight"),
+        features=_named(parts["features"]),
+        labels=_named(parts["label"]),
+        weights=_named(parts["weight"]),
         rows=len(first.lengths) if isinstance(first, Ragged) else len(first),
         epoch=place[0],
         index=place[1],
     )
 
 
-def _by_argument(role: str, schema: Schema, values: Mapping[str, Any]) -> Any:
-    named = {
-        field.argument: values[field.name] for field in schema.fields if field.role == role and field.name in values
-    }
-    if not named:
-        return None
-    return named.get(None, named)
+def _named(part: dict[str | None, Any]) -> Any:
+    return part.get(None, part) if part else None
 
 
-def _tensor(value: FieldValues, field: Field, float_dtype: torch.dtype, collate: Callables) -> Any:
-    if not isinstance(value, Ragged):
-        tensor = _as_tensor(value)
-        return tensor.to(float_dtype) if tensor.is_floating_point() and field.role != "weight" else tensor
+def _collated(value: Ragged, field: Field, float_dtype: torch.dtype, collate: Callables) -> Any:
     flat = _as_tensor(value.values)
     flat = flat.to(float_dtype) if flat.is_floating_point() else flat
     function = callable_for(field.columns[0], collate)

@@ -8,6 +8,7 @@ from typing import final
 from sparkdeep.config import LocalSettings
 from sparkdeep.data.order import EpochOrder, batch_range, num_batches
 from sparkdeep.data.shards import FieldValues, Shard
+from sparkdeep.state_files import own_files
 
 __all__ = ["Feed"]
 
@@ -35,15 +36,19 @@ class Feed:
         """Gather the batches of local steps [first, last), each with its number in the epoch.
 
         An epoch's last step may have fewer batches than others.
+
+        Raises:
+            ReplicaLostError: the disk failed.
         """
         rows, size = self._shard.info.rows["train"], self._settings.batch_size
         per_step = self._settings.accumulate_batches
         order = self._order_of(epoch)
-        for index in range(first * per_step, min(last * per_step, num_batches(rows, size))):
-            start, stop = batch_range(rows, size, index)
-            if order.num_windows > 1:
-                self._read_ahead(epoch, order, start)
-            yield index, self._shard.take("train", order.indices(start, stop))
+        with own_files("it read the shard"):
+            for index in range(first * per_step, min(last * per_step, num_batches(rows, size))):
+                start, stop = batch_range(rows, size, index)
+                if order.num_windows > 1:
+                    self._read_ahead(epoch, order, start)
+                yield index, self._shard.take("train", order.indices(start, stop))
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:

@@ -92,16 +92,19 @@ class EpochOrder:
         self._missing = self.num_blocks * self.block_rows - rows
         self._short_at = int(np.argmax(self._blocks)) if rows else 0
         self._cached = -1
+        self._cached_from = self._cached_to = 0
         self._window: Indices = np.zeros(0, np.int64)
 
     def indices(self, start: int, stop: int) -> Indices:
-        """Return the rows at positions [start, stop) of the epoch, (stop - start,) int64.
+        """Return the rows at positions [start, stop) of the epoch, (stop - start,) int64, not to be written to.
 
         Raises:
             IndexError: the range reaches outside the epoch.
         """
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"positions {start} to {stop} reach outside an epoch of {self.rows} rows")
+        if self._cached_from <= start and stop <= self._cached_to:  # nearly always: within the window of the last call
+            return self._window[start - self._cached_from : stop - self._cached_from]
         pieces: list[Indices] = []
         # Windows are never longer than this, so this one starts no later than `start`.
         window = start // max(1, self.window_blocks * self.block_rows)
@@ -130,6 +133,7 @@ class EpochOrder:
             rows = rows[rows < self.rows]
             self._window = self._generator("window", window).permutation(rows)
             self._cached = window
+            self._cached_from, self._cached_to = self._start(window), self._start(window + 1)
         return self._window
 
     def _generator(self, kind: str, number: int) -> np.random.Generator:

@@ -185,7 +185,7 @@ class Shard:
         """
         self.info = info
         self.schema = schema
-        self._maps = maps
+        self._columns = {split: [(field.name, maps[split, field.name]) for field in schema.fields] for split in SPLITS}
 
     @classmethod
     def open(cls, directory: Path) -> Shard:
@@ -238,13 +238,12 @@ class Shard:
             )
         run = _as_run(indices)
         out: dict[str, FieldValues] = {}
-        for field in self.schema.fields:
-            column = self._maps[split, field.name]
+        for name, column in self._columns[split]:
             if isinstance(column, Ragged):
-                out[field.name] = _take_ragged(column, indices, run)
+                out[name] = _take_ragged(column, indices, run)
             else:
                 # Of a slice a copy must be asked for; `take` gathers rows in two thirds of the time of an index array.
-                out[field.name] = column[run].copy() if run is not None else column.take(indices, axis=0)
+                out[name] = column[run].copy() if run is not None else column.take(indices, 0)
         return out
 
     def head(self, n: int) -> dict[str, FieldValues]:
@@ -253,8 +252,7 @@ class Shard:
 
     def will_need(self, split: str, start: int, stop: int) -> None:
         """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
-        for field in self.schema.fields:
-            column = self._maps[split, field.name]
+        for _, column in self._columns[split]:
             if not isinstance(column, Ragged):
                 _will_need(column, start, stop)
                 continue
@@ -264,7 +262,7 @@ class Shard:
 
     def close(self) -> None:
         """Let go of the maps; arrays that `take` returned stay valid."""
-        self._maps = {}
+        self._columns = {}
 
 
 def _num_rows(value: FieldValues) -> int:
