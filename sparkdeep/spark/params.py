@@ -62,6 +62,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "seed": "of row order, random numbers and fresh parameters",
     "block_rows": "contiguous rows read together from a shard larger than window_rows",
     "window_rows": "rows shuffled together",
+    "prefetch": "batches gathered ahead by a thread; 'auto': 2 on a GPU, none on a CPU",
     "device": "'auto', 'cpu' or a torch device",
     "cpus_per_worker": "CPUs of each replica's task, by a resource profile",
     "gpus_per_worker": "GPUs of each replica's task, by a resource profile",
