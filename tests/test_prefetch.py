@@ -114,16 +114,16 @@ def test_a_round_that_fails_leaves_no_thread(shard):
 
 
 def test_a_disk_that_fails_while_reading_ahead_costs_the_replica_and_not_the_run(shard, monkeypatch):
-    take, calls = shard.take, []
+    gather, calls = shard.gather, []
 
     def fails(split, indices):
         calls.append(threading.current_thread().name)
         if len(calls) == 4:
             raise OSError(5, "Input/output error")
-        return take(split, indices)
+        return gather(split, indices)
 
     class Failing:
-        info, take = shard.info, staticmethod(fails)
+        info, gather = shard.info, staticmethod(fails)
 
     replica = replica_of(shard, 2)
     monkeypatch.setattr(replica._reader._feed, "_shard", Failing())
@@ -191,9 +191,9 @@ def test_every_block_is_asked_for_once_before_its_rows_are(tmp_path, first, star
             with_log.append(("ask", set(range(start, stop))))
             self._shard.will_need(split, start, stop)
 
-        def take(self, split, indices):
+        def gather(self, split, indices):
             with_log.append(("take", set(indices.tolist())))
-            return self._shard.take(split, indices)
+            return self._shard.gather(split, indices)
 
     shard = Shard.open(path)
     feed = Feed(Logged(shard), settings)

@@ -35,7 +35,7 @@ _BLOCK_ROWS: Final = 4096
 
 
 def _schema(width: int) -> Schema:
-    shared = {"argument": None, "stacked": False, "ragged": False}
+    shared: dict[str, Any] = {"argument": None, "stacked": False, "ragged": False}
     features = Field(name="features", role="features", columns=("features",), dtype="float32", shape=(width,), **shared)
     label = Field(name="label", role="label", columns=("label",), dtype="int64", shape=(), **shared)
     return Schema(fields=(features, label), float_dtype="float32")
@@ -150,8 +150,7 @@ def measure(*, pairs: int, quick: bool) -> dict[str, Any]:
         "title": "Reading an epoch again",
         "rows": found,
         "notes": [
-            f"From disk: pages dropped before each, blocks of {_BLOCK_ROWS} rows, windows of a tenth of the shard; bytes of "
-            "rows against bytes of the same files read from start to end."
+            f"From disk: pages dropped before each read; blocks of {_BLOCK_ROWS} rows, windows of a tenth of the shard."
         ],
     }
 

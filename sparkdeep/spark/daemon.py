@@ -1,4 +1,6 @@
-"""Spark's Python daemon with torch imported, so that the workers that it forks need not import it. Opt-in:
+"""Spark's Python daemon with torch imported, so that the workers that it forks need not import it.
+
+It is used where a session is started with this property:
 
     spark.python.daemon.module  sparkdeep.spark.daemon
 
