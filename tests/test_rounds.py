@@ -196,15 +196,15 @@ def test_a_full_disk_after_the_update_was_sent_repeats_the_round_to_the_same_bit
 
 
 def test_a_disk_that_cannot_be_read_repeats_the_round_to_the_same_bits(tmp_path, undisturbed, monkeypatch):
-    plan, take, calls = Plan(), Shard.take, []
+    plan, gather, calls = Plan(), Shard.gather, []
 
-    def unreadable_once(self, split, indices):
+    def unreadable_once(self, split, indices, run=None):
         calls.append(1)
         if len(calls) == 4:
             raise OSError(5, "Input/output error")
-        return take(self, split, indices)
+        return gather(self, split, indices, run)
 
-    monkeypatch.setattr(Shard, "take", unreadable_once)
+    monkeypatch.setattr(Shard, "gather", unreadable_once)
     got = train(tmp_path, plan)
     assert plan.launches == 2
     assert_same_run(got, undisturbed)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import final
 
 from sparkdeep.config import LocalSettings
-from sparkdeep.data.order import EpochOrder, batch_range, num_batches
+from sparkdeep.data.order import EpochOrder, num_batches
 from sparkdeep.data.shards import FieldValues, Shard
 from sparkdeep.state_files import own_files
 
@@ -44,11 +44,13 @@ class Feed:
         per_step = self._settings.accumulate_batches
         order = self._order_of(epoch)
         with own_files("it read the shard"):
-            for index in range(first * per_step, min(last * per_step, num_batches(rows, size))):
-                start, stop = batch_range(rows, size, index)
+            count = num_batches(rows, size)
+            for index in range(first * per_step, min(last * per_step, count)):
+                start = index * size
+                stop = rows if index == count - 1 else start + size  # (`order.batch_range`, without its checks)
                 if order.num_windows > 1:
                     self._read_ahead(epoch, order, start)
-                yield index, self._shard.take("train", order.indices(start, stop))
+                yield index, self._shard.gather("train", order.indices(start, stop))
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:

@@ -236,7 +236,19 @@ class Shard:
             raise IndexError(
                 f"indices from {indices.min()} to {indices.max()} reach outside the {rows} rows of {split}"
             )
-        run = _as_run(indices)
+        return self.gather(split, indices, _as_run(indices))
+
+    def gather(self, split: str, indices: Array, run: slice | None = None) -> dict[str, FieldValues]:
+        """Do as `take` for indices that are known to lie in the split: a look at them costs half of a small gather.
+
+        Args:
+            split: one of SPLITS.
+            indices: (n,) integers, none of them negative.
+            run: the same rows as a slice, where they are consecutive.
+
+        Raises:
+            IndexError: an index lies beyond the split's end.
+        """
         out: dict[str, FieldValues] = {}
         for name, column in self._columns[split]:
             if isinstance(column, Ragged):

@@ -32,6 +32,7 @@ from sparkdeep.spark.parcels import carried
 from sparkdeep.spark.scoring import ZERO_ROWS, Scorer, prediction_udf, zero_batch, zero_output
 from sparkdeep.spark.session import access_to
 from sparkdeep.spark.types import column_types, quoted
+from sparkdeep.startup import StartUp
 from sparkdeep.trees import pack_tensors
 
 __all__ = ["TorchModel"]
@@ -98,6 +99,8 @@ class TorchModel(Model, MLWritable, MLReadable):
         super().__init__()
         self.model = module
         self.history = list(history)
+        self.startup: StartUp | None = None
+        """What the fit took before its first step; None for a model that was loaded, or whose fit had nothing left to do."""
         self._schema = schema
         self._written = written
         self._callables: dict[str, Any] = {"preprocess": preprocess, "collate": collate, "decode": decode}

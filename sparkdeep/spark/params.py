@@ -70,6 +70,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "overlap_fragments": "pieces in which vectors travel, spread over the round",
     "aggregation": "'star': on the driver; 'ring': among replicas; 'auto': chosen once",
     "plain_ring": "allows 'ring' where Spark encrypts or authenticates",
+    "prefetch": "batches gathered ahead by a thread; 'auto': 2 on a GPU, none on a CPU",
     "device": "'auto', 'cpu' or a torch device",
     "cpus_per_worker": "CPUs of each replica's task, by a resource profile",
     "gpus_per_worker": "GPUs of each replica's task, by a resource profile",

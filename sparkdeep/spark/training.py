@@ -36,6 +36,7 @@ from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, probe, ring_allowed, transport_for
 from sparkdeep.spark.types import column_types
+from sparkdeep.startup import Phases
 
 __all__ = ["train"]
 
@@ -47,6 +48,7 @@ _HANDED_ON: Final = ("prediction", "prediction_col", "probability_col", "raw_pre
 
 def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
     """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
+    phases = Phases()
     if (source := source_of(dataset)) is not None:
         dataset = source.dataframe(active_session(), settings.run.num_workers, _columns_read(settings))
         settings = replace(settings, deal="partitions")
@@ -85,13 +87,16 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(_slots(settings, spark, run, profile))
         generation = shards()
+        phases.end("checks")
         stack.callback(lambda: _clean(settings, spark, run))
         stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
         launcher: Transport | None = None
         if transport == "spark":
             probe(settings, spark, run, profile)
         ingested = _ingest(settings, spark, generation, schema, run, lease)
+        phases.end("ingest")
         program, prediction = _rehearse(settings, program, ingested)
+        phases.end("rehearsal")
         launcher = transport_for(
             settings,
             spark,
@@ -105,7 +110,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         progress = stack.enter_context(Progress(enabled=settings.progress))
         checkpoints = checkpoints_of(settings, spark, program, ingested, warm_start)
         fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints, lease)
-        callbacks = Callbacks(settings.callbacks)
+        callbacks = Callbacks([phases, *settings.callbacks])
         try:
             callbacks.start(_info(settings, fit, ingested))
             _run_rounds(fit, progress, callbacks, lease, Courtesy(spark) if transport == "socket" else None)
@@ -125,6 +130,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         batch_size=max(settings.local.batch_size, 256),
         **{name: getattr(settings, name) for name in _HANDED_ON if getattr(settings, name) is not None},
     )
+    model.startup = phases.startup
     callbacks.end(model, None)
     return model
 

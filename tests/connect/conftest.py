@@ -22,7 +22,7 @@ _SERVER = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
     "spark.sql.shuffle.partitions": "2",
-    "spark.python.daemon.module": "warm_daemon",
+    "spark.python.daemon.module": "sparkdeep.spark.daemon",
     "spark.connect.grpc.binding.address": "127.0.0.1",
 }
 

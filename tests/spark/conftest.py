@@ -21,7 +21,7 @@ os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 def warm_workers():
     """Only for the session of these tests: other programs that they start have Spark's own daemon."""
     before = os.environ.get("PYSPARK_SUBMIT_ARGS")
-    os.environ["PYSPARK_SUBMIT_ARGS"] = "--conf spark.python.daemon.module=warm_daemon pyspark-shell"
+    os.environ["PYSPARK_SUBMIT_ARGS"] = "--conf spark.python.daemon.module=sparkdeep.spark.daemon pyspark-shell"
     yield
     if before is None:
         del os.environ["PYSPARK_SUBMIT_ARGS"]

@@ -46,7 +46,7 @@ spark = (
     .config("spark.driver.host", "127.0.0.1")
     .config("spark.driver.bindAddress", "127.0.0.1")
     .config("spark.sql.shuffle.partitions", "2")
-    .config("spark.python.daemon.module", "warm_daemon")
+    .config("spark.python.daemon.module", "sparkdeep.spark.daemon")
     .config("spark.worker.resource.gpu.amount", "2")
     .config("spark.worker.resource.gpu.discoveryScript", sys.argv[1])
     .config("spark.executor.resource.gpu.amount", "2")

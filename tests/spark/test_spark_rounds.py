@@ -39,6 +39,8 @@ def test_a_callback_that_needs_spark_can_run_a_job_and_another_ends_the_run(spar
     assert counts == [10, 10]
     assert [record.round for record in model.history] == [1, 2]
     assert all(record.stage_seconds > 0 for record in model.history)  # closed for the callback, opened again
+    assert min(vars(model.startup).values()) > 0
+    assert model.startup.opening_s >= model.history[0].stage_seconds
 
 
 def test_grouping_rounds_in_stages_changes_no_bit(blobs):
