@@ -1,0 +1,1 @@
+"""The sections of jobs/benchmark.py, one file each, and what they share."""
