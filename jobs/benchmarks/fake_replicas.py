@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor
 
-from benchmarks.processes import Processes
+from benchmarks.process_launcher import ProcessLauncher
 from benchmarks.traffic import wire_bytes
 from sparkdeep.channel import Channel
 from sparkdeep.coordinator import Coordinator
-from sparkdeep.launch import RunningStage, Ticket
+from sparkdeep.launch import Ticket
 from sparkdeep.messages import Hello, Open, Update
 from sparkdeep.outer import Assign
 from sparkdeep.parameters import Entry, Layout, raw_bytes
@@ -32,7 +32,7 @@ from sparkdeep.stage import Globals, Stage
 from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack_tensors
 
-__all__ = ["ROWS", "FakeLauncher", "FakeStage", "flat_layout", "open_fake_stage"]
+__all__ = ["ROWS", "FakeStage", "fake_launcher", "flat_layout", "open_fake_stage"]
 
 ROWS: Final = {"train": 1_000_000, "validation": 0}
 """What every stand-in says of its shard, whose digest is "fake"."""
@@ -112,44 +112,9 @@ def _replica(number: int, connection: Connection, ticket: Ticket, numel: int, st
         serve(channel, hello, build, StateFiles(Path(states) / str(number)))
 
 
-@final
-class _Running:
-    """A stage of such processes."""
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-
-    def failure(self) -> BaseException | None:
-        """Which processes ended with an error."""
-        dead = self._processes.dead()
-        return RuntimeError(f"stand-ins {dead} died") if dead else None
-
-    def finish(self, timeout_s: float) -> None:
-        """Wait for them, then kill what is left."""
-        self._processes.join(timeout_s)
-        self._processes.kill()
-
-    def cancel(self) -> None:
-        """Kill them."""
-        self._processes.kill()
-
-
-@final
-class FakeLauncher:
-    """Starts `num_replicas` stand-ins of `numel` parameters."""
-
-    def __init__(self, num_replicas: int, numel: int, states: str) -> None:
-        self.num_replicas = num_replicas
-        self._numel = numel
-        self._states = states
-
-    def launch(self, ticket: Ticket, description: str) -> RunningStage:
-        """Start them; each says hello."""
-        del description
-        return _Running(Processes(_replica, self.num_replicas, ticket, self._numel, self._states))
-
-    def renew(self) -> None:
-        """They have no shards."""
+def fake_launcher(replicas: int, numel: int, states: str, *, inside: Sequence[str] | None = None) -> ProcessLauncher:
+    """Starts stand-ins of `numel` parameters, each in its network namespace if `inside` names them."""
+    return ProcessLauncher(_replica, replicas, numel, states, inside=inside)
 
 
 @dataclass(kw_only=True)
@@ -177,8 +142,10 @@ class FakeStage:
 
 
 @contextlib.contextmanager
-def open_fake_stage(replicas: int, numel: int, *, host: str = "127.0.0.1") -> Iterator[FakeStage]:
-    """Open a stage of stand-ins on `host`, after one round that warms up."""
+def open_fake_stage(
+    replicas: int, numel: int, *, host: str = "127.0.0.1", inside: Sequence[str] | None = None
+) -> Iterator[FakeStage]:
+    """Open a stage of stand-ins (in these network namespaces) that dial `host`, after one round that warms up."""
     coordinator = Coordinator(bind_host=host, advertised_host=host, ports=range(1))
     stage = Stage(
         run="benchmark",
@@ -193,7 +160,7 @@ def open_fake_stage(replicas: int, numel: int, *, host: str = "127.0.0.1") -> It
     with tempfile.TemporaryDirectory(prefix="sparkdeep-fake-") as states:
         try:
             ticket = Ticket(address=coordinator.address, token=coordinator.token, run="benchmark", stage="fake")
-            running = FakeLauncher(replicas, numel, states).launch(ticket, "")
+            running = fake_launcher(replicas, numel, states, inside=inside).launch(ticket, "")
             stage.gather(running, timeout_s=_OPEN_S, waiting_for=str)
             answer = Open(committed=0, scheduler_steps=0, state="fresh", tensor_bytes=0, keep=False)
             stage.open([(answer, b"", b"")] * replicas, timeout_s=_OPEN_S)

@@ -7,7 +7,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, Final, final
 
 import torch
 import torch.distributed as dist
+
+from benchmarks.namespaces import enter
 
 __all__ = ["CONTEXT", "DEADLINE_S", "Processes", "gloo_group", "in_gloo", "together"]
 
@@ -29,17 +31,25 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "sparkdeep.fitting
 class Processes:
     """`count` processes that run `target(rank, connection, *arguments)`, one thread of torch each.
 
+    Args:
+        target: a module's function; it answers by `connection.send((False, answer))`.
+        count: of processes.
+        arguments: of every process.
+        inside: the network namespace of each process, by rank; none by default.
+
     Raises (all methods):
         RuntimeError: a process failed; its traceback is in the message.
         TimeoutError: no answer in time.
     """
 
-    def __init__(self, target: Callable[..., None], count: int, *arguments: Any) -> None:
+    def __init__(
+        self, target: Callable[..., None], count: int, *arguments: Any, inside: Sequence[str] | None = None
+    ) -> None:
         pipes = [CONTEXT.Pipe() for _ in range(count)]
         self._ends = [own for own, _ in pipes]
         self._processes = [
             # Not daemonic: a driver process among them starts replicas of its own.
-            CONTEXT.Process(target=_run, args=(target, rank, pipes[rank][1], arguments))
+            CONTEXT.Process(target=_run, args=(target, rank, pipes[rank][1], arguments, inside[rank] if inside else ""))
             for rank in range(count)
         ]
         for process in self._processes:
@@ -69,9 +79,15 @@ class Processes:
             end.send(question)
         return self.answers(timeout_s)
 
-    def dead(self) -> list[int]:
-        """Ranks of processes that ended with an error."""
-        return [rank for rank, process in enumerate(self._processes) if process.exitcode not in {None, 0}]
+    def last_words(self) -> str:
+        """What a process that failed said, or that it died; empty while all is well. For targets that answer nothing."""
+        for rank, (end, process) in enumerate(zip(self._ends, self._processes, strict=True)):
+            if not end.closed and end.poll(0.0):
+                with contextlib.suppress(EOFError):
+                    return f"process {rank} failed:\n{end.recv()[1]}"
+            if process.exitcode not in {None, 0}:
+                return f"process {rank} died with exit code {process.exitcode}"
+        return ""
 
     def join(self, timeout_s: float) -> bool:
         """Wait for all to end; whether they did."""
@@ -90,9 +106,13 @@ class Processes:
             end.close()
 
 
-def _run(target: Callable[..., None], rank: int, connection: Connection, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+def _run(
+    target: Callable[..., None], rank: int, connection: Connection, arguments: tuple[Any, ...], inside: str
+) -> None:
     try:
+        if inside:
+            enter(inside)
+        torch.set_num_threads(1)
         target(rank, connection, *arguments)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # whoever asked is gone
@@ -101,9 +121,9 @@ def _run(target: Callable[..., None], rank: int, connection: Connection, argumen
             connection.send((True, traceback.format_exc()))
 
 
-def together(target: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
+def together(target: Callable[..., Any], count: int, *arguments: Any, inside: Sequence[str] | None = None) -> list[Any]:
     """What `target(rank, *arguments)` returns in `count` processes that run at the same time."""
-    processes = Processes(_once, count, target, arguments)
+    processes = Processes(_once, count, target, arguments, inside=inside)
     try:
         return processes.answers()
     finally:
