@@ -25,7 +25,7 @@ from benchmarks.plots import can_plot, plot_section
 from benchmarks.surroundings import surroundings
 from benchmarks.table import headline, section_table
 
-SECTIONS: Final = ("throughput", "exchange", "coordinator_limit", "memory", "heap", "accuracy")
+SECTIONS: Final = ("throughput", "exchange", "coordinator_limit", "memory", "heap", "accuracy", "network")
 CORES: Final = 2
 
 
