@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final, final
+from typing import Final, Generic, TypeVar, final
 
-from sparkdeep.averaging import OrderedSum
 from sparkdeep.errors import NonFiniteError, ProtocolError
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout
 
 __all__ = ["Admission", "check_update", "common_sections"]
 
 MAX_SECTIONS: Final = 8
+
+_T = TypeVar("_T")
 
 
 def check_update(replica: int, host: str, update: Update, round_number: int) -> None:
@@ -51,18 +51,26 @@ def common_sections(updates: Sequence[Update]) -> list[str]:
 
 
 @final
-class Admission:
-    """Collects the headers of a round; every replica goes on when all are in and none is refused."""
+class Admission(Generic[_T]):
+    """Collects the headers of a round; every replica goes on when all are in and none is refused.
 
-    def __init__(self, count: int, layout: Layout, check: Callable[[], None], round_number: int) -> None:
+    Args:
+        count: of replicas.
+        check: called while waiting; raises to give up.
+        round_number: of the round.
+        prepare: given all headers in replica order, makes what the bodies are added to; called once.
+    """
+
+    def __init__(
+        self, count: int, check: Callable[[], None], round_number: int, prepare: Callable[[list[Update]], _T]
+    ) -> None:
         self._count = count
-        self._layout = layout
         self._check = check
         self._round = round_number
+        self._prepare = prepare
         self._headers: dict[int, Update] = {}
         self._all_in = threading.Condition()
-        self._total: OrderedSum | None = None
-        self.sections: list[str] = []
+        self._prepared: list[_T] = []
 
     @property
     def updates(self) -> list[Update]:
@@ -70,13 +78,12 @@ class Admission:
         return [self._headers[i] for i in range(self._count)]
 
     @property
-    def total(self) -> OrderedSum:
-        """The sum that admitted updates are added to."""
-        assert self._total is not None
-        return self._total
+    def prepared(self) -> _T:
+        """What `prepare` made."""
+        return self._prepared[0]
 
-    def enter(self, replica: int, host: str, update: Update) -> OrderedSum:
-        """Wait for the other headers, and give the sum to add to.
+    def enter(self, replica: int, host: str, update: Update) -> _T:
+        """Wait for the other headers; returns what `prepare` made.
 
         Raises:
             NonFiniteError: the replica reports NaN or infinity; nothing was added.
@@ -86,14 +93,9 @@ class Admission:
         with self._all_in:
             self._headers[replica] = update
             if len(self._headers) == self._count:
-                self._make_sum()
+                self._prepared.append(self._prepare(self.updates))
                 self._all_in.notify_all()
-            while self._total is None:
+            while not self._prepared:
                 if not self._all_in.wait(timeout=0.25):
                     self._check()
-            return self._total
-
-    def _make_sum(self) -> None:
-        self.sections = common_sections(self.updates)
-        size = (1 + len(self.sections)) * self._layout.numel
-        self._total = OrderedSum(size, [u.weight for u in self.updates])
+            return self._prepared[0]

@@ -1,4 +1,4 @@
-"""The exact weighted mean of replicas: float64, added chunk by chunk in replica order, divided once."""
+"""The exact weighted mean of replicas: float64, added chunk by chunk in replica order, divided once, rounded once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["OrderedSum", "pool_buffers", "reduced_weights"]
+__all__ = ["OrderedSum", "pool_buffers", "reduced_weights", "weighted_mean"]
 
 
 def reduced_weights(weights: Sequence[float]) -> list[float]:
@@ -34,20 +34,42 @@ class OrderedSum:
 
     Every element is summed in replica order: chunk `c` of replica `i` waits for chunk `c` of replica `i - 1`, so
     not a bit of the result depends on who arrives first. For whole-number weights and float32 vectors each
-    product is exact. Memory: 8 bytes an element, whatever the number of replicas.
+    product is exact. The last replica in order divides a chunk and rounds it into `out` while it is still in the
+    processor's cache.
 
     Args:
         numel: length of each vector.
         weights: one weight a replica, >= 0; a replica of weight 0 must not add.
+        out: where the mean is written, (numel,), rounded once to its dtype; None: a new float64 vector.
+        base: (numel,) that is added to the mean, for vectors that are differences from it.
         chunk: elements per turn.
+        window: chunks that are summed at the same time: a replica that is further ahead waits, and memory is 8 bytes for
+            each of their elements. None for no limit, where one thread adds one replica after the other.
     """
 
-    def __init__(self, numel: int, weights: Sequence[float], *, chunk: int = 1 << 18) -> None:
+    def __init__(
+        self,
+        numel: int,
+        weights: Sequence[float],
+        *,
+        out: Tensor | None = None,
+        base: Tensor | None = None,
+        chunk: int = 1 << 17,
+        window: int | None = None,
+    ) -> None:
         self.weights = reduced_weights(weights)
         self.numel = numel
         self.chunk = chunk
-        self._sum = torch.zeros(numel, dtype=torch.float64)
+        self._out = torch.empty(numel, dtype=torch.float64) if out is None else out
+        assert self._out.numel() == numel, f"the mean of {numel} elements does not fit in {self._out.numel()}"
+        self._base = base
+        count = -(-numel // chunk)
+        self._window = count if window is None else min(window, count)
+        # A sum that is not windowed is kept where the mean goes, if that is wide enough.
+        whole = window is None and self._out.dtype == torch.float64
+        self._sums = self._out if whole else torch.empty(min(self._window * chunk, numel), dtype=torch.float64)
         self._order = [i for i, w in enumerate(self.weights) if w > 0]
+        self._total = sum(self.weights)
         self._done = dict.fromkeys(self._order, 0)
         self._turn = threading.Condition()
 
@@ -61,27 +83,75 @@ class OrderedSum:
         """
         place = self._order.index(replica)
         before = self._order[place - 1] if place else None
+        last = self._order[-1]
         weight = self.weights[replica]
-        for start in range(0, self.numel, self.chunk):
+        for index, start in enumerate(range(0, self.numel, self.chunk)):
             stop = min(start + self.chunk, self.numel)
             values = chunks(start, stop)
-            if before is not None:
-                with self._turn:
-                    while self._done[before] < stop:
-                        if not self._turn.wait(timeout=0.25):
-                            wait()
-            self._sum[start:stop].add_(values, alpha=weight)
+            # The first replica starts a chunk when its place in the window is free, the others after the one before.
+            leader, ahead = (last, index - self._window + 1) if before is None else (before, index + 1)
             with self._turn:
-                self._done[replica] = stop
+                while self._done[leader] < ahead:
+                    if not self._turn.wait(timeout=0.25):
+                        wait()
+            at = index % self._window * self.chunk
+            total = self._sums[at : at + stop - start]
+            if before is None:
+                total.copy_(values)
+                if weight != 1.0:
+                    total.mul_(weight)
+            else:
+                total.add_(values, alpha=weight)
+            if replica == last:
+                self._finish(total, start, stop)
+            with self._turn:
+                self._done[replica] = index + 1
                 self._turn.notify_all()
 
+    def _finish(self, total: Tensor, start: int, stop: int) -> None:
+        if self._total != 1.0:
+            total.div_(self._total)
+        if self._base is not None:
+            total.add_(self._base[start:stop])
+        if self._sums is not self._out:
+            self._out[start:stop].copy_(total)
+
     def mean(self) -> Tensor:
-        """The weighted mean, shape (numel,) float64. Call it once, after every positive-weight replica has added."""
-        unfinished = [i for i, done in self._done.items() if done < self.numel]
+        """The weighted mean, shape (numel,), in `out`; to be asked for after every positive-weight replica has added."""
+        count = -(-self.numel // self.chunk)
+        unfinished = [i for i, done in self._done.items() if done < count]
         assert not unfinished, f"replicas {unfinished} have not added all of their vector"
         assert self._order, "the mean of no replica is undefined"
-        total = sum(self.weights)
-        return self._sum if total == 1.0 else self._sum.div_(total)
+        return self._out
+
+
+def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, chunk: int = 1 << 17) -> Tensor:
+    """`OrderedSum` of vectors that are all here: the same sums in the same order, written into `out`, (numel,).
+
+    Args:
+        vectors: one a replica, (numel,); one of weight 0 is not looked at.
+        weights: one a replica, >= 0, not all 0.
+        out: where the mean is written, rounded once to its dtype.
+        chunk: elements that are summed at a time.
+    """
+    shares = reduced_weights(weights)
+    counted = [(vector, weight) for vector, weight in zip(vectors, shares, strict=True) if weight > 0]
+    whole = sum(shares)
+    room = torch.empty(min(chunk, out.numel()), dtype=torch.float64)
+    for start in range(0, out.numel(), chunk):
+        stop = min(start + chunk, out.numel())
+        total = room[: stop - start]
+        for place, (vector, weight) in enumerate(counted):
+            if place:
+                total.add_(vector[start:stop], alpha=weight)
+                continue
+            total.copy_(vector[start:stop])
+            if weight != 1.0:
+                total.mul_(weight)
+        if whole != 1.0:
+            total.div_(whole)
+        out[start:stop].copy_(total)
+    return out
 
 
 def pool_buffers(

@@ -11,10 +11,13 @@ from typing import Any, final
 
 import torch
 
+from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
+from sparkdeep.compression import CHUNK, chunks_of
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
+from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.messages import Failure, Hello, Open, Opened, parse, to_header
+from sparkdeep.overlapping import Pace
 from sparkdeep.parameters import raw_bytes
-from sparkdeep.replica import LocalResult
 from sparkdeep.wire import Buffer, Connection, ConnectionLostError, Frame
 
 __all__ = ["Address", "Channel", "LogStream"]
@@ -22,6 +25,7 @@ __all__ = ["Address", "Channel", "LogStream"]
 # The driver gives a sign of life every few seconds while a replica waits; this long without one means that it is gone.
 DRIVER_SILENCE_S = 120.0
 _SMALL_BODY_BYTES = 1 << 34
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +95,30 @@ class Channel:
             if frame.kind != "alive":
                 return frame
 
-    def read_vector(self, into: torch.Tensor) -> None:
-        """Fill `into`, contiguous on the CPU, from the current frame's body."""
-        self._connection.read_into(raw_bytes(into), timeout_s=DRIVER_SILENCE_S)
+    @property
+    def local_host(self) -> str:
+        """This replica's address on the way to the driver."""
+        return self._connection.local_host
+
+    def read_vector(self, into: torch.Tensor, pace: Pace | None = None) -> None:
+        """Fill `into`, contiguous on the CPU, from the current frame's body; with `pace`, each fragment in its time."""
+        if pace is None or pace.fragments == 1:
+            self._connection.read_into(raw_bytes(into), timeout_s=DRIVER_SILENCE_S)
+            return
+        count = -(-into.numel() // CHUNK)
+        for start, stop in pace.spread(chunks_of(into.numel()), count, inwards=True):
+            self._connection.read_into(raw_bytes(into[start:stop]), timeout_s=DRIVER_SILENCE_S)
+
+    def read_change(self, exchange: LocalUpdate, pace: Pace | None = None) -> None:
+        """Take the next global parameters from the current frame's body, as the change of those that are known."""
+        numel = exchange.known.numel()
+        count = -(-numel // CHUNK)
+        scratch = torch.empty(exchange.down.num_bytes(min(CHUNK, numel), exchange.known.dtype), dtype=torch.uint8)
+        chunks = chunks_of(numel)
+        for start, stop in pace.spread(chunks, count, inwards=True) if pace else chunks:
+            part = scratch[: exchange.down.num_bytes(stop - start, exchange.known.dtype)]
+            self.read_vector(part)
+            exchange.take(part, start, stop)
 
     def read_bytes(self, num_bytes: int) -> bytes:
         """The next `num_bytes` of the current frame's body."""
@@ -101,21 +126,48 @@ class Channel:
 
     def beat(self, rows: int, steps: int) -> None:
         """Tell the driver how far this round is."""
-        self._connection.send("beat", {"rows": rows, "steps": steps})
+        self._connection.try_send("beat", {"rows": rows, "steps": steps})
 
-    def update(self, result: LocalResult) -> None:
-        """Send a round's header and, once every replica's is admitted, the body."""
-        self._connection.send("update", to_header(result.update))
-        frame = self.command()
-        if frame.kind != "send":
-            raise ProtocolError(f"expected 'send' after the update's header, got {frame.kind!r}.")
-        if result.update.weight > 0:
-            vector = raw_bytes(result.vector)
-            self._connection.send("body", {}, vector, result.buffers, timeout_s=DRIVER_SILENCE_S)
+    def update(self, result: LocalResult, *, vector: bool = True, pace: Pace | None = None) -> None:
+        """Send a round's header and body; the driver takes the body once every replica's header is admitted.
+
+        Args:
+            result: of the round's local work.
+            vector: whether the body has the vector; in a ring it does not.
+            pace: spreads the body over the round that is trained meanwhile.
+        """
+        body = result.body(vector=vector)
+        self._connection.stream(
+            "update",
+            to_header(result.update),
+            result.body_bytes(vector=vector),
+            pace.spread(body, -(-result.vector.numel() // CHUNK), inwards=False) if pace else body,
+            timeout_s=DRIVER_SILENCE_S,
+            check=self._listen,
+        )
+
+    def _listen(self) -> None:
+        """While a body waits to be taken: hear that the driver lives, though another replica keeps it waiting."""
+        while self._connection.readable():
+            frame = self._connection.receive(timeout_s=DRIVER_SILENCE_S)
+            if frame.kind != "alive":
+                raise ProtocolError(f"the driver sent {frame.kind!r} while an update was on its way.")
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:
         """Send any other frame."""
         self._connection.send(kind, header, *bodies)
+
+    def send_body(self, kind: str, body: memoryview) -> None:
+        """Send a frame whose body is followed by its checksum."""
+        pieces = (body[start : start + _PIECE_BYTES] for start in range(0, body.nbytes, _PIECE_BYTES))
+        self._connection.stream(
+            kind,
+            None,
+            body.nbytes + CHECKSUM_BYTES,
+            checksummed(pieces),
+            timeout_s=DRIVER_SILENCE_S,
+            check=self._listen,
+        )
 
     def fail(self, failure: Failure) -> None:
         """Last words; nobody may be listening any more."""

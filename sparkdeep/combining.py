@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from sparkdeep.admission import check_update, common_sections
 from sparkdeep.averaging import OrderedSum, pool_buffers
+from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
+from sparkdeep.compression import CHUNK, Codec, encoded_bytes
 from sparkdeep.errors import ProtocolError, ReplicaLostError
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout
@@ -39,13 +40,17 @@ def check_updates(updates: Sequence[Update], hosts: Sequence[str], round_number:
         check_update(replica, host, update, round_number)
 
 
-def combine(updates: Sequence[Update], body_of: Callable[[int], bytes], layout: Layout) -> Mean | None:
+def combine(
+    updates: Sequence[Update], body_of: Callable[[int], bytes], layout: Layout, codec: Codec, base: Tensor | None
+) -> Mean | None:
     """Average updates whose headers were checked.
 
     Args:
         updates: the headers, in replica order.
-        body_of: gives a replica's body, vector and buffers; called once for each replica that counts, in order.
+        body_of: gives a replica's body, vector, buffers and checksum; called once for each replica that counts, in order.
         layout: of the model.
+        codec: of the vectors.
+        base: what the mean is added to where they are differences, (numel,); else None.
 
     Returns:
         The mean, or None when every replica is out of rows.
@@ -59,27 +64,28 @@ def combine(updates: Sequence[Update], body_of: Callable[[int], bytes], layout: 
         return None
     sections = common_sections(updates)
     size = (1 + len(sections)) * layout.numel
-    vector_bytes = size * layout.dtype.itemsize
-    total = OrderedSum(size, weights)
+    vector_bytes = encoded_bytes(codec, size, layout.dtype)
+    total = OrderedSum(size, weights, base=base)
     buffers: list[dict[str, Tensor]] = []
     for replica, update in enumerate(updates):
         if update.weight == 0:
             buffers.append({})
             continue
         body = body_of(replica)
-        if len(body) != vector_bytes + update.buffer_bytes:
+        end = vector_bytes + update.buffer_bytes
+        if len(body) != end + CHECKSUM_BYTES:
             raise ProtocolError(
                 f"replica {replica} sent {len(body)} bytes; {vector_bytes} of parameters and {update.buffer_bytes} of "
-                "buffers were announced."
+                "buffers and a checksum were announced."
             )
-        if zlib.crc32(body) != update.crc32:
+        if Checksum(memoryview(body)[:end]).digest() != body[end:]:
             raise ReplicaLostError(
                 f"the update of replica {replica} was damaged on its way (checksum differs); the round is void.",
                 replica=replica,
             )
-        vector = torch.frombuffer(bytearray(body[:vector_bytes]), dtype=layout.dtype)
-        total.add(replica, _chunks(vector), _never_waits)
-        buffers.append(unpack_tensors(body[vector_bytes:]))
+        data = torch.frombuffer(bytearray(body[:vector_bytes]), dtype=torch.uint8)
+        total.add(replica, _chunks(data, codec, layout.dtype), _never_waits)
+        buffers.append(unpack_tensors(body[vector_bytes:end]))
     return Mean(
         vector=total.mean(),
         buffers=pool_buffers(_filled(buffers), weights, layout.variance_of),
@@ -87,8 +93,14 @@ def combine(updates: Sequence[Update], body_of: Callable[[int], bytes], layout: 
     )
 
 
-def _chunks(vector: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: vector[start:stop]
+def _chunks(data: Tensor, codec: Codec, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    full = codec.num_bytes(CHUNK, dtype)
+
+    def chunk(start: int, stop: int) -> Tensor:
+        at = start // CHUNK * full
+        return codec.decode(data[at : at + codec.num_bytes(stop - start, dtype)], stop - start, dtype)
+
+    return chunk
 
 
 def _never_waits() -> None:

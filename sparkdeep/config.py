@@ -16,6 +16,7 @@ __all__ = ["EarlyStopping", "LocalSettings", "RunSettings", "choose_keras_backen
 
 InnerState = Literal["keep", "average", "reset"]
 ReplicaState = Literal["local", "durable"]
+Codec = Literal["identity", "bf16", "int8"]
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -84,6 +85,18 @@ class LocalSettings:
     """Contiguous rows read together when a shard exceeds `window_rows`."""
     window_rows: int = 1 << 20
     """Rows shuffled together; a shard of at most this many is shuffled as a whole."""
+    codec: Codec = "identity"
+    """Of updates, on their way to the driver: "identity", "bf16" (half the bytes) or "int8" (a quarter, scaled by blocks)."""
+    down_codec: Codec = "identity"
+    """Of what changed in the global parameters, on their way to replicas; the driver's own copy stays whole."""
+    error_feedback: bool = False
+    """Whether a replica adds what `codec` lost of an update to its next one."""
+    overlap: int = 0
+    """1: a round's update travels while the next round is trained, and its mean is merged one round late."""
+    overlap_mix: float | None = None
+    """The share of a replica's own parameters when it merges, as in Streaming DiLoCo; None: all of its progress is kept."""
+    overlap_fragments: int = 1
+    """Pieces in which vectors travel, spread over the round that is trained meanwhile."""
     device: str = "auto"
     """"auto" (the GPU that Spark gave the task, else the CPU), "cpu" or a torch device such as "cuda:0"."""
 
@@ -97,11 +110,34 @@ class LocalSettings:
             _positive("clip_grad_norm", self.clip_grad_norm)
         _one_of("precision", self.precision, (None, "bf16"))
         _one_of("inner_state", self.inner_state, ("keep", "average", "reset"))
+        self._check_exchange()
         if self.window_rows < self.block_rows:
             raise ConfigError(
                 f"window_rows={self.window_rows} is smaller than block_rows={self.block_rows}: a window holds whole "
                 "blocks. Raise window_rows or lower block_rows."
             )
+
+    def _check_exchange(self) -> None:
+        for name in ("codec", "down_codec"):
+            _one_of(name, getattr(self, name), ("identity", "bf16", "int8"))
+        _one_of("overlap", self.overlap, (0, 1))
+        _at_least("overlap_fragments", self.overlap_fragments, 1)
+        if self.error_feedback and self.codec == "identity":
+            raise ConfigError(
+                "error_feedback=True with codec='identity': nothing is lost that could be fed back. Choose codec='int8' or "
+                "'bf16', or leave error_feedback out."
+            )
+        if self.inner_state == "average" and (self.codec != "identity" or self.overlap):
+            raise ConfigError(
+                f"inner_state='average' with codec={self.codec!r}, overlap={self.overlap}: averaged optimizer state travels with "
+                "the parameters, whole and in time. Use inner_state='keep', or codec='identity' and overlap=0."
+            )
+        mix = self.overlap_mix
+        if mix is not None and (isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix <= 1):
+            raise ConfigError(f"overlap_mix={mix!r}: must be a number from 0 to 1, or None.")
+        for name, value, default in (("overlap_mix", mix, None), ("overlap_fragments", self.overlap_fragments, 1)):
+            if not self.overlap and value != default:
+                raise ConfigError(f"{name}={value!r} is for overlap=1: set overlap=1, or leave {name} out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +186,11 @@ class RunSettings:
     """Rounds between validations, or the end of each epoch."""
     early_stopping: EarlyStopping | None = None
     """When to stop before `epochs` are over."""
+    aggregation: Literal["auto", "star", "ring"] = "auto"
+    """"star": every update goes to the driver; "ring": replicas add theirs up among themselves, each a part, and the driver
+    is sent the mean once; "auto": chosen once, from the number of replicas, the size and the bandwidth."""
+    plain_ring: bool = False
+    """Allows "ring" where Spark encrypts or authenticates: its connections between replicas do neither."""
     rounds_per_stage: int | Literal["auto"] = "auto"
     """Rounds run in one barrier stage; "auto": as many as keep launching under 5 % of the time."""
     max_stage_s: float = 60.0
@@ -179,6 +220,7 @@ class RunSettings:
         _at_least("max_retries", self.max_retries, 0)
         for name in ("max_stage_s", "retry_backoff_s", "open_timeout_s", "stall_timeout_s"):
             _positive(name, getattr(self, name))
+        _one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
         _one_of("replica_state", self.replica_state, ("local", "durable"))
 
 

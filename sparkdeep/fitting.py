@@ -6,15 +6,17 @@ import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
 
 from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.coordinator import Coordinator
+from sparkdeep.downlink import Downlink
 from sparkdeep.errors import ConfigError
+from sparkdeep.gathering import Plane
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
@@ -22,6 +24,7 @@ from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import Program, pack_program
 from sparkdeep.replica import steps_per_epoch
+from sparkdeep.ring import available as ring_available
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
@@ -94,6 +97,11 @@ class Fit:
             buffers=self.layout.read_buffers(self.program.model),
             inner=self.layout.empty(0),
         )
+        self.down_codec = codec_named(self.local.down_codec)
+        if self.down_codec.lossy or self.local.overlap:
+            self.state.downlink = Downlink(
+                self.down_codec, overlap=bool(self.local.overlap), parameters=self.state.parameters
+            )
         self.outer = self._outer()
         self.snapshots = self._snapshots()
         self.resumed_from = self._begin()
@@ -134,6 +142,8 @@ class Fit:
             validate=any(shard.rows["validation"] for shard in self.shards),
             snapshots=self.snapshots,
             furthest=self.state.committed,
+            base=self._base,
+            overlap=bool(self.local.overlap),
         )
         self._stages = stages
         with closing(run_rounds(run)) as records:
@@ -161,13 +171,26 @@ class Fit:
             run=self.run,
             settings=self.settings,
             schedule=self.schedule,
-            layout=self.layout,
-            tensors=self._tensors,
+            plane=Plane(
+                layout=self.layout,
+                codec=codec_named(self.local.codec),
+                down_codec=self.down_codec,
+                wide=self.outer_optimizer is not None,
+            ),
+            tensors=self._fixed,
+            ring_possible=self._base is None and ring_available(),
             shards=self.shards,
             keep=self.settings.replica_state == "local",
             on_beat=self.on_beat,
             on_log=self.on_log,
         )
+
+    @property
+    def _base(self) -> Literal["start", "global"] | None:
+        """What the mean of updates is added to: with `overlap` they tell of progress, with a lossy codec of a difference."""
+        if self.local.overlap:
+            return "global"
+        return "start" if codec_named(self.local.codec).lossy else None
 
     @property
     def finished(self) -> bool:
@@ -189,10 +212,6 @@ class Fit:
         buffers = best.buffers if best is not None else self.state.buffers
         self.layout.write(self.program.model, parameters)
         self.layout.write_buffers(self.program.model, buffers)
-
-    def _tensors(self) -> bytes:
-        tensors: dict[str, Tensor] = dict(named_tensors(self.program.model))
-        return pack_tensors(tensors)
 
     def _fixed(self) -> bytes:
         """The parameters that do not travel with every round."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
 from sparkdeep.averaging import OrderedSum
+from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
+from sparkdeep.compression import CHUNK, Codec, encoded_bytes
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.messages import Failure, Hello, Update, parse
 from sparkdeep.parameters import raw_bytes
@@ -18,6 +19,7 @@ from sparkdeep.wire import Connection, Frame
 
 __all__ = ["Line"]
 
+_PIECE_BYTES: Final = 1 << 20
 _MAX_STATE_BYTES: Final = 1 << 36
 
 
@@ -49,17 +51,20 @@ class Line:
         self._stall_s = stall_timeout_s
         self._on_beat = on_beat
         self._on_log = on_log
+        self.buffer_limit_bytes = 0
+        """Largest buffers that an update may bring; set before each round."""
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @property
     def who(self) -> str:
         """The replica with its host and process, for messages."""
         return f"replica {self.hello.replica} on {self.hello.host} (process {self.hello.pid})"
 
-    def expect(self, kind: str, *, timeout_s: float | None = None) -> Frame:
-        """The next frame of `kind`; beats and printed lines on the way there are passed on.
+    def expect(self, *kinds: str, timeout_s: float | None = None) -> Frame:
+        """The next frame of one of `kinds`; beats and printed lines on the way there are passed on.
 
         Args:
-            kind: of the frame.
+            kinds: of the frame.
             timeout_s: of silence; None for that of a replica at work.
 
         Raises:
@@ -69,10 +74,12 @@ class Line:
         replica = self.hello.replica
         while True:
             frame = self.connection.receive(timeout_s=timeout_s or self._stall_s)
-            if frame.kind == kind:
+            if frame.kind in kinds:
                 return frame
             if frame.body_bytes:
-                raise ProtocolError(f"replica {replica} sent {frame.kind!r} with a body; expected {kind!r}.")
+                raise ProtocolError(
+                    f"replica {replica} sent {frame.kind!r} with a body; expected {' or '.join(kinds)!r}."
+                )
             if frame.kind == "beat":
                 self._on_beat(replica, int(frame.header.get("rows", 0)))
             elif frame.kind == "log":
@@ -80,7 +87,7 @@ class Line:
             elif frame.kind == "error":
                 raise self._failed(parse(Failure, frame.header))
             else:
-                raise ProtocolError(f"replica {replica} sent {frame.kind!r}; expected {kind!r}.")
+                raise ProtocolError(f"replica {replica} sent {frame.kind!r}; expected {' or '.join(kinds)!r}.")
 
     def answer(self, kind: str) -> bytes:
         """The body of the next frame of `kind`."""
@@ -91,41 +98,93 @@ class Line:
         return data
 
     def add_update(
-        self, update: Update, total: OrderedSum, dtype: torch.dtype, own_buffer_bytes: int, check: Callable[[], None]
+        self,
+        frame: Frame,
+        update: Update,
+        total: OrderedSum,
+        codec: Codec,
+        *,
+        dtype: torch.dtype,
+        check: Callable[[], None],
     ) -> dict[str, Tensor]:
-        """Add the update's body to the sum as it arrives; returns its buffers.
+        """Add an admitted update's body to the sum as it arrives; returns its buffers.
+
+        Args:
+            frame: the update's; its body is still on the way.
+            update: its header.
+            total: the round's sum.
+            codec: of the body's vector.
+            dtype: of the vector before it was encoded.
+            check: called while other replicas have their turn; raises to give up.
 
         Raises:
             ReplicaLostError: the body was damaged on its way; the round is void.
+            ProtocolError: the body has another size than its header says.
         """
-        frame = self.expect("body")
-        vector_bytes = total.numel * dtype.itemsize
-        limit_bytes = 2 * own_buffer_bytes + 4096
-        if frame.body_bytes != vector_bytes + update.buffer_bytes or update.buffer_bytes > limit_bytes:
-            raise ProtocolError(
-                f"replica {self.hello.replica} announced a body of {frame.body_bytes} bytes; expected {vector_bytes} of "
-                f"parameters and {own_buffer_bytes} of buffers."
-            )
-        chunk = torch.empty(min(total.chunk, total.numel), dtype=dtype)
-        crc = 0
+        assert total.chunk == CHUNK, "chunks are encoded as they are summed"
+        vector_bytes = encoded_bytes(codec, total.numel, dtype)
+        self._check_size(frame, update, vector_bytes)
+        if self._scratch.numel() < (size := codec.num_bytes(CHUNK, dtype)):
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        checksum = Checksum()
 
         def chunks(start: int, stop: int) -> Tensor:
-            nonlocal crc
-            part = chunk[: stop - start]
+            part = self._scratch[: codec.num_bytes(stop - start, dtype)]
             view = raw_bytes(part)
             self.connection.read_into(view, timeout_s=self._stall_s)
-            crc = zlib.crc32(view, crc)
-            return part
+            checksum.update(view)
+            return codec.decode(part, stop - start, dtype)
 
         total.add(self.hello.replica, chunks, check)
-        buffers = self.connection.read_body(update.buffer_bytes, limit_bytes=limit_bytes, timeout_s=self._stall_s)
-        if zlib.crc32(buffers, crc) != update.crc32:
+        return self._buffers(update, checksum)
+
+    def read_buffers(self, frame: Frame, update: Update) -> dict[str, Tensor]:
+        """The buffers of an update that brings no vector; see `add_update` for what is raised."""
+        self._check_size(frame, update, 0)
+        return self._buffers(update, Checksum())
+
+    def read_part(self, into: Tensor) -> None:
+        """Fill `into`, contiguous, from the replica's part of the mean.
+
+        Raises:
+            ReplicaLostError: it was damaged on its way; the round is void.
+            ProtocolError: it has another size.
+        """
+        frame = self.expect("part")
+        view = raw_bytes(into)
+        if frame.body_bytes != view.nbytes + CHECKSUM_BYTES:
+            raise ProtocolError(f"{self.who} sent a part of {frame.body_bytes} bytes; {view.nbytes} were expected.")
+        checksum = Checksum()
+        for start in range(0, view.nbytes, _PIECE_BYTES):
+            piece = view[start : start + _PIECE_BYTES]
+            self.connection.read_into(piece, timeout_s=self._stall_s)
+            checksum.update(piece)
+        self._verify(checksum)
+
+    def _check_size(self, frame: Frame, update: Update, vector_bytes: int) -> None:
+        expected = vector_bytes + update.buffer_bytes + CHECKSUM_BYTES
+        if frame.body_bytes != expected or not 0 <= update.buffer_bytes <= self.buffer_limit_bytes:
+            raise ProtocolError(
+                f"replica {self.hello.replica} announced a body of {frame.body_bytes} bytes with {update.buffer_bytes} of "
+                f"buffers; expected {vector_bytes} of parameters, at most {self.buffer_limit_bytes} of buffers and a checksum."
+            )
+
+    def _buffers(self, update: Update, checksum: Any) -> dict[str, Tensor]:
+        data = self.connection.read_body(
+            update.buffer_bytes, limit_bytes=self.buffer_limit_bytes, timeout_s=self._stall_s
+        )
+        checksum.update(data)
+        self._verify(checksum)
+        return unpack_tensors(data)
+
+    def _verify(self, checksum: Any) -> None:
+        told = self.connection.read_body(CHECKSUM_BYTES, limit_bytes=CHECKSUM_BYTES, timeout_s=self._stall_s)
+        if told != checksum.digest():
             raise ReplicaLostError(
                 f"the update of {self.who} was damaged on its way (checksum differs); the round is void.",
                 replica=self.hello.replica,
                 host=self.hello.host,
             )
-        return unpack_tensors(buffers)
 
     def _failed(self, failure: Failure) -> SparkdeepError:
         replica, host = self.hello.replica, self.hello.host

@@ -3,8 +3,13 @@
 A round, seen from the replica:
 
     driver -> train (RoundSpec; body: parameters, buffers)     replica -> beat ... (progress)
-    replica -> update (Update: the header, admitted first)     driver  -> send
-    replica -> body (sections of the vector, buffers)          replica -> saved (its state is on disk, if promised)
+    replica -> update (Update: the header, admitted first;     replica -> saved (its state is on disk, if promised)
+        body: vector, buffers, checksum)
+
+The driver reads no update's body before the headers of all were found good. With `aggregation="ring"` an update has no vector:
+once all are admitted, replicas add theirs up among themselves, and each sends its part of the mean:
+
+    driver -> reduce (weights)                                 replica -> part (body: its part of the mean, checksum)
 
 and between rounds: evaluate -> scores, state -> state, stop -> bye. Either side may see `error` or a closed line.
 """
@@ -12,6 +17,7 @@ and between rounds: evaluate -> scores, state -> state, stop -> bye. Either side
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass
@@ -81,8 +87,6 @@ class Update:
     sections: list[str]
     """Names of the optimizer state sections that follow the parameters (`inner_state="average"`)."""
     buffer_bytes: int
-    crc32: int
-    """CRC-32 of the whole body."""
     compute_s: float
     input_s: float
     """Part of `compute_s` spent on getting batches."""
@@ -124,7 +128,7 @@ def parse(cls: type[_T], header: dict[str, Any]) -> _T:
     Raises:
         ProtocolError: a field is missing, unknown or of the wrong type; the message names it.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     if header.keys() != hints.keys():
         odd = sorted(header.keys() ^ hints.keys())
         raise ProtocolError(f"{cls.__name__}: fields {odd} are missing or unknown.")
@@ -132,6 +136,11 @@ def parse(cls: type[_T], header: dict[str, Any]) -> _T:
         if not _fits(header[name], hint):
             raise ProtocolError(f"{cls.__name__}.{name} is {header[name]!r:.80}; expected {hint}.")
     return cls(**header)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -67,6 +67,12 @@ class RoundRecord:
     """Collecting replica states and writing the checkpoint or snapshot."""
     checkpoint_bytes: int = 0
     """What that moved."""
+    sent_bytes: int = 0
+    """What the driver sent to replicas, frames included."""
+    received_bytes: int = 0
+    """What it received from them."""
+    aggregation: str = ""
+    """How updates were added up: "star", on the driver, or "ring", among replicas."""
     retries: int = 0
     """Failed attempts before this round was committed."""
     state_reset: list[int] = field(default_factory=list)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from sparkdeep.compression import chunks_of
 from sparkdeep.errors import ConfigError
 from sparkdeep.parameters import Layout
 
@@ -97,7 +98,9 @@ class TorchOuter:
         def closure() -> float:
             result = round_()
             with torch.no_grad():
-                self._grad.copy_(parameters.detach().to(torch.float64) - result.mean)
+                own = parameters.detach()
+                for start, stop in chunks_of(own.numel()):  # in float64, without a copy of all of it
+                    self._grad[start:stop] = own[start:stop].to(torch.float64) - result.mean[start:stop]
             return result.loss
 
         self._optimizer.step(closure)

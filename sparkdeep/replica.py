@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from sparkdeep.data.order import EpochOrder, batch_range, num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.inputs import prepared
+from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, raw_bytes
+from sparkdeep.parameters import Layout, float_dtype_of, named_tensors
 from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
@@ -31,7 +31,7 @@ from sparkdeep.state_files import own_files
 from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
 from sparkdeep.validation import Evaluator
 
-__all__ = ["LocalResult", "Replica", "steps_per_epoch"]
+__all__ = ["Replica", "steps_per_epoch"]
 
 BEAT_S = 0.5
 
@@ -39,17 +39,6 @@ BEAT_S = 0.5
 def steps_per_epoch(rows: int, settings: LocalSettings) -> int:
     """Local steps that `rows` training rows make in one epoch."""
     return -(-num_batches(rows, settings.batch_size) // settings.accumulate_batches)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalResult:
-    """What a round's local work gives: the header, and the body in two parts."""
-
-    update: Update
-    vector: Tensor
-    """(sections * numel,) in the layout's dtype: parameters, then optimizer state sections; empty at weight 0."""
-    buffers: bytes
-    """safetensors."""
 
 
 class Replica:
@@ -85,13 +74,14 @@ class Replica:
         self._program = program
         self._settings = settings
         self._schema = schema
-        self._device = device
+        self.device = device
         self._beat = beat
         self._float_dtype = float_dtype_of(self.model)
         self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
-        self._flat = self.layout.empty()
+        self.exchange = LocalUpdate(self.layout, settings)
+        self._own_buffers: dict[str, Tensor] | None = None
         self._order: tuple[int, EpochOrder] | None = None
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
@@ -100,16 +90,19 @@ class Replica:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def load_tensors(self, data: bytes) -> None:
-        """Load every parameter and buffer of the module, frozen ones included."""
-        values = unpack_tensors(data)
+        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none."""
+        values = unpack_tensors(data) if data else {}
         with torch.no_grad():
             for name, tensor in named_tensors(self.model):
-                tensor.copy_(values[name])
+                if name in values:
+                    tensor.copy_(values[name])
 
     def restart(self, scheduler_steps: int) -> None:
         """Begin with a fresh optimizer and random stream, the learning-rate clock at `scheduler_steps`."""
-        self._random = RandomState(self._settings.seed + self.number, self._device)
+        self._random = RandomState(self._settings.seed + self.number, self.device)
         self._start_optimizer(scheduler_steps)
+        self.exchange.restart()
+        self._own_buffers = None
 
     def save_state(self) -> bytes:
         """Optimizer, learning-rate clock and random stream, without pickle."""
@@ -119,6 +112,8 @@ class Replica:
                 "optimizer": self._optimizer.state_dict(),
                 "scheduler": scheduler,
                 "random": self._random.state_dict(),
+                "exchange": self.exchange.state_dict(),
+                "buffers": self._own_buffers,
             }
         )
 
@@ -133,6 +128,8 @@ class Replica:
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         self._random.load_state_dict(state["random"])
+        self.exchange.load_state_dict(state["exchange"])
+        self._own_buffers = state["buffers"]
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)
@@ -141,14 +138,22 @@ class Replica:
 
     # -- one round -----------------------------------------------------------------------------------------------
 
-    @property
-    def flat(self) -> Tensor:
-        """The vector that arriving parameters are written into, shape (numel,); `load_parameters` reads it."""
-        return self._flat
+    def begin_round(self, buffers: bytes | None) -> None:
+        """Take over what the next round starts from.
 
-    def load_parameters(self, buffers: bytes) -> None:
-        """Take over the global parameters that lie in `flat`, and the pooled buffers."""
-        self.layout.write(self.model, self._flat)
+        Args:
+            buffers: the pooled ones, safetensors; None while they are still on their way (`overlap`). A replica that runs
+                ahead keeps its own, as its parameters are its own too.
+        """
+        self.layout.write(self.model, self.exchange.begin())
+        if self._own_buffers is not None:
+            self.layout.write_buffers(self.model, self._own_buffers)
+        elif buffers is not None:
+            self.layout.write_buffers(self.model, unpack_tensors(buffers))
+
+    def load_for_scoring(self, parameters: Tensor, buffers: bytes) -> None:
+        """Take over global parameters, (numel,), and buffers until the next round begins."""
+        self.layout.write(self.model, parameters)
         self.layout.write_buffers(self.model, unpack_tensors(buffers))
 
     def load_inner_state(self, sections: list[str], values: Tensor) -> None:
@@ -157,8 +162,13 @@ class Replica:
         parts = [self.layout.views(values[i * size : (i + 1) * size]) for i in range(len(sections))]
         write_inner_state(self._optimizer, self._parameters, sections, parts)
 
-    def train(self, spec: RoundSpec) -> LocalResult:
-        """Do this replica's part of a round, from the parameters it holds."""
+    def train(self, spec: RoundSpec, between: Callable[[float], None] = lambda _share: None) -> LocalResult:
+        """Do this replica's part of a round, from the parameters it holds.
+
+        Args:
+            spec: of the round.
+            between: called before every step with the share of the steps that is done; raises to give up.
+        """
         began = time.perf_counter()
         if self._settings.inner_state == "reset":
             self._optimizer.state.clear()
@@ -167,6 +177,7 @@ class Replica:
         self.model.train()
         with self._random.installed():
             for step in range(spec.first_step, last):
+                between((step - spec.first_step) / spec.num_steps)
                 self._local_step(self._batches(spec.epoch, step, progress), progress)
             # A replica that is out of rows keeps the common clock of the learning rate all the same.
             for _ in range(spec.num_steps - max(0, last - spec.first_step)):
@@ -221,37 +232,35 @@ class Replica:
         with own_files("it read the shard"):
             fields = self.shard.take(split, indices)
         batch = make_batch(fields, self._schema, float_dtype=self._float_dtype, collate=self._program.collate)
-        if self._device.type != "cpu":
-            batch = batch.to(self._device, non_blocking=True)
+        if self.device.type != "cpu":
+            batch = batch.to(self.device, non_blocking=True)
         return prepared(batch, self._program, augment=augment)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._settings.precision is None:
             return nullcontext()
-        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _result(self, spec: RoundSpec, progress: _Progress, began: float) -> LocalResult:
         weight = progress.weight
         sections: list[str] = []
-        vector, buffers, finite, loss_sum, crc = self.layout.empty(0), b"", True, 0.0, 0
+        vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
+        if self.exchange.overlap:
+            self._own_buffers = self.layout.read_buffers(self.model)
+            vector = self.exchange.end(self.model)
         if weight > 0:
             if self._settings.inner_state == "average":
                 sections, state = read_inner_state(self._optimizer, self._parameters)
-                vector = self.layout.empty(1 + len(sections))
+                vector = self.exchange.end(self.model, len(sections))
                 for i, tensors in enumerate(state):
                     start = (i + 1) * self.layout.numel
                     for view, tensor in zip(self.layout.views(vector[start:]), tensors, strict=True):
                         view.copy_(tensor)
-            else:
-                vector = self._flat
-            self.layout.read(self.model, vector[: self.layout.numel])
-            buffers = pack_tensors(self.layout.read_buffers(self.model))
+            elif not self.exchange.overlap:
+                vector = self.exchange.end(self.model)
+            buffers = pack_tensors(self._own_buffers or self.layout.read_buffers(self.model))
             loss_sum = progress.loss_sum()
-            # A sum is finite unless an element is not, or it overflows; only then is every element looked at.
-            finite = math.isfinite(loss_sum) and (
-                math.isfinite(float(vector.sum())) or bool(torch.isfinite(vector).all())
-            )
-            crc = zlib.crc32(buffers, zlib.crc32(raw_bytes(vector)))
+            finite = math.isfinite(loss_sum) and self.exchange.finite(vector)
         update = Update(
             round=spec.round,
             rows=progress.rows,
@@ -261,12 +270,11 @@ class Replica:
             finite=finite,
             sections=sections,
             buffer_bytes=len(buffers),
-            crc32=crc,
             compute_s=time.perf_counter() - began,
             input_s=progress.input_s,
             logged={name: total / rows for name, (total, rows) in self._loss.take_logged(training=True).items()},
         )
-        return LocalResult(update=update, vector=vector, buffers=buffers)
+        return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange)
 
     # -- validation ----------------------------------------------------------------------------------------------
 

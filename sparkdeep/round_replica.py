@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from sparkdeep.checksum import CHECKSUM_BYTES
 from sparkdeep.combining import check_updates, combine
+from sparkdeep.compression import Codec, codec_named, encoded_bytes
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import (
     CheckpointError,
@@ -25,11 +27,12 @@ from sparkdeep.errors import (
     UserCodeError,
 )
 from sparkdeep.exchange import Exchange
+from sparkdeep.local_update import LocalResult
 from sparkdeep.messages import Hello, Saved, Update, to_header
 from sparkdeep.orders import Order, Reply, unpack_globals
 from sparkdeep.parameters import Layout, named_tensors, raw_bytes
 from sparkdeep.program import Program, unpack_program
-from sparkdeep.replica import LocalResult, Replica
+from sparkdeep.replica import Replica
 from sparkdeep.session import versions
 from sparkdeep.stages import check_shard, check_versions
 from sparkdeep.state_files import StateFiles, own_files
@@ -128,8 +131,8 @@ def _restore(replica: Replica, order: Order, place: Place, states: StateFiles) -
     """Put parameters and state where the driver wants them; says what came of the state."""
     assert order.start is not None
     parameters, inner, buffers = unpack_globals(order.start.open(), replica.layout, order.sections)
-    replica.flat.copy_(parameters)
-    replica.load_parameters(pack_tensors(buffers))
+    replica.exchange.known.copy_(parameters)
+    replica.begin_round(pack_tensors(buffers))
     outcome = "fresh"
     if order.source == "sent":
         replica.load_state(bytes(order.states[place.replica].open()))
@@ -156,7 +159,7 @@ def _restore(replica: Replica, order: Order, place: Place, states: StateFiles) -
 def _train(replica: Replica, order: Order, place: Place, states: StateFiles, header: dict[str, Any]) -> Reply:
     assert order.spec is not None
     with _named(place, "command 'train'"):
-        result = replica.train(order.spec)
+        result = replica.train(order.spec).encoded()  # what the code loses belongs to the state that is kept
     place.beat()
     saved = Saved(bytes=0, seconds=0.0)
     if result.update.finite:
@@ -167,8 +170,7 @@ def _train(replica: Replica, order: Order, place: Place, states: StateFiles, hea
         saved = Saved(bytes=len(data), seconds=time.perf_counter() - began)
     header |= {"update": to_header(result.update), "saved": to_header(saved)}
     if order.exchange is None:
-        bodies = (raw_bytes(result.vector), result.buffers) if result.update.weight > 0 else ()
-        return Reply(header=header, bodies=bodies)
+        return Reply(header=header, bodies=tuple(result.body()))
     return _exchanged(replica.layout, order, place, header, result)
 
 
@@ -177,7 +179,7 @@ def _exchanged(layout: Layout, order: Order, place: Place, header: dict[str, Any
     assert order.exchange is not None
     assert order.spec is not None
     exchange = Exchange(order.exchange, order.run, order.job)
-    exchange.put(place.replica, place.host, result.update, b"".join([raw_bytes(result.vector), result.buffers]))
+    exchange.put(place.replica, place.host, result.update, b"".join(result.body()))
     if place.replica != 0:
         return Reply(header=header)
 
@@ -190,7 +192,14 @@ def _exchanged(layout: Layout, order: Order, place: Place, header: dict[str, Any
         check_updates(updates, hosts, order.spec.round)
     except NonFiniteError:
         return Reply(header=header)  # the driver sees the same headers, and refuses the round by name
-    mean = combine(updates, lambda replica: exchange.body(replica, _body_bytes(updates[replica], layout)), layout)
+    codec = codec_named(order.settings.codec)
+    mean = combine(
+        updates,
+        lambda replica: exchange.body(replica, _body_bytes(updates[replica], layout, codec)),
+        layout,
+        codec,
+        result.exchange.known if codec.lossy else None,
+    )
     if mean is None:
         return Reply(header=header)
     place.beat()
@@ -202,8 +211,9 @@ def _exchanged(layout: Layout, order: Order, place: Place, header: dict[str, Any
     return Reply(header=header, bodies=(raw_bytes(mean.vector if order.wide else narrow), buffers))
 
 
-def _body_bytes(update: Update, layout: Layout) -> int:
-    return (1 + len(update.sections)) * layout.num_bytes + update.buffer_bytes
+def _body_bytes(update: Update, layout: Layout, codec: Codec) -> int:
+    numel = (1 + len(update.sections)) * layout.numel
+    return encoded_bytes(codec, numel, layout.dtype) + update.buffer_bytes + CHECKSUM_BYTES
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparkdeep.combining import Mean, check_updates, combine
+from sparkdeep.compression import codec_named
 from sparkdeep.config import RunSettings
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, SparkdeepError
 from sparkdeep.launch import ReplicaPlan
@@ -19,10 +20,10 @@ from sparkdeep.messages import Hello, Saved, Update, parse
 from sparkdeep.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
 from sparkdeep.parameters import Layout
 from sparkdeep.planning import stage_description
+from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec, Schedule
 from sparkdeep.session import versions
-from sparkdeep.stage import Globals, RoundResult
 from sparkdeep.stages import ShardFacts
 from sparkdeep.trees import unpack, unpack_tensors
 
@@ -87,6 +88,10 @@ class RoundStages:
         reset, self._reset = self._reset, []
         return reset
 
+    def last_planned(self) -> bool:
+        """Always: a job runs one round."""
+        return True
+
     def due(self, round_s: float) -> bool:
         """Never: a job ends by itself."""
         del round_s
@@ -102,20 +107,24 @@ class RoundStages:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def train(self, spec: RoundSpec, start: Globals) -> RoundResult:
-        """Run one round as one job.
+    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
+        """Run one round as one job; none is begun ahead.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a task was lost, or gave no reply in time; the round can be repeated.
         """
+        del ahead
         began = time.perf_counter()
         assert self._state is not None
         what = stage_description(self._state.committed, 1, self.schedule.num_rounds)
         replies = self._run(self._order("train", start, spec), what)
         updates = [parse(Update, reply.header["update"]) for reply in replies]
         check_updates(updates, [self.hellos[i].host for i in range(len(replies))], spec.round)
-        mean = combine(updates, lambda i: replies[i].body, self.layout) if self.runner.exchange is None else None
+        codec = codec_named(self.plan.settings.codec)
+        mean = None
+        if self.runner.exchange is None:
+            mean = combine(updates, lambda i: replies[i].body, self.layout, codec, start.base)
         if self.runner.exchange is not None:
             mean = self._exchanged(replies[0])
         self._send_states = False

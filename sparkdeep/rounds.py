@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 from sparkdeep.config import RunSettings
 from sparkdeep.errors import ReplicaLostError
@@ -15,9 +15,9 @@ from sparkdeep.messages import Update
 from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
+from sparkdeep.round_values import RoundResult
 from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
 from sparkdeep.schedule import RoundSpec, Schedule
-from sparkdeep.stage import RoundResult
 from sparkdeep.transport import OpenStage, StageOpener
 from sparkdeep.validation import merge_scores
 
@@ -42,6 +42,10 @@ class Run:
     """Whether there are validation rows."""
     snapshots: Snapshots | None
     """Where durable states go; None: `replica_state="local"` without a checkpoint."""
+    base: Literal["start", "global"] | None = None
+    """What the mean of updates is added to, where they are differences."""
+    overlap: bool = False
+    """Whether a round may begin before the one before it is committed."""
     pending: RoundRecord | None = None
     """A committed round that is not validated or kept yet."""
     failures: int = 0
@@ -101,19 +105,33 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
 
     def closure() -> RoundResult:
         nonlocal result
-        result = stage.train(spec, state.globals())
+        result = stage.train(spec, state.starting(base=run.base), _ahead(run, spec))
+        if state.downlink is not None:
+            state.downlink.before_step()
         return result
 
     run.outer.step(state.parameters, closure)
     assert result is not None
+    if state.downlink is not None:
+        state.downlink.after_step()
     state.buffers = result.buffers
-    state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype)
+    # A copy: the next round's mean is written over this one's.
+    state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
     state.committed = spec.round
     record = _record(run, stage, spec, result, time.perf_counter() - began)
     state.records.append(record)
     if state.committed > run.furthest:
         run.furthest, run.failures = state.committed, 0
     return record
+
+
+def _ahead(run: Run, spec: RoundSpec) -> RoundSpec | None:
+    """The round that replicas may begin before `spec` is committed: the next one, unless something is due in between."""
+    if not run.overlap or run.stages.last_planned():
+        return None
+    if _validates_at(run, spec.round) or _snapshot_at(run, spec.round):
+        return None
+    return run.schedule.next(spec.round)
 
 
 def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, seconds: float) -> RoundRecord:
@@ -132,6 +150,9 @@ def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, se
         state_seconds=max(saved.seconds for saved in result.saved),
         state_bytes=sum(saved.bytes for saved in result.saved),
         retries=run.failures,
+        sent_bytes=result.traffic.sent_bytes,
+        received_bytes=result.traffic.received_bytes,
+        aggregation=run.state.aggregation,
         state_reset=run.stages.committed_round(),
         replicas=[
             ReplicaRecord(
@@ -160,8 +181,13 @@ def _logged(updates: Sequence[Update]) -> dict[str, float]:
 def _validation_due(run: Run) -> bool:
     if not run.validate or run.pending is None or run.pending.metrics:
         return False
+    return _validates_at(run, run.state.committed)
+
+
+def _validates_at(run: Run, committed: int) -> bool:
+    if not run.validate:
+        return False
     every = run.settings.validate_every
-    committed = run.state.committed
     if committed == run.schedule.num_rounds:
         return True
     return committed % (run.schedule.rounds_per_epoch if every == "epoch" else every) == 0
@@ -198,8 +224,11 @@ def _validate(run: Run, stage: OpenStage) -> None:
 def _snapshot_due(run: Run) -> bool:
     if run.snapshots is None or run.pending is None or run.pending.checkpoint_bytes:
         return False
-    committed = run.state.committed
-    return committed % run.settings.checkpoint_every == 0 or _over(run)
+    return _snapshot_at(run, run.state.committed) or _over(run)
+
+
+def _snapshot_at(run: Run, committed: int) -> bool:
+    return run.snapshots is not None and committed % run.settings.checkpoint_every == 0
 
 
 def _keep(run: Run, stage: OpenStage) -> None:

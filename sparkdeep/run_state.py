@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
+from sparkdeep.downlink import Downlink
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.parameters import Layout
-from sparkdeep.stage import Globals
+from sparkdeep.round_values import Globals
 from sparkdeep.trees import pack, unpack
 
 __all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
@@ -38,6 +39,10 @@ class RunState:
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
     """(len(sections) * numel,): averaged optimizer state."""
+    downlink: Downlink | None = None
+    """What replicas know of the parameters, where that is not the parameters themselves."""
+    aggregation: str = ""
+    """"star" or "ring", once it was chosen."""
     committed: int = 0
     """Rounds that count."""
     best: Best | None = None
@@ -47,8 +52,30 @@ class RunState:
     """Why the run is over before its last round; "" while it is not."""
     records: list[RoundRecord] = field(default_factory=list)
 
+    def starting(self, *, base: Literal["start", "global"] | None = None) -> Globals:
+        """What replicas start the next round from.
+
+        Args:
+            base: what the mean of updates is added to where they are differences: what replicas started from, or the
+                global parameters; None where they are not.
+        """
+        down = self.downlink
+        return Globals(
+            parameters=self.parameters if down is None else down.current,
+            buffers=self.buffers,
+            sections=self.sections,
+            inner=self.inner,
+            encoded=None if down is None else down.encoded,
+            previous=None if down is None else down.previous,
+            base=None
+            if base is None
+            else self.parameters.detach()
+            if base == "global" or down is None
+            else down.current,
+        )
+
     def globals(self) -> Globals:
-        """What replicas start the next round from."""
+        """The global parameters themselves."""
         return Globals(parameters=self.parameters, buffers=self.buffers, sections=self.sections, inner=self.inner)
 
     def to_files(self, layout: Layout, outer: Mapping[str, Any], replicas: list[bytes]) -> dict[str, bytes]:
@@ -71,6 +98,8 @@ class RunState:
             "buffers": self.buffers,
             "best": best,
             "outer": dict(outer),
+            "aggregation": self.aggregation,
+            "downlink": self.downlink.state_dict() if self.downlink is not None else None,
             "records": [record.to_dict() for record in self.records],
         }
         files = {"parameters.safetensors": pack(weights), "run.safetensors": pack(run)}
@@ -92,6 +121,9 @@ class RunState:
         self.buffers = run["buffers"]
         self.sections, self.inner = run["sections"], run["inner"]
         self.committed, self.stale, self.stopped = run["committed"], run["stale"], run["stopped"]
+        self.aggregation = run["aggregation"]
+        if self.downlink is not None:
+            self.downlink.load_state_dict(run["downlink"] or {"current": None, "previous": None})
         self.best = Best(**run["best"]) if run["best"] is not None else None
         self.records = [RoundRecord.from_dict(r) for r in run["records"]]
         return dict(run["outer"])

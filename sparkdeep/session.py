@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import time
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -15,10 +13,10 @@ from sparkdeep.channel import Channel
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.messages import Failure, Hello, Open
 from sparkdeep.replica import Replica
-from sparkdeep.schedule import RoundSpec
-from sparkdeep.state_files import StateFiles, own_files
+from sparkdeep.replica_rounds import ReplicaRounds, keep_state
+from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack
-from sparkdeep.wire import ConnectionLostError
+from sparkdeep.wire import ConnectionLostError, Frame
 
 __all__ = ["serve", "versions"]
 
@@ -47,15 +45,21 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
         replica = build()
         replica.load_tensors(tensors)
         channel.opened(_restore(replica, answer, sent, states))
+        rounds = ReplicaRounds(channel, replica, states, keep=answer.keep)
+        frame: Frame | None = None
         while True:
-            frame = channel.command()
+            frame = frame or channel.command()
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
                 if (committed := frame.header.get("save")) is not None:
-                    _keep(states, committed, replica.save_state())
+                    keep_state(states, committed, replica.save_state())
                 channel.send("bye")
                 return
-            _obey(channel, replica, frame.kind, frame.header, states, keep=answer.keep)
+            if frame.kind == "train":
+                frame = rounds.run(frame)
+                continue
+            _obey(channel, replica, rounds, frame)
+            frame = None
     except (ConnectionLostError, ProtocolError):
         raise
     except Exception as error:
@@ -76,39 +80,25 @@ def _cause(error: Exception) -> str:
     return "ours" if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError) else "user"
 
 
-def _keep(states: StateFiles, round_number: int, data: bytes) -> None:
-    with own_files("it kept the replica's state"):
-        states.write(round_number, data)
-
-
-def _obey(
-    channel: Channel, replica: Replica, kind: str, header: dict[str, Any], states: StateFiles, *, keep: bool
-) -> None:
-    if kind == "train":
-        _load(channel, replica, header)
-        spec = RoundSpec(**header["spec"])
-        channel.update(replica.train(spec))
-        began = time.perf_counter()
-        data = replica.save_state() if keep else b""
-        if keep:
-            _keep(states, spec.round, data)
-        channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
-    elif kind == "evaluate":
-        _load(channel, replica, header)
+def _obey(channel: Channel, replica: Replica, rounds: ReplicaRounds, frame: Frame) -> None:
+    kind, header = frame.kind, frame.header
+    if kind == "evaluate":
+        # What the next round starts from may not be overwritten where it is not sent whole.
+        follows = replica.exchange.overlap or replica.exchange.down.lossy
+        parameters = replica.layout.empty() if follows else replica.exchange.known
+        channel.read_vector(parameters)
+        replica.load_for_scoring(parameters, channel.read_bytes(header["buffer_bytes"]))
         channel.send("scores", {}, pack(replica.evaluate()))
     elif kind == "state":
         channel.send("state", {}, replica.save_state())
+    elif kind == "probe":
+        channel.read_bytes(frame.body_bytes)
+        channel.send("probed")
+    elif kind == "ring":
+        rounds.join_ring(int(header["size"]), float(header["timeout_s"]))
+        channel.send("formed")
     else:
         raise ProtocolError(f"unknown command {kind!r}.")
-
-
-def _load(channel: Channel, replica: Replica, header: dict[str, Any]) -> None:
-    channel.read_vector(replica.flat)
-    sections = header["sections"]
-    values = replica.layout.empty(len(sections))
-    channel.read_vector(values)
-    replica.load_parameters(channel.read_bytes(header["buffer_bytes"]))
-    replica.load_inner_state(sections, values)
 
 
 def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) -> str:

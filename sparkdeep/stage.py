@@ -6,59 +6,28 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, final
 
-import torch
-from torch import Tensor
-
-from sparkdeep.admission import Admission
-from sparkdeep.averaging import pool_buffers
+from sparkdeep.aggregation import PROBE_BYTES, Bandwidth
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
+from sparkdeep.gathering import Gathering, Plane, TrainOrder
 from sparkdeep.launch import RunningStage
 from sparkdeep.line import Line
-from sparkdeep.messages import Hello, Open, Opened, Saved, Update, parse, to_header
-from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.meeting import Meeting
+from sparkdeep.messages import Hello, Open, Opened, parse, to_header
+from sparkdeep.parameters import raw_bytes
+from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors, unpack
 from sparkdeep.wire import Connection, ConnectionLostError, SilentError
 
-__all__ = ["Globals", "RoundResult", "Stage"]
+__all__ = ["Stage"]
 
 _ALIVE_EVERY_S = 5.0
 _REASON_S = 10.0
 _LAST_WORDS_S = 2.0
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Globals:
-    """What every replica starts a round from."""
-
-    parameters: Tensor
-    """(numel,) in the layout's dtype."""
-    buffers: dict[str, Tensor]
-    sections: list[str]
-    """Names of averaged optimizer state, with `inner_state="average"`."""
-    inner: Tensor
-    """(len(sections) * numel,)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """The mean of one round."""
-
-    mean: Tensor
-    """(numel,) float64."""
-    buffers: dict[str, Tensor]
-    sections: list[str]
-    inner: Tensor
-    """(len(sections) * numel,) float64: mean of the optimizer states."""
-    loss: float
-    updates: list[Update]
-    saved: list[Saved]
-    seconds: float
 
 
 class _AbortedError(Exception):
@@ -72,7 +41,7 @@ class Stage:
     Args:
         run, name: what a hello must carry.
         num_replicas: how many are awaited.
-        layout: of the model.
+        plane: how parameters travel.
         stall_timeout_s: a replica that sends nothing for this long while it works counts as lost.
         on_beat: called with (replica, rows of the round so far).
         on_log: called with (replica, line) for what replicas print.
@@ -84,7 +53,7 @@ class Stage:
         run: str,
         name: str,
         num_replicas: int,
-        layout: Layout,
+        plane: Plane,
         stall_timeout_s: float,
         on_beat: Callable[[int, int], None],
         on_log: Callable[[int, str], None],
@@ -92,7 +61,8 @@ class Stage:
         self.name = name
         self.num_replicas = num_replicas
         self._run = run
-        self._layout = layout
+        self._plane = plane
+        self._fresh = True
         self._stall_s = stall_timeout_s
         self._on_beat = on_beat
         self._on_log = on_log
@@ -158,6 +128,34 @@ class Stage:
 
         return self._all(welcome)
 
+    def measure(self) -> Bandwidth:
+        """Send every replica a few megabytes, first one, then all at the same time."""
+        load = bytes(PROBE_BYTES)
+
+        def probe(replica: int) -> float:
+            line = self._lines[replica]
+            began = time.perf_counter()
+            line.connection.send("probe", None, load, timeout_s=self._stall_s)
+            line.expect("probed")
+            return time.perf_counter() - began
+
+        one_s = self._all(lambda replica: probe(replica) if replica == 0 else 0.0)[0]
+        all_s = max(self._all(probe))
+        return Bandwidth(
+            all=self.num_replicas * PROBE_BYTES / all_s,
+            one=PROBE_BYTES / one_s,
+            hosts=len({hello.host for hello in self.hellos.values()}),
+        )
+
+    def form_ring(self, *, timeout_s: float) -> None:
+        """Have the replicas connect to each other; updates are then added up among them.
+
+        Raises:
+            ReplicaLostError: they cannot reach each other.
+        """
+        meeting = Meeting(timeout_s=timeout_s, check=self._check)
+        self._all(lambda replica: meeting.host(self._lines[replica], self.num_replicas))
+
     def close(self, *, save: int | None, timeout_s: float = 60.0) -> None:
         """Tell the replicas to stop, to keep their state as that of round `save` if it is given, and wait for them."""
 
@@ -186,55 +184,24 @@ class Stage:
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
-    def train(self, spec: RoundSpec, start: Globals) -> RoundResult:
+    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
         """Run one round: all replicas' updates are in the result, or it raises and none counts.
+
+        Args:
+            spec: of the round.
+            start: what it starts from.
+            ahead: the next round, if replicas may begin it before this one's mean is taken (`overlap`).
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a replica went away or its update was damaged; the round can be repeated.
         """
         began = time.perf_counter()
-        buffers = pack_tensors(start.buffers)
-        header = {"spec": asdict(spec), "sections": start.sections, "buffer_bytes": len(buffers)}
-        admission = Admission(self.num_replicas, self._layout, self._check, spec.round)
-        received: dict[int, dict[str, Tensor]] = {}
-        saved: dict[int, Saved] = {}
-
-        def exchange(replica: int) -> None:
-            line = self._lines[replica]
-            line.waiting = False
-            line.connection.send(
-                "train", header, raw_bytes(start.parameters), raw_bytes(start.inner), buffers, timeout_s=self._stall_s
-            )
-            update = parse(Update, line.expect("update").header)
-            line.waiting = True
-            total = admission.enter(replica, line.hello.host, update)
-            line.waiting = False
-            line.connection.send("send")
-            if update.weight > 0:
-                received[replica] = line.add_update(update, total, self._layout.dtype, len(buffers), self._check)
-            saved[replica] = parse(Saved, line.expect("saved").header)
-            line.waiting = True
-
-        self._all(exchange)
-        updates = admission.updates
-        weights = [update.weight for update in updates]
-        total_weight = sum(weights)
-        mean = admission.total.mean() if total_weight else start.parameters.to(torch.float64)
-        pooled = start.buffers
-        if total_weight:
-            buffers_of = [received.get(i, start.buffers) for i in range(self.num_replicas)]
-            pooled = pool_buffers(buffers_of, weights, self._layout.variance_of)
-        return RoundResult(
-            mean=mean[: self._layout.numel],
-            buffers=pooled,
-            sections=admission.sections,
-            inner=mean[self._layout.numel :],
-            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
-            updates=updates,
-            saved=[saved[i] for i in range(self.num_replicas)],
-            seconds=time.perf_counter() - began,
-        )
+        order = TrainOrder(spec=spec, start=start, ahead=ahead, fresh=self._fresh)
+        gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
+        self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
+        self._fresh = False
+        return gathering.result(time.perf_counter() - began)
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""

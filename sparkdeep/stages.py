@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+from sparkdeep.aggregation import choose, needs_measuring
 from sparkdeep.config import RunSettings
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepError, VersionMismatchError
+from sparkdeep.gathering import Plane
 from sparkdeep.launch import Launcher, Ticket
 from sparkdeep.messages import Hello, Open
-from sparkdeep.parameters import Layout
 from sparkdeep.planning import rounds_to_run, stage_description
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import Schedule
@@ -77,11 +78,14 @@ class Stages:
     """The run's id."""
     settings: RunSettings
     schedule: Schedule
-    layout: Layout
+    plane: Plane
+    """How parameters travel."""
     tensors: Callable[[], bytes]
-    """The module's parameters and buffers as `trees.pack_tensors` gives them, frozen ones included."""
+    """The parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none."""
     shards: Sequence[ShardFacts]
     """The ledger; a replica whose shard differs is refused."""
+    ring_possible: bool
+    """Whether "auto" may choose the ring."""
     keep: bool
     """Whether replicas save their state after every round."""
     on_beat: Callable[[int, int], None]
@@ -125,7 +129,7 @@ class Stages:
             run=self.run,
             name=name,
             num_replicas=self.launcher.num_replicas,
-            layout=self.layout,
+            plane=self.plane,
             stall_timeout_s=self.settings.stall_timeout_s,
             on_beat=self.on_beat,
             on_log=self.on_log,
@@ -137,6 +141,7 @@ class Stages:
             hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
             self._check(hellos)
             outcome = stage.open(self._answers(state, snapshot), timeout_s=self.settings.open_timeout_s)
+            self._settle(state, stage)
         except BaseException:
             stage.abort()
             raise
@@ -153,6 +158,19 @@ class Stages:
         self._opening_s = self.last_opening_s = self._opened_at - began
         self._rounds, self._planned = 0, planned
         return stage
+
+    def _settle(self, state: RunState, stage: Stage) -> None:
+        """Choose once where updates are added up, and have the stage's replicas form a ring if that is how."""
+        count, size = stage.num_replicas, self.plane.layout.num_bytes
+        wanted = self.settings.aggregation
+        if wanted == "auto" and not state.aggregation:
+            may = self.ring_possible and needs_measuring(count, size)
+            state.aggregation = choose(count, size, stage.measure()) if may else "star"
+        elif wanted != "auto":
+            state.aggregation = wanted
+        self.plane.ring = state.aggregation == "ring"
+        if self.plane.ring:
+            stage.form_ring(timeout_s=self.settings.stall_timeout_s)
 
     def _answers(self, state: RunState, snapshot: Snapshot | None) -> list[tuple[Open, bytes, bytes]]:
         tensors = self.tensors()
@@ -195,6 +213,10 @@ class Stages:
         self._rounds += 1
         reset, self._reset = self._reset, []
         return reset
+
+    def last_planned(self) -> bool:
+        """Whether the stage is known to close after the round that is due next."""
+        return self._planned is not None and self._rounds + 1 >= self._planned
 
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sparkdeep.messages import Hello
+from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.stage import Globals, RoundResult
 
 __all__ = ["OpenStage", "StageOpener"]
 
@@ -20,8 +20,11 @@ class OpenStage(Protocol):
     def hellos(self) -> Mapping[int, Hello]:
         """Who they are, by replica."""
 
-    def train(self, spec: RoundSpec, start: Globals) -> RoundResult:
-        """Run one round: all replicas' updates are in the result, or it raises and none counts."""
+    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
+        """Run one round: all replicas' updates are in the result, or it raises and none counts.
+
+        Replicas may begin the round `ahead` meanwhile; what they did of it is undone if the next order is another one.
+        """
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""
@@ -42,6 +45,9 @@ class StageOpener(Protocol):
 
     def committed_round(self) -> list[int]:
         """Count a round; returns the replicas whose state was lost before it, told once."""
+
+    def last_planned(self) -> bool:
+        """Whether the stage is known to close after the round that is due next."""
 
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""

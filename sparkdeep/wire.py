@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,8 +29,9 @@ TOKEN_BYTES: Final = 32
 HEADER_LIMIT_BYTES: Final = 1 << 20
 _PREFIX: Final = struct.Struct(">4s32sIQ")
 _POLL_S: Final = 0.25
-_SOCKET_BUFFER_BYTES: Final = 4 << 20
 _REQUEST_BYTES: Final = 1 << 20
+# A frame of at most this many bytes goes out in one piece: one packet, and one time that the other end wakes up.
+_JOINED_BYTES: Final = 1 << 16
 
 Buffer = bytes | bytearray | memoryview
 
@@ -65,14 +67,25 @@ class Connection:
     def __init__(self, sock: socket.socket, token: bytes, *, check: Callable[[], None] = lambda: None) -> None:
         assert len(token) == TOKEN_BYTES
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         sock.settimeout(_POLL_S)
         self._socket = sock
         self._token = token
         self._sending = threading.Lock()
         self.check = check
         self.peer = str(sock.getpeername())
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.heard = time.monotonic()
+        """When a frame last came in: while the other end speaks, it is not gone, though it may take nothing."""
+
+    @property
+    def local_host(self) -> str:
+        """The address of this end, as the other one sees it."""
+        return str(self._socket.getsockname()[0])
+
+    def readable(self) -> bool:
+        """Whether a frame, or the end of the connection, can be read without waiting."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer, timeout_s: float = 60.0) -> None:
         """Send one frame; its body is the concatenation of `bodies`.
@@ -80,13 +93,49 @@ class Connection:
         Raises:
             ConnectionLostError: the other end is gone or took nothing for `timeout_s`.
         """
-        self._send(self._head(kind, header, bodies), bodies, timeout_s)
+        self.stream(kind, header, sum(memoryview(b).nbytes for b in bodies), bodies, timeout_s=timeout_s)
 
-    def try_send(self, kind: str) -> None:
-        """Send an empty frame unless another one is on its way: a sign of life."""
+    def stream(
+        self,
+        kind: str,
+        header: dict[str, Any] | None,
+        body_bytes: int,
+        pieces: Iterable[Buffer],
+        *,
+        timeout_s: float = 60.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Send one frame whose body is made piece by piece while it is sent.
+
+        Args:
+            kind: of the frame.
+            header: JSON-ready, or None.
+            body_bytes: what the pieces are together.
+            pieces: of the body, each asked for when the one before is on its way.
+            timeout_s: as for `send`.
+            check: called about four times a second while the other end takes nothing, as the connection's own `check` is.
+
+        Raises:
+            ConnectionLostError: the other end is gone, or for `timeout_s` took nothing and said nothing.
+        """
+        head = self._head(kind, header, body_bytes)
+        with self._sending:
+            if len(head) + body_bytes <= _JOINED_BYTES:
+                self._write(memoryview(b"".join([head, *pieces])), timeout_s, check)
+                return
+            self._write(memoryview(head), timeout_s, check)
+            left = body_bytes
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                left -= view.nbytes
+                self._write(view, timeout_s, check)
+            assert left == 0, f"a body of {body_bytes} bytes was announced; {body_bytes - left} were given"
+
+    def try_send(self, kind: str, header: dict[str, Any] | None = None) -> None:
+        """Send a frame without a body unless another one is on its way, which is a sign of life too."""
         if self._sending.acquire(blocking=False):
             try:
-                self._write(memoryview(self._head(kind, None, ())), 1.0)
+                self._write(memoryview(self._head(kind, header, 0)), 1.0)
             finally:
                 self._sending.release()
 
@@ -112,6 +161,7 @@ class Connection:
             raise ProtocolError(f"a frame header from {self.peer} is not JSON: {error}") from error
         if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
             raise ProtocolError(f"a frame header from {self.peer} has no kind.")
+        self.heard = time.monotonic()
         return Frame(kind=document.pop("kind"), header=document, body_bytes=body_bytes)
 
     def read_into(self, view: memoryview, *, timeout_s: float) -> None:
@@ -136,33 +186,28 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _head(self, kind: str, header: dict[str, Any] | None, bodies: Sequence[Buffer]) -> bytes:
+    def _head(self, kind: str, header: dict[str, Any] | None, body_bytes: int) -> bytes:
         assert header is None or "kind" not in header, "a header's field must not be called kind"
         text = json.dumps({**(header or {}), "kind": kind}).encode()
         if len(text) > HEADER_LIMIT_BYTES:
             raise ProtocolError(f"header of {len(text)} bytes for {kind!r} exceeds {HEADER_LIMIT_BYTES}.")
-        size = sum(memoryview(b).nbytes for b in bodies)
-        return _PREFIX.pack(_MAGIC, self._token, len(text), size) + text
+        return _PREFIX.pack(_MAGIC, self._token, len(text), body_bytes) + text
 
-    def _send(self, head: bytes, bodies: Sequence[Buffer], timeout_s: float) -> None:
-        with self._sending:
-            self._write(memoryview(head), timeout_s)
-            for body in bodies:
-                self._write(memoryview(body).cast("B"), timeout_s)
-
-    def _write(self, view: memoryview, timeout_s: float) -> None:
+    def _write(self, view: memoryview, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
         last = time.monotonic()
         while view.nbytes:
             try:
                 sent = self._socket.send(view[:_REQUEST_BYTES])
             except TimeoutError:
                 self.check()
-                if time.monotonic() - last > timeout_s:
+                check()
+                if time.monotonic() - max(last, self.heard) > timeout_s:
                     raise ConnectionLostError(f"{self.peer} took nothing for {timeout_s:g} s.") from None
                 continue
             except OSError as error:
                 raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
             view = view[sent:]
+            self.sent_bytes += sent
             last = time.monotonic()
 
     def _read(self, view: memoryview, timeout_s: float) -> None:
@@ -180,4 +225,5 @@ class Connection:
             if not got:
                 raise ConnectionLostError(f"{self.peer} closed the connection.")
             view = view[got:]
+            self.received_bytes += got
             last = time.monotonic()

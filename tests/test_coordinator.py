@@ -15,8 +15,10 @@ from twin import local_coordinator
 
 from sparkdeep import coordinator as coordinator_module
 from sparkdeep.channel import Address, Channel
+from sparkdeep.compression import codec_named
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
+from sparkdeep.gathering import Plane
 from sparkdeep.messages import Hello, to_header
 from sparkdeep.parameters import Layout
 from sparkdeep.session import versions
@@ -37,7 +39,12 @@ def stage(coordinator):
         run="run",
         name="this-stage",
         num_replicas=2,
-        layout=Layout.of(nn.Linear(1, 1)),
+        plane=Plane(
+            layout=Layout.of(nn.Linear(1, 1)),
+            codec=codec_named("identity"),
+            down_codec=codec_named("identity"),
+            wide=False,
+        ),
         stall_timeout_s=5.0,
         on_beat=lambda _replica, _rows: None,
         on_log=lambda _replica, _line: None,

@@ -217,7 +217,6 @@ def update(**changes):
         "finite": True,
         "sections": ["exp_avg"],
         "buffer_bytes": 10,
-        "crc32": 7,
         "compute_s": 0.1,
         "input_s": 0.0,
         "logged": {"accuracy": 0.5},
@@ -244,7 +243,7 @@ def test_typed_headers_survive_json():
         ("finite", 1),
         ("sections", "exp_avg"),
         ("sections", [1]),
-        ("crc32", []),
+        ("buffer_bytes", []),
     ],
 )
 def test_a_field_of_the_wrong_type_is_named(field, value):

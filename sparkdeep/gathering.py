@@ -1,0 +1,216 @@
+"""One round at the driver: the order out to every replica, the headers admitted, the bodies summed, the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.admission import Admission, common_sections
+from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
+from sparkdeep.compression import CHUNK, Codec
+from sparkdeep.line import Line
+from sparkdeep.messages import Saved, Update, parse
+from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.partition import Partition
+from sparkdeep.round_values import Globals, RoundResult, Traffic
+from sparkdeep.schedule import RoundSpec
+from sparkdeep.trees import pack_tensors
+
+__all__ = ["Gathering", "Plane", "TrainOrder"]
+
+# Chunks that are summed at the same time: enough for replicas that arrive in bursts, few enough for the caches.
+_WINDOW = 8
+
+
+@final
+@dataclass(kw_only=True)
+class Plane:
+    """How this run's parameters travel; the same for all its rounds."""
+
+    layout: Layout
+    codec: Codec
+    """Of updates."""
+    down_codec: Codec
+    """Of what the global parameters changed by."""
+    wide: bool
+    """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
+    ring: bool = False
+    """Whether replicas add their updates up among themselves."""
+    _mean: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
+
+    def mean(self, numel: int) -> Tensor:
+        """The vector that means are written into, (numel,); the same memory every round, as fresh pages are dear."""
+        dtype = torch.float64 if self.wide and not self.ring else self.layout.dtype
+        if self._mean.numel() != numel or self._mean.dtype != dtype:
+            self._mean = torch.empty(numel, dtype=dtype)
+        return self._mean
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """What replicas are told at the start of a round."""
+
+    spec: RoundSpec
+    start: Globals
+    ahead: RoundSpec | None
+    """The round that follows if a replica may begin it on its own (`overlap`)."""
+    fresh: bool
+    """Whether this is the first round of its stage: replicas know no parameters yet."""
+
+    def header(self, plane: Plane, buffers: bytes) -> dict[str, Any]:
+        """The frame's header."""
+        return {
+            "spec": asdict(self.spec),
+            "ahead": asdict(self.ahead) if self.ahead is not None else None,
+            "sections": self.start.sections,
+            "buffer_bytes": len(buffers),
+            "previous": self.fresh and self.start.previous is not None,
+            "encoded": self.encoded is not None,
+            "ring": plane.ring,
+        }
+
+    @property
+    def encoded(self) -> bytes | None:
+        """What changed, for replicas that know the parameters of the round before."""
+        return None if self.fresh else self.start.encoded
+
+    def bodies(self, plane: Plane, replica: int, num_replicas: int, buffers: bytes) -> list[bytes | memoryview]:
+        """The frame's body."""
+        parts: list[bytes | memoryview] = []
+        if self.fresh and self.start.previous is not None:
+            parts.append(raw_bytes(self.start.previous))
+        if self.encoded is not None:
+            parts.append(self.encoded)
+        elif plane.ring:
+            start, stop = Partition(plane.layout.numel, num_replicas).bounds(replica)
+            parts.append(raw_bytes(self.start.parameters[start:stop]))
+        else:
+            parts.append(raw_bytes(self.start.parameters))
+        return [*parts, raw_bytes(self.start.inner), buffers]
+
+
+@final
+class Gathering:
+    """Collects one round's updates; `exchange` runs in one thread a replica.
+
+    Args:
+        plane: of the run.
+        order: of the round.
+        num_replicas: in the stage.
+        check: called while a replica waits for others; raises to give up.
+        stall_timeout_s: after which a replica that takes nothing counts as lost.
+    """
+
+    def __init__(
+        self,
+        plane: Plane,
+        order: TrainOrder,
+        num_replicas: int,
+        *,
+        check: Callable[[], None],
+        stall_timeout_s: float,
+    ) -> None:
+        self._plane = plane
+        self._order = order
+        self._count = num_replicas
+        self._check = check
+        self._stall_s = stall_timeout_s
+        self._buffers = pack_tensors(order.start.buffers)
+        self._header = order.header(plane, self._buffers)
+        self._admission: Admission[Tensor] = Admission(num_replicas, check, order.spec.round, self._prepare)
+        self._sum: OrderedSum | None = None
+        self._sections: list[str] = []
+        self._weights: list[float] = []
+        self._received: dict[int, dict[str, Tensor]] = {}
+        self._saved: dict[int, Saved] = {}
+        self._traffic: dict[int, Traffic] = {}
+
+    def exchange(self, replica: int, line: Line) -> None:
+        """Send the order, and take in the replica's update.
+
+        Raises:
+            NonFiniteError, UserCodeError: never mended by repeating.
+            ReplicaLostError: the replica went away or its update was damaged; the round is void.
+        """
+        connection = line.connection
+        sent, received = connection.sent_bytes, connection.received_bytes
+        line.waiting = False
+        line.buffer_limit_bytes = 2 * len(self._buffers) + 4096
+        bodies = self._order.bodies(self._plane, replica, self._count, self._buffers)
+        connection.send("train", self._header, *bodies, timeout_s=self._stall_s)
+        frame = line.expect("update")
+        update = parse(Update, frame.header)
+        line.waiting = True
+        if self._plane.ring:
+            buffers = line.read_buffers(frame, update)
+            mean = self._admission.enter(replica, line.hello.host, update)
+            self._take_part(replica, line, mean)
+        else:
+            self._admission.enter(replica, line.hello.host, update)
+            buffers = self._add(frame, update, line) if update.weight > 0 else {}
+        if update.weight > 0:
+            self._received[replica] = buffers
+        self._saved[replica] = parse(Saved, line.expect("saved").header)
+        self._traffic[replica] = Traffic(
+            sent_bytes=connection.sent_bytes - sent, received_bytes=connection.received_bytes - received
+        )
+
+    def _prepare(self, updates: list[Update]) -> Tensor:
+        self._sections = common_sections(updates)
+        self._weights = [update.weight for update in updates]
+        mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
+        if not self._plane.ring:
+            self._sum = OrderedSum(
+                mean.numel(), self._weights, out=mean, base=self._order.start.base, chunk=CHUNK, window=_WINDOW
+            )
+        return mean
+
+    def _add(self, frame: Any, update: Update, line: Line) -> dict[str, Tensor]:
+        assert self._sum is not None
+        plane = self._plane
+        return line.add_update(frame, update, self._sum, plane.codec, dtype=plane.layout.dtype, check=self._check)
+
+    def _take_part(self, replica: int, line: Line, mean: Tensor) -> None:
+        weights = reduced_weights(self._weights) if any(self._weights) else []
+        line.waiting = False
+        line.connection.send("reduce", {"weights": weights, "sections": len(self._sections)}, timeout_s=self._stall_s)
+        if weights:
+            start, stop = Partition(mean.numel(), self._count).bounds(replica)
+            line.read_part(mean[start:stop])
+        line.waiting = True
+
+    def result(self, seconds: float) -> RoundResult:
+        """The mean, once every replica's exchange has ended well."""
+        updates = self._admission.updates
+        start = self._order.start
+        total_weight = sum(self._weights)
+        mean, pooled = start.parameters, start.buffers
+        if total_weight:
+            mean = self._admission.prepared if self._sum is None else self._sum.mean()
+            buffers_of = [self._received.get(i, start.buffers) for i in range(self._count)]
+            pooled = pool_buffers(buffers_of, self._weights, self._plane.layout.variance_of)
+        elif start.base is not None:
+            mean = start.base
+        numel = self._plane.layout.numel
+        return RoundResult(
+            mean=mean[:numel],
+            buffers=pooled,
+            sections=self._sections,
+            inner=mean[numel:],
+            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
+            updates=updates,
+            saved=[self._saved[i] for i in range(self._count)],
+            seconds=seconds,
+            traffic=_summed(list(self._traffic.values())),
+        )
+
+
+def _summed(parts: Sequence[Traffic]) -> Traffic:
+    return Traffic(
+        sent_bytes=sum(part.sent_bytes for part in parts), received_bytes=sum(part.received_bytes for part in parts)
+    )

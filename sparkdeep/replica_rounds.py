@@ -1,0 +1,211 @@
+"""The replica's end of a round: orders in, local work, updates out; one after the other, or overlapped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from sparkdeep.channel import Channel
+from sparkdeep.errors import ProtocolError
+from sparkdeep.local_update import LocalResult
+from sparkdeep.overlapping import AbandonedError, Courier, Pace
+from sparkdeep.parameters import raw_bytes
+from sparkdeep.replica import Replica
+from sparkdeep.ring import Ring
+from sparkdeep.schedule import RoundSpec
+from sparkdeep.state_files import StateFiles, own_files
+from sparkdeep.wire import Frame
+
+__all__ = ["ReplicaRounds", "keep_state"]
+
+
+def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
+    """Write a state to this executor's disk.
+
+    Raises:
+        ReplicaLostError: the disk failed.
+    """
+    with own_files("it kept the replica's state"):
+        states.write(round_number, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """A round that was ordered, its parameters taken in."""
+
+    spec: RoundSpec
+    ahead: RoundSpec | None
+    sections: list[str]
+    inner: torch.Tensor
+    buffers: bytes
+
+
+@final
+class _Rendezvous:
+    """The stage's meeting on the driver, through this replica's own connection."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def put(self, key: str, value: bytes) -> None:
+        self._channel.send("put", {"key": key, "value": value.decode("latin-1")})
+
+    def get(self, key: str) -> bytes:
+        self._channel.send("get", {"key": key})
+        frame = self._channel.command()
+        if frame.kind != "value":
+            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
+        return str(frame.header["value"]).encode("latin-1")
+
+
+@final
+class ReplicaRounds:
+    """Does what `train` orders ask for.
+
+    Args:
+        channel: to the driver.
+        replica: the model and its data.
+        states: where its state is kept.
+        keep: whether to keep it after every round.
+    """
+
+    def __init__(self, channel: Channel, replica: Replica, states: StateFiles, *, keep: bool) -> None:
+        self._channel = channel
+        self._replica = replica
+        self._states = states
+        self._keep = keep
+        self._pace = Pace(replica.exchange.fragments)
+        self.ring: Ring | None = None
+        """Set when the replicas of the stage add their updates up among themselves."""
+
+    def join_ring(self, size: int, timeout_s: float) -> None:
+        """Connect to the other replicas of the stage.
+
+        Raises:
+            ReplicaLostError: not all of them can be reached.
+        """
+        replica = self._replica
+        self.ring = Ring(
+            _Rendezvous(self._channel),
+            replica.number,
+            size,
+            host=self._channel.local_host,
+            device=replica.device,
+            timeout_s=timeout_s,
+        )
+
+    def run(self, frame: Frame) -> Frame | None:
+        """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
+        order = self._take(frame, None)
+        replica = self._replica
+        replica.begin_round(order.buffers)
+        replica.exchange.arrived()
+        replica.load_inner_state(order.sections, order.inner)
+        result = replica.train(order.spec)
+        if replica.exchange.overlap:
+            return self._go_on(order, result)
+        if self.ring is None:
+            self._channel.update(result)
+        else:
+            self._add_up(result)
+        began = time.perf_counter()
+        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        return None
+
+    def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:
+        """Deliver updates while the rounds after them are trained, until none is to be begun ahead."""
+        replica = self._replica
+        while order.ahead is not None:
+            result = result.encoded()  # what the code loses belongs to the state of this round
+            state = replica.save_state()
+            self._pace.reach(0.0)
+            courier = Courier(self._errand(order, result, state), lambda back: isinstance(back, Frame))
+            try:
+                replica.begin_round(None)
+                result = replica.train(order.ahead, self._between(courier))
+            except AbandonedError:
+                pass  # what it trains in vain is undone below
+            finally:
+                self._pace.reach(1.0)  # nothing is held back any more
+            back = courier.wait()
+            if isinstance(back, Frame):
+                replica.load_state(state)
+                return back
+            replica.exchange.arrived()
+            order = back
+        self._channel.update(result)
+        began = time.perf_counter()
+        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        return None
+
+    def _between(self, courier: Courier[_Order | Frame]) -> Callable[[float], None]:
+        def between(share: float) -> None:
+            self._pace.reach(share)
+            courier.check()
+
+        return between
+
+    def _errand(self, order: _Order, result: LocalResult, state: bytes) -> Callable[[], _Order | Frame]:
+        """Send an update, keep the state after it, and take in the next order."""
+
+        def errand() -> _Order | Frame:
+            self._channel.update(result, pace=self._pace)
+            self._report(order.spec.round, state if self._keep else b"", time.perf_counter())
+            frame = self._channel.command()
+            if frame.kind != "train":
+                return frame
+            following = self._take(frame, self._pace)
+            if following.spec != order.ahead:
+                raise ProtocolError(f"{order.ahead} was begun ahead, but the driver orders {following.spec}.")
+            return following
+
+        return errand
+
+    def _report(self, round_number: int, data: bytes, began: float) -> None:
+        if data:
+            keep_state(self._states, round_number, data)
+        self._channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
+
+    def _add_up(self, result: LocalResult) -> None:
+        """Send the header; once all are admitted, take part in the sum and send this replica's part of the mean."""
+        assert self.ring is not None
+        self._channel.update(result, vector=False)
+        frame = self._channel.command()
+        if frame.kind != "reduce":
+            raise ProtocolError(f"expected 'reduce' after the update's header, got {frame.kind!r}.")
+        weights: list[float] = frame.header["weights"]
+        if not weights:
+            return
+        numel = (1 + int(frame.header["sections"])) * self._replica.layout.numel
+        part = self.ring.reduce(result.vector, numel, weights)
+        self._channel.send_body("part", raw_bytes(part))
+
+    def _take(self, frame: Frame, pace: Pace | None) -> _Order:
+        """Read an order's body: parameters, averaged optimizer state, buffers."""
+        channel, replica, header = self._channel, self._replica, frame.header
+        exchange = replica.exchange
+        if header["previous"]:
+            channel.read_vector(exchange.known)
+        if header["encoded"]:
+            channel.read_change(exchange, pace)
+        elif header["ring"]:
+            assert self.ring is not None, "a ring is made before its first round"
+            start, stop = self.ring.bounds(replica.layout.numel)
+            channel.read_vector(exchange.arriving[start:stop])
+            self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
+        else:
+            channel.read_vector(exchange.arriving, pace)
+        sections = [str(name) for name in header["sections"]]
+        inner = replica.layout.empty(len(sections))
+        channel.read_vector(inner)
+        return _Order(
+            spec=RoundSpec(**header["spec"]),
+            ahead=RoundSpec(**header["ahead"]) if header["ahead"] is not None else None,
+            sections=sections,
+            inner=inner,
+            buffers=channel.read_bytes(header["buffer_bytes"]),
+        )

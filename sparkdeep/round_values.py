@@ -1,0 +1,55 @@
+"""What a round starts from and what it gives, as the main loop and every transport see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparkdeep.messages import Saved, Update
+
+__all__ = ["Globals", "RoundResult", "Traffic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Globals:
+    """What every replica starts a round from."""
+
+    parameters: Tensor
+    """(numel,) in the layout's dtype; with a lossy `down_codec`, what replicas know of the global parameters."""
+    buffers: dict[str, Tensor]
+    sections: list[str]
+    """Names of averaged optimizer state, with `inner_state="average"`."""
+    inner: Tensor
+    """(len(sections) * numel,)."""
+    encoded: bytes | None = None
+    """With a lossy `down_codec`: what leads to `parameters` from what replicas knew a round ago."""
+    previous: Tensor | None = None
+    """With `overlap`: the parameters of a round ago, (numel,), which a replica that is new to the stage needs."""
+    base: Tensor | None = None
+    """Where updates are differences: (numel,), what their mean is added to; else None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes of one round at the driver, frames included."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """The mean of one round."""
+
+    mean: Tensor
+    """(numel,): float64 for an outer optimizer, in the layout's dtype for plain averaging; the next round overwrites it."""
+    buffers: dict[str, Tensor]
+    sections: list[str]
+    inner: Tensor
+    """(len(sections) * numel,): mean of the optimizer states, likewise."""
+    loss: float
+    updates: list[Update]
+    saved: list[Saved]
+    seconds: float
+    traffic: Traffic = field(default_factory=Traffic)
