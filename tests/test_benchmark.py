@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import socket
+import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs"))
 
-from benchmarks import images, plots, table, traffic
+import benchmark
+from benchmarks import images, plots, table
 from benchmarks.rows import interleaved, over, row
 
 
@@ -83,27 +85,6 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     assert "pip install 'sparkdeep[benchmark]'" in plots.can_plot()
 
 
-def test_the_kernel_counts_what_passes_a_port_both_ways():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
-        port = server.getsockname()[1]
-        pairs = []
-        for listener in (server, other):
-            near = socket.create_connection(listener.getsockname())
-            far, _ = listener.accept()
-            pairs.append((near, far))
-        for (near, far), size in zip(pairs, (70_000, 5_000), strict=True):
-            near.sendall(bytes(size))
-            assert len(far.recv(size, socket.MSG_WAITALL)) == size
-            far.sendall(bytes(11))
-            assert len(near.recv(11, socket.MSG_WAITALL)) == 11
-        # The opening of a connection counts as a byte; acknowledgements may still be on their way for those 11.
-        assert 70_000 <= traffic.wire_bytes(port) <= 70_000 + 12
-        for near, far in pairs:
-            near.close()
-            far.close()
-        assert traffic.wire_bytes(port) == 0
-
-
 def test_images_are_whole_squares_in_0_to_1_and_every_one_is_there_once():
     pytest.importorskip("sklearn")
     found = images.load_images(None)
@@ -123,3 +104,41 @@ def test_the_convnet_takes_both_sides_and_accuracy_is_a_share():
         assert images.Convnet(side)(torch.zeros(3, side * side)).shape == (3, 10)
     output = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     assert float(images.accuracy(output, torch.tensor([0, 1, 1, 0]))) == 0.75
+
+
+def test_a_section_is_given_what_it_asks_for_and_one_that_fails_leaves_the_others_alone(monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def good(*, pairs, quick):
+        asked.update(pairs=pairs, quick=quick)
+        return {"title": "Good", "rows": [row("it", "s", [1.0])], "notes": []}
+
+    def bad(spark):
+        raise RuntimeError(f"{spark} is no session")
+
+    for name, measure in (("good", good), ("bad", bad)):
+        module = types.ModuleType(f"benchmarks.{name}")
+        module.measure, module.__spec__ = measure, importlib.util.spec_from_loader(f"benchmarks.{name}", None)
+        monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
+    monkeypatch.setattr(benchmark, "SECTIONS", ("bad", "good", "absent"))
+    monkeypatch.setattr(benchmark, "spark_session", lambda: "this")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--pairs", "2", "--output", str(tmp_path)])
+    assert benchmark.main() == 1
+    assert asked == {"pairs": 2, "quick": True}
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    failed, measured, absent = content["sections"]
+    assert (failed["name"], failed["failed"]) == ("bad", True)
+    assert failed["notes"] == ["FAILED: RuntimeError: this is no session"]
+    assert (measured["rows"][0]["values"], measured["failed"]) == ([1.0], False)
+    assert absent["notes"] == ["This section is not in this checkout."]
+    assert content["about"].keys() >= {"date", "cpu", "cores", "commit", "torch", "pyspark"}
+    text = (tmp_path / "benchmark.md").read_text()
+    assert text.index("RuntimeError: this is no session") < text.index("| it | s | 1 |")
+    capsys.readouterr()
+
+
+def test_unknown_sections_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "memory,speed"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "unknown sections ['speed']; known: throughput, exchange" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from benchmarks.fake_replicas import open_fake_stage
+from benchmarks.fake_replicas import open_fake_fit
 from benchmarks.rows import row
 
 __all__ = ["measure"]
@@ -21,8 +21,8 @@ def measure(*, pairs: int, quick: bool) -> dict[str, Any]:
     for size_mb in sizes:
         for replicas in counts:
             times = max(1, 40 // (replicas * size_mb))
-            with open_fake_stage(replicas, size_mb * MB // 4) as stage:
-                seconds = [sum(stage.round() for _ in range(times)) / times for _ in range(pairs)]
+            with open_fake_fit(replicas, size_mb * MB // 4) as fit:
+                seconds = [sum(fit.round() for _ in range(times)) / times for _ in range(pairs)]
             name, series = f"{size_mb} MB x {replicas}", f"{size_mb} MB"
             rates.append(row(name, "rounds/s", [1 / s for s in seconds], series=series, x=replicas))
             flows.append(row(name, "MB/s", [2 * replicas * size_mb / s for s in seconds], series=series, x=replicas))

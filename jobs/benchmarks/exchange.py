@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.fake_replicas import open_fake_stage
+from benchmarks.fake_replicas import open_fake_fit
 from benchmarks.processes import gloo_group
 from benchmarks.rows import interleaved, over, row
 
@@ -51,8 +51,9 @@ def compare(spark: Any, size_mb: int, replicas: int, pairs: int) -> list[dict[st
     numel, times = size_mb * MB // 4, rounds_of(size_mb)
     measures: dict[str, Callable[[], float]] = {}
     with contextlib.ExitStack() as stack:
-        stage = stack.enter_context(open_fake_stage(replicas, numel))
-        measures["sparkdeep"] = functools.partial(mean_of, stage.round, times)
+        for how in ("star", "ring"):
+            fit = stack.enter_context(open_fake_fit(replicas, numel, aggregation=how))
+            measures[f"sparkdeep, {how}"] = functools.partial(mean_of, fit.round, times)
         reduce = stack.enter_context(gloo_group(replicas, numel))
         measures["gloo all_reduce"] = functools.partial(reduce, times)
         if size_mb <= SPARK_LIMIT[0] and replicas <= SPARK_LIMIT[1]:
@@ -62,7 +63,7 @@ def compare(spark: Any, size_mb: int, replicas: int, pairs: int) -> list[dict[st
         seconds = interleaved(measures, pairs)
     rows = []
     for name, values in seconds.items():
-        others = [other for other in seconds if other != name] if name == "sparkdeep" else []
+        others = [other for other in seconds if "sparkdeep" not in other] if "sparkdeep" in name else []
         ratios = {other: over(values, seconds[other]) for other in others}
         series = f"{name}, {replicas} replicas"
         rows.append(row(f"{size_mb} MB x {replicas}, {name}", "s", values, ratios=ratios, series=series, x=size_mb))
@@ -82,7 +83,8 @@ def measure(spark: Any, *, pairs: int, quick: bool) -> dict[str, Any]:
             rows += compare(spark, size_mb, replicas, min(pairs, 3) if slow else pairs)
     notes = [
         (
-            "Replicas are processes that take no steps: parameters go down, updates come up, the mean is taken and written. "
+            "Rounds of a fit whose replicas, processes of their own, take no steps: parameters go down, updates come up, the "
+            "mean is taken and written. "
             "gloo: all_reduce of the same bytes among as many processes. Spark: the same bytes broadcast, collected and "
             f"averaged, up to {SPARK_LIMIT[0]} MB and {SPARK_LIMIT[1]} replicas: beyond, its driver's Java heap of 1 GB dies."
         )

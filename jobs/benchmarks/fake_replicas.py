@@ -1,4 +1,4 @@
-"""Replicas that do no work, in processes of their own, on the real wire: they send back the vector that they get."""
+"""Replicas that do no work, in processes of their own, on the real wire: rounds of a fit that only exchange."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import socket
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,51 +14,62 @@ from pathlib import Path
 from typing import Any, Final, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.process_launcher import ProcessLauncher
-from benchmarks.traffic import wire_bytes
 from sparkdeep.channel import Channel
+from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.coordinator import Coordinator
+from sparkdeep.fitting import Fit, new_run_id, plan_of
 from sparkdeep.launch import Ticket
-from sparkdeep.messages import Hello, Open, Update
-from sparkdeep.outer import Assign
-from sparkdeep.parameters import Entry, Layout, raw_bytes
-from sparkdeep.replica import LocalResult
+from sparkdeep.local_update import LocalResult, LocalUpdate
+from sparkdeep.messages import Hello, Update
+from sparkdeep.metrics import RoundRecord
+from sparkdeep.parameters import Layout
+from sparkdeep.program import Program
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import serve, versions
-from sparkdeep.stage import Globals, Stage
+from sparkdeep.stages import ShardFacts
 from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack_tensors
 
-__all__ = ["ROWS", "FakeStage", "fake_launcher", "flat_layout", "open_fake_stage"]
+__all__ = ["FakeFit", "open_fake_fit"]
 
-ROWS: Final = {"train": 1_000_000, "validation": 0}
-"""What every stand-in says of its shard, whose digest is "fake"."""
-NO_BUFFERS: Final = pack_tensors({})
+_ROWS: Final = {"train": 1_000_000, "validation": 0}
+_DIGEST: Final = "none"
+_BUFFERS: Final = pack_tensors({})
 _OPEN_S: Final = 120.0
-_STALL_S: Final = 120.0
+_FOREVER: Final = 1_000_000
 
 
-def flat_layout(numel: int) -> Layout:
-    """A model of one float32 parameter, shape (numel,)."""
-    entry = Entry(name="weight", shape=(numel,), dtype=torch.float32, offset=0)
-    return Layout(entries=(entry,), dtype=torch.float32, buffers=(), variance_of={})
+class Flat(nn.Module):
+    """A model of one float32 parameter.
+
+    Args:
+        numel: its length.
+    """
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(numel))
 
 
 @final
-class StandIn:
-    """What `serve` needs of a Replica; it takes no steps, and its update is the vector that arrived."""
+class _StandIn:
+    """What `serve` needs of a Replica. It takes no steps: its update is what arrived, or where differences travel a noise."""
 
-    def __init__(self, numel: int) -> None:
-        self.layout = flat_layout(numel)
-        self.flat = self.layout.empty()
+    def __init__(self, number: int, numel: int, local: LocalSettings) -> None:
+        self.number = number
+        self.device = torch.device("cpu")
+        self.layout = Layout.of(Flat(numel))
+        self.exchange = LocalUpdate(self.layout, local)
+        self._noise = torch.randn(numel).mul_(1e-3) if self.exchange.differs else None
 
     def load_tensors(self, data: bytes) -> None:
-        """There is no module."""
+        """Nothing is fixed."""
 
-    def load_parameters(self, buffers: bytes) -> None:
-        """They lie in `flat` already."""
+    def begin_round(self, buffers: bytes | None) -> None:
+        """There is no module to load."""
 
     def load_inner_state(self, sections: list[str], values: Tensor) -> None:
         """There is no optimizer."""
@@ -75,24 +85,26 @@ class StandIn:
         return b""
 
     def train(self, spec: RoundSpec) -> LocalResult:
-        """The round without its steps: what a replica does to its vector before it goes out."""
+        """The round without its steps."""
         update = Update(
             round=spec.round,
             rows=1,
             weight=1.0,
             steps=1,
             loss_sum=0.0,
-            finite=bool(torch.isfinite(self.flat.sum())),
+            finite=True,
             sections=[],
-            buffer_bytes=len(NO_BUFFERS),
-            crc32=zlib.crc32(NO_BUFFERS, zlib.crc32(raw_bytes(self.flat))),
+            buffer_bytes=len(_BUFFERS),
             compute_s=0.0,
             input_s=0.0,
         )
-        return LocalResult(update=update, vector=self.flat, buffers=NO_BUFFERS)
+        vector = self.exchange.known if self._noise is None else self._noise
+        return LocalResult(update=update, vector=vector, buffers=_BUFFERS, exchange=self.exchange)
 
 
-def _replica(number: int, connection: Connection, ticket: Ticket, numel: int, states: str) -> None:
+def _replica(
+    number: int, connection: Connection, ticket: Ticket, numel: int, local: LocalSettings, states: str
+) -> None:
     del connection
     channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=_OPEN_S, who=f"stand-in {number}")
     hello = Hello(
@@ -103,71 +115,70 @@ def _replica(number: int, connection: Connection, ticket: Ticket, numel: int, st
         pid=os.getpid(),
         device="cpu",
         versions=versions(),
-        rows=ROWS,
-        digest="fake",
+        rows=_ROWS,
+        digest=_DIGEST,
         shard="",
     )
-    build = cast("Callable[[], Any]", lambda: StandIn(numel))
+    build = cast("Callable[[], Any]", lambda: _StandIn(number, numel, local))
     with contextlib.closing(channel):
         serve(channel, hello, build, StateFiles(Path(states) / str(number)))
 
 
-def fake_launcher(replicas: int, numel: int, states: str, *, inside: Sequence[str] | None = None) -> ProcessLauncher:
-    """Starts stand-ins of `numel` parameters, each in its network namespace if `inside` names them."""
-    return ProcessLauncher(_replica, replicas, numel, states, inside=inside)
-
-
 @dataclass(kw_only=True)
-class FakeStage:
-    """An open stage, and the driver's part of its rounds."""
+class FakeFit:
+    """A fit with an open stage, whose rounds are exchanges and nothing else."""
 
-    stage: Stage
-    coordinator: Coordinator
-    parameters: Tensor
-    """(numel,) float32: what `Assign` writes to."""
-    rounds: int = 0
+    rounds: Iterator[RoundRecord]
+    record: RoundRecord
+    """Of the last round."""
 
     def round(self) -> float:
-        """Seconds of one round: parameters down, updates up, the mean taken and written."""
-        self.rounds += 1
-        spec = RoundSpec(round=self.rounds, epoch=0, first_step=0, num_steps=0)
-        start = Globals(parameters=self.parameters, buffers={}, sections=[], inner=self.parameters[:0])
+        """Seconds of one round: parameters down, updates up, the mean taken and written to the global parameters."""
         began = time.perf_counter()
-        Assign().step(self.parameters, lambda: self.stage.train(spec, start))
+        self.record = next(self.rounds)
         return time.perf_counter() - began
-
-    def wire_bytes(self) -> int:
-        """Bytes that passed the driver's port so far, both ways."""
-        return wire_bytes(self.coordinator.address.port)
 
 
 @contextlib.contextmanager
-def open_fake_stage(
-    replicas: int, numel: int, *, host: str = "127.0.0.1", inside: Sequence[str] | None = None
-) -> Iterator[FakeStage]:
-    """Open a stage of stand-ins (in these network namespaces) that dial `host`, after one round that warms up."""
+def open_fake_fit(
+    replicas: int,
+    numel: int,
+    *,
+    local: LocalSettings | None = None,
+    aggregation: Any = "star",
+    host: str = "127.0.0.1",
+    inside: Sequence[str] | None = None,
+) -> Iterator[FakeFit]:
+    """Open a stage of stand-ins, and warm up with one round.
+
+    Args:
+        replicas: how many.
+        numel: float32 parameters.
+        local: how updates travel; one row a batch.
+        aggregation: "star" or "ring".
+        host: where the coordinator listens, and the stand-ins dial.
+        inside: the network namespace of each.
+    """
+    local = local or LocalSettings(batch_size=1)
     coordinator = Coordinator(bind_host=host, advertised_host=host, ports=range(1))
-    stage = Stage(
-        run="benchmark",
-        name="fake",
-        num_replicas=replicas,
-        layout=flat_layout(numel),
-        stall_timeout_s=_STALL_S,
-        on_beat=lambda _replica, _rows: None,
-        on_log=lambda _replica, _line: None,
-    )
-    coordinator.route(stage.admit)
-    with tempfile.TemporaryDirectory(prefix="sparkdeep-fake-") as states:
-        try:
-            ticket = Ticket(address=coordinator.address, token=coordinator.token, run="benchmark", stage="fake")
-            running = fake_launcher(replicas, numel, states, inside=inside).launch(ticket, "")
-            stage.gather(running, timeout_s=_OPEN_S, waiting_for=str)
-            answer = Open(committed=0, scheduler_steps=0, state="fresh", tensor_bytes=0, keep=False)
-            stage.open([(answer, b"", b"")] * replicas, timeout_s=_OPEN_S)
-            opened = FakeStage(stage=stage, coordinator=coordinator, parameters=torch.ones(numel))
-            opened.round()
-            yield opened
-            stage.close(save=None)
-        finally:
-            stage.abort()
-            coordinator.close()
+    with tempfile.TemporaryDirectory(prefix="sparkdeep-fake-") as states, contextlib.closing(coordinator):
+        program = Program(model=Flat(numel), loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+        fit = Fit(
+            program=program,
+            local=local,
+            settings=RunSettings(
+                num_workers=replicas,
+                sync_every=1,
+                rounds_per_stage=_FOREVER,
+                max_stage_s=_FOREVER,
+                max_retries=0,
+                aggregation=aggregation,
+            ),
+            plan=plan_of(program, local, None),
+            shards=[ShardFacts(rows=_ROWS, digest=_DIGEST)] * replicas,
+            launcher=ProcessLauncher(_replica, replicas, numel, local, states, inside=inside),
+            coordinator=coordinator,
+            run=new_run_id(),
+        )
+        with contextlib.closing(fit.rounds()) as rounds:
+            yield FakeFit(rounds=rounds, record=next(rounds))

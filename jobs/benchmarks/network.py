@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,13 +13,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from benchmarks.codecs import CODECS, coded
 from benchmarks.ddp_loop import Goal, train_ddp
-from benchmarks.fake_replicas import open_fake_stage
+from benchmarks.fake_replicas import open_fake_fit
 from benchmarks.images import Images, accuracy, load_images
 from benchmarks.namespaces import DEVICE, address_of, capped_network, why_not
 from benchmarks.plain_replicas import plain_fit, write_shards
 from benchmarks.processes import Processes, together
-from benchmarks.rows import over, row
+from benchmarks.rows import interleaved, over, row
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.program import Program
 
@@ -85,14 +87,16 @@ def _driver(
     connection.send((False, (seconds, steps, loss)))
 
 
-def _exchange(rank: int, connection: Connection, replicas: Sequence[str], megabytes: int) -> None:
+def _exchange(rank: int, connection: Connection, replicas: Sequence[str], megabytes: int, codec: str) -> None:
     """A driver that answers every question with the seconds of one round."""
     del rank
-    with open_fake_stage(len(replicas), megabytes * 250_000, host=address_of(0), inside=replicas) as stage:
+    fit = open_fake_fit(len(replicas), megabytes * 250_000, local=coded(codec), host=address_of(0), inside=replicas)
+    with fit as opened:
+        opened.round()  # the first round of a stage sends whole parameters, this one what changed
         connection.send((False, 0.0))
         while True:
             connection.recv()
-            connection.send((False, stage.round()))
+            connection.send((False, opened.round()))
 
 
 def _train(images: Images, names: Sequence[str], seed: int, folder: Path) -> dict[str, tuple[float, int, float]]:
@@ -118,14 +122,16 @@ def _train(images: Images, names: Sequence[str], seed: int, folder: Path) -> dic
     return found
 
 
-def _exchanges(names: Sequence[str], megabytes: int, pairs: int) -> list[float]:
-    process = Processes(_exchange, 1, names[1:], megabytes, inside=names[:1])
-    try:
-        process.answers()
-        ask: Callable[[int], list[float]] = process.ask
-        return [ask(pair)[0] for pair in range(pairs)]
-    finally:
-        process.kill()
+def _exchanges(names: Sequence[str], megabytes: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds of a round by codec, interleaved."""
+    with contextlib.ExitStack() as stack:
+        measures: dict[str, Callable[[], float]] = {}
+        for codec in CODECS:
+            process = Processes(_exchange, 1, names[1:], megabytes, codec, inside=names[:1])
+            stack.callback(process.kill)
+            process.answers()
+            measures[codec] = functools.partial(lambda driver: float(driver.ask(0)[0]), process)
+        return interleaved(measures, pairs)
 
 
 def measure(*, pairs: int, quick: bool, data: Path | None) -> dict[str, Any]:
@@ -142,14 +148,17 @@ def measure(*, pairs: int, quick: bool, data: Path | None) -> dict[str, Any]:
         for megabits in caps:
             with capped_network(REPLICAS + 1, megabits) as names:
                 runs = [_train(images, names, seed, folder) for seed in range(seeds)]
-                exchanged = _exchanges(names, size_mb, min(pairs, 5)) if megabits == max(caps) else []
+                exchanged = _exchanges(names, size_mb, min(pairs, 5)) if megabits == max(caps) else {}
             for i, unit in enumerate((f"s to loss {TARGET_LOSS}", "local steps to it", "held-out loss reached")):
                 for name in RATES:
                     values = [run[name][i] for run in runs]
                     beside = {DDP: over(values, [run[DDP][i] for run in runs])} if i == 0 and name != DDP else None
                     rows.append(row(f"{megabits} Mb/s, {name}", unit, values, ratios=beside))
-            if exchanged:
-                rows.append(row(f"{megabits} Mb/s, {size_mb} MB x {REPLICAS}, identity", "s an exchange", exchanged))
+            for codec, values in exchanged.items():
+                whole = exchanged["identity"]
+                faster = {f"{codec}, how much faster": over(whole, values)} if codec != "identity" else None
+                name = f"{megabits} Mb/s, {size_mb} MB x {REPLICAS}, {codec}"
+                rows.append(row(name, "s an exchange", values, ratios=faster))
     parameters = sum(p.numel() for p in perceptron(images.pixels.shape[1]).parameters())
     return {
         "title": title,
