@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import json
+import math
 import sys
 import types
 from pathlib import Path
