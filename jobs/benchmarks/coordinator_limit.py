@@ -28,6 +28,7 @@ def measure(*, pairs: int, quick: bool) -> dict[str, Any]:
             flows.append(row(name, "MB/s", [2 * replicas * size_mb / s for s in seconds], series=series, x=replicas))
     return {
         "title": "The coordinator's limit",
+        "x_title": "replicas",
         "rows": rates + flows,
         "notes": [
             (

@@ -109,4 +109,4 @@ def measure(spark: Any, *, pairs: int, quick: bool) -> dict[str, Any]:
             + ", ".join(f"{size} MB x {replicas}" for size, replicas in roomy)
             + "."
         )
-    return {"title": "Exchange of one round", "rows": rows, "notes": notes}
+    return {"title": "Exchange of one round", "x_title": "MB of parameters", "rows": rows, "notes": notes}

@@ -80,6 +80,7 @@ def measure(*, pairs: int, quick: bool) -> dict[str, Any]:
     ]
     return {
         "title": "The driver's memory and traffic",
+        "x_title": "replicas",
         "rows": rows,
         "notes": [
             (

@@ -6,9 +6,11 @@ import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["can_plot", "plot_section"]
+
+_WIDE: Final = 20  # a larger range of values is drawn on a logarithmic axis
 
 
 def can_plot() -> str:
@@ -38,6 +40,7 @@ def plot_section(section: Mapping[str, Any], path: Path) -> bool:
         if _on_lines(rows):
             _lines(axes, rows)
             axes.set_ylabel(unit)
+            axes.set_xlabel(section.get("x_title", ""))
         else:
             _bars(axes, rows)
             axes.set_xlabel(unit)
@@ -70,7 +73,13 @@ def _lines(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["x"])
         medians, whiskers = _whiskers(own)
         axes.errorbar([row["x"] for row in own], medians, yerr=whiskers, marker="o", capsize=2, label=series)
+    places = sorted({row["x"] for row in rows})
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    if max(max(row["values"]) for row in rows) > _WIDE * min(min(row["values"]) for row in rows):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", ncols=2)
