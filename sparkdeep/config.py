@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeVar
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["EarlyStopping", "LocalSettings", "RunSettings", "choose_keras_backend", "refuse_unknown"]
+__all__ = [
+    "EarlyStopping",
+    "LocalSettings",
+    "RunSettings",
+    "check_aggregation",
+    "choose_keras_backend",
+    "refuse_unknown",
+]
 
 InnerState = Literal["keep", "average", "reset"]
 ReplicaState = Literal["local", "durable"]
@@ -222,6 +229,23 @@ class RunSettings:
             _positive(name, getattr(self, name))
         _one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
         _one_of("replica_state", self.replica_state, ("local", "durable"))
+
+
+def check_aggregation(local: LocalSettings, run: RunSettings) -> None:
+    """Refuse a ring that could not do what the replicas' settings ask for.
+
+    Raises:
+        ConfigError: naming both settings.
+    """
+    asked = [
+        f"{name}={getattr(local, name)!r}" for name in ("codec", "down_codec") if getattr(local, name) != "identity"
+    ]
+    asked += ["overlap=1"] if local.overlap else []
+    if run.aggregation == "ring" and asked:
+        raise ConfigError(
+            f"aggregation='ring' with {', '.join(asked)}: in a ring parameters travel whole and in time. Use "
+            "aggregation='star' or 'auto', or leave the others out."
+        )
 
 
 _S = TypeVar("_S")

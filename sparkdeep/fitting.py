@@ -12,7 +12,7 @@ import torch
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.compression import codec_named
-from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.config import LocalSettings, RunSettings, check_aggregation
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
 from sparkdeep.errors import ConfigError
@@ -87,6 +87,7 @@ class Fit:
     on_log: Callable[[int, str], None] = lambda _replica, _line: None
 
     def __post_init__(self) -> None:
+        check_aggregation(self.local, self.settings)
         self.layout = Layout.of(self.program.model)
         steps = [steps_per_epoch(shard.rows["train"], self.local) for shard in self.shards]
         if max(steps) == 0:
@@ -178,7 +179,7 @@ class Fit:
                 wide=self.outer_optimizer is not None,
             ),
             tensors=self._fixed,
-            ring_possible=self._base is None and ring_available(),
+            ring_possible=self._base is None and not self.down_codec.lossy and ring_available(),
             shards=self.shards,
             keep=self.settings.replica_state == "local",
             on_beat=self.on_beat,

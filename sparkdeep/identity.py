@@ -71,6 +71,14 @@ def run_identity(
         "clip_grad_norm": local.clip_grad_norm,
         "precision": local.precision,
         "inner_state": local.inner_state,
+        "exchange": [
+            local.codec,
+            local.down_codec,
+            local.error_feedback,
+            local.overlap,
+            # How many fragments it travels in changes not a bit.
+            local.overlap_mix,
+        ],
         "seed": local.seed,
         "window": [local.block_rows, local.window_rows],
         "loss": describe(program.loss),

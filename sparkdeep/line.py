@@ -175,7 +175,7 @@ class Line:
         )
         checksum.update(data)
         self._verify(checksum)
-        return unpack_tensors(data)
+        return unpack_tensors(data) if data else {}
 
     def _verify(self, checksum: Any) -> None:
         told = self.connection.read_body(CHECKSUM_BYTES, limit_bytes=CHECKSUM_BYTES, timeout_s=self._stall_s)

@@ -167,7 +167,8 @@ class Replica:
 
         Args:
             spec: of the round.
-            between: called before every step with the share of the steps that is done; raises to give up.
+            between: called before every step with the share of the steps that is done, and with 1 before the update is
+                made; raises to give up.
         """
         began = time.perf_counter()
         if self._settings.inner_state == "reset":
@@ -183,6 +184,7 @@ class Replica:
             for _ in range(spec.num_steps - max(0, last - spec.first_step)):
                 if self._scheduler is not None:
                     self._scheduler.step()
+        between(1.0)  # not while the generators are held: it may wait for other replicas of this process
         return self._result(spec, progress, began)
 
     def _local_step(self, batches: list[Batch], progress: _Progress) -> None:

@@ -145,6 +145,8 @@ class ReplicaRounds:
     def _between(self, courier: Courier[_Order | Frame]) -> Callable[[float], None]:
         def between(share: float) -> None:
             self._pace.reach(share)
+            if share == 1.0:
+                courier.wait()  # the last update must be away before this one is written over it
             courier.check()
 
         return between

@@ -19,13 +19,14 @@ from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_
 from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.spark.settings import FitSettings
 
-__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "probe", "transport_for"]
+__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "probe", "ring_allowed", "transport_for"]
 
 Shards: TypeAlias = Callable[[], DataFrame]
 Transport: TypeAlias = BarrierLauncher | SparkRunner
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
 _PROBE_TIMEOUT_S: Final = 60.0
+_GUARDS: Final = ("spark.authenticate", "spark.network.crypto.enabled", "spark.ssl.enabled", "spark.ssl.rpc.enabled")
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
@@ -62,6 +63,15 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
         ),
         "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
         "coordinator_port": (settings.coordinator_port, "no port is opened"),
+        "aggregation": (
+            "ring" if settings.run.aggregation == "ring" else None,
+            "no connection stays open between rounds",
+        ),
+        "overlap": (settings.local.overlap or None, "a round ends before the next one begins"),
+        "down_codec": (
+            settings.local.down_codec if settings.local.down_codec != "identity" else None,
+            "replicas are built anew for each round, and know no parameters that could have changed",
+        ),
         "worker_process": (
             "spawn" if settings.worker_process == "spawn" else None,
             "replicas train in Spark's Python workers",
@@ -73,6 +83,25 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
                 f"{name}={value!r} with transport='spark': {reason}. Leave it out, or use transport='socket'."
             )
     return transport
+
+
+def ring_allowed(settings: FitSettings, spark: SparkSession) -> bool:
+    """Whether replicas may talk to each other: gloo's connections know neither authentication nor encryption.
+
+    Raises:
+        PreflightError: a ring is asked for where Spark's own connections know them.
+    """
+    if settings.run.plain_ring or is_connect(spark):
+        return True
+    access = access_to(spark)
+    guarded = [name for name in _GUARDS if str(access.conf(name) or "false").lower() == "true"]
+    if guarded and settings.run.aggregation == "ring":
+        raise PreflightError(
+            f"aggregation='ring' with {', '.join(f'{name}=true' for name in guarded)}: replicas would exchange parameters over "
+            "connections that are neither encrypted nor authenticated. Use aggregation='star', or allow it by "
+            "plain_ring=True where the network between executors is trusted."
+        )
+    return not guarded
 
 
 def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
