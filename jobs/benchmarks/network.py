@@ -32,11 +32,11 @@ TARGET_LOSS: Final = 0.25
 BATCH: Final = 32
 SYNC_EVERY: Final = 50
 MAX_STEPS: Final = 1_500
-HIDDEN: Final = 512
+HIDDEN: Final = 128
 EXCHANGED_MB: Final = 40
 DDP: Final = "DDP, gloo, every step"
 # Rates at which each reaches the target in few steps; DiLoCo's outer step is Nesterov's.
-RATES: Final = {DDP: 0.1, "averaging": 0.1, "DiLoCo": 0.1}
+RATES: Final = {DDP: 0.2, "averaging": 0.2, "DiLoCo": 0.2}
 OUTER: Final = {"averaging": None, "DiLoCo": functools.partial(torch.optim.SGD, lr=0.7, momentum=0.6, nesterov=True)}
 
 
