@@ -149,7 +149,8 @@ def measure(spark: Any, *, pairs: int, quick: bool) -> dict[str, Any]:
         "notes": [
             (
                 f"A 784-256-256-10 perceptron, batch {mlp.BATCH}, SGD, {REPLICAS} x {rows:,} rows of noise, two replicas "
-                'of one thread each, aggregation="auto" (the default); of sparkdeep rounds 2 and later of an open stage. The losses are of different "
+                'of one thread each, aggregation="auto" (the default); of sparkdeep rounds 2 and later of an open stage. '
+                "The losses are of different "
                 "numbers of epochs (3 without talk, 1 of DDP, of sparkdeep as many as its rate was measured over)."
                 f"{again}"
             )
