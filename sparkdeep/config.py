@@ -104,6 +104,8 @@ class LocalSettings:
     """The share of a replica's own parameters when it merges, as in Streaming DiLoCo; None: all of its progress is kept."""
     overlap_fragments: int = 1
     """Pieces in which vectors travel, spread over the round that is trained meanwhile."""
+    prefetch: int | Literal["auto"] = "auto"
+    """Batches gathered ahead by a thread, 0 for none; "auto": 2 on a GPU, none on a CPU, whose thread computes all the time."""
     device: str = "auto"
     """"auto" (the GPU that Spark gave the task, else the CPU), "cpu" or a torch device such as "cuda:0"."""
 
@@ -113,6 +115,8 @@ class LocalSettings:
         _at_least("block_rows", self.block_rows, 1)
         _at_least("window_rows", self.window_rows, 1)
         _at_least("seed", self.seed, 0)
+        if self.prefetch != "auto":
+            _at_least("prefetch", self.prefetch, 0)
         if self.clip_grad_norm is not None:
             _positive("clip_grad_norm", self.clip_grad_norm)
         _one_of("precision", self.precision, (None, "bf16"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
 from sparkdeep.compression import LARGEST, chunks_of, codec_named, encoded_bytes
@@ -31,10 +31,17 @@ class LocalUpdate:
     `overlap_mix`, from a mixture of them and this replica's own parameters (Douillard et al., 2025, Streaming DiLoCo).
 
     Memory: one vector; one more for a lossy codec, one for error feedback, three for overlap.
+
+    Args:
+        layout: of the model.
+        settings: the replica's.
+        parameters: the model's trainable ones, in the layout's order.
     """
 
-    def __init__(self, layout: Layout, settings: LocalSettings) -> None:
+    def __init__(self, layout: Layout, settings: LocalSettings, parameters: list[Tensor]) -> None:
         self._layout = layout
+        self._parameters = parameters
+        self._views: dict[int, list[Tensor]] = {}
         self.codec = codec_named(settings.codec)
         self.down = codec_named(settings.down_codec)
         self.overlap = settings.overlap > 0
@@ -55,8 +62,11 @@ class LocalUpdate:
         changed = self.down.decode(data, stop - start, self._layout.dtype)
         torch.add(self.known[start:stop], changed, out=self.arriving[start:stop])
 
-    def begin(self) -> Tensor:
-        """The vector that the next round starts from, (numel,)."""
+    def begin(self) -> None:
+        """Give the model the parameters that the next round starts from."""
+        self.write(self._starting())
+
+    def _starting(self) -> Tensor:
         if not self.overlap:
             return self.known
         if self._pending is None:
@@ -73,10 +83,27 @@ class LocalUpdate:
         if self.overlap:
             self.known, self.arriving = self.arriving, self.known
 
-    def end(self, module: nn.Module, sections: int = 0) -> Tensor:
-        """Read the trained module; gives the vector to send, with room for `sections` of optimizer state after it."""
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Copy a vector, (numel,), into the model, rounding once to its parameters' dtypes."""
+        torch._foreach_copy_(self._parameters, self._views_of(vector))
+
+    def _views_of(self, vector: Tensor) -> list[Tensor]:
+        """The vector's parameters in their shapes; made once for each of the vectors that stay."""
+        at = vector.data_ptr()
+        if at not in self._views:
+            views = self._layout.views(vector)
+            if vector is not self.known and vector is not self.arriving and vector is not self._start:
+                return views
+            self._views[at] = views
+        return self._views[at]
+
+    @torch.no_grad()
+    def end(self, sections: int = 0) -> Tensor:
+        """Read the trained model; gives the vector to send, with room for `sections` of optimizer state after it."""
         vector = self._vector if not sections else self._layout.empty(1 + sections)
-        own = self._layout.read(module, vector[: self._layout.numel])
+        own = vector[: self._layout.numel] if sections else vector
+        torch._foreach_copy_(self._views_of(own), self._parameters)
         if self.differs:
             own.sub_(self._start)
             if self.overlap:

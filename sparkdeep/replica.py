@@ -6,34 +6,33 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkdeep.config import LocalSettings
-from sparkdeep.data.batches import Batch, make_batch
-from sparkdeep.data.order import EpochOrder, batch_range, num_batches
+from sparkdeep.data.batches import Batch
+from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
-from sparkdeep.inputs import prepared
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
 from sparkdeep.parameters import Layout, float_dtype_of, named_tensors
 from sparkdeep.program import Program, inner_optimizer, other_modules
+from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.state_files import own_files
 from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
 from sparkdeep.validation import Evaluator
 
 __all__ = ["Replica", "steps_per_epoch"]
 
 BEAT_S = 0.5
+_NOTHING = nullcontext()
+_NO_BUFFERS = pack_tensors({})
 
 
 def steps_per_epoch(rows: int, settings: LocalSettings) -> int:
@@ -73,16 +72,14 @@ class Replica:
         self.layout = Layout.of(self.model)
         self._program = program
         self._settings = settings
-        self._schema = schema
         self.device = device
         self._beat = beat
-        self._float_dtype = float_dtype_of(self.model)
         self._loss = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
-        self.exchange = LocalUpdate(self.layout, settings)
+        self.exchange = LocalUpdate(self.layout, settings, self._parameters)
         self._own_buffers: dict[str, Tensor] | None = None
-        self._order: tuple[int, EpochOrder] | None = None
+        self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
         self._start_optimizer(0)
@@ -145,7 +142,9 @@ class Replica:
             buffers: the pooled ones, safetensors; None while they are still on their way (`overlap`). A replica that runs
                 ahead keeps its own, as its parameters are its own too.
         """
-        self.layout.write(self.model, self.exchange.begin())
+        self.exchange.begin()
+        if not self.layout.buffers:
+            return
         if self._own_buffers is not None:
             self.layout.write_buffers(self.model, self._own_buffers)
         elif buffers is not None:
@@ -153,7 +152,7 @@ class Replica:
 
     def load_for_scoring(self, parameters: Tensor, buffers: bytes) -> None:
         """Take over global parameters, (numel,), and buffers until the next round begins."""
-        self.layout.write(self.model, parameters)
+        self.exchange.write(parameters)
         self.layout.write_buffers(self.model, unpack_tensors(buffers))
 
     def load_inner_state(self, sections: list[str], values: Tensor) -> None:
@@ -176,10 +175,10 @@ class Replica:
         last = min(spec.first_step + spec.num_steps, self.steps_per_epoch)
         progress = _Progress(self._beat)
         self.model.train()
-        with self._random.installed():
+        with self._random.installed(), self._reader.training(spec.epoch, spec.first_step, last) as steps:
             for step in range(spec.first_step, last):
                 between((step - spec.first_step) / spec.num_steps)
-                self._local_step(self._batches(spec.epoch, step, progress), progress)
+                self._local_step(self._batches(steps, progress), progress)
             # A replica that is out of rows keeps the common clock of the learning rate all the same.
             for _ in range(spec.num_steps - max(0, last - spec.first_step)):
                 if self._scheduler is not None:
@@ -192,12 +191,12 @@ class Replica:
         total = sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
         for batch, weight in zip(batches, weights, strict=True):
-            with self._autocast(), _single_row_norms(self.model, batch.rows, self.train_rows):
+            with self._autocast(), self._norms(batch.rows):
                 loss = self._loss(self.model, batch)
             # One batch a step is left alone, so that the step is a plain torch loop's to the last bit.
             share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
             share.backward()
-            progress.add(batch.rows, weight, loss.detach())
+            progress.add(batch.rows, weight, loss)
         if self._settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
         self._optimizer.step()
@@ -205,43 +204,19 @@ class Replica:
             self._scheduler.step()
         progress.end_step()
 
-    def _batches(self, epoch: int, step: int, progress: _Progress) -> list[Batch]:
+    def _batches(self, steps: Iterator[list[Batch]], progress: _Progress) -> list[Batch]:
         began = time.perf_counter()
-        if self._order is None or self._order[0] != epoch:
-            self._order = (
-                epoch,
-                EpochOrder(
-                    self.train_rows,
-                    seed=self._settings.seed,
-                    epoch=epoch,
-                    digest=self.shard.info.digest,
-                    block_rows=self._settings.block_rows,
-                    window_rows=self._settings.window_rows,
-                ),
-            )
-        order = self._order[1]
-        first = step * self._settings.accumulate_batches
-        count = num_batches(self.train_rows, self._settings.batch_size)
-        batches = []
-        for index in range(first, min(first + self._settings.accumulate_batches, count)):
-            start, stop = batch_range(self.train_rows, self._settings.batch_size, index)
-            batch = self._batch("train", order.indices(start, stop), augment=True)
-            batches.append(replace(batch, epoch=epoch, index=index))
+        batches = next(steps)
         progress.input_s += time.perf_counter() - began
         return batches
 
-    def _batch(self, split: str, indices: Any, *, augment: bool) -> Batch:
-        with own_files("it read the shard"):
-            fields = self.shard.take(split, indices)
-        batch = make_batch(fields, self._schema, float_dtype=self._float_dtype, collate=self._program.collate)
-        if self.device.type != "cpu":
-            batch = batch.to(self.device, non_blocking=True)
-        return prepared(batch, self._program, augment=augment)
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._settings.precision is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _norms(self, rows: int) -> AbstractContextManager[Any]:
+        return _single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
 
     def _result(self, spec: RoundSpec, progress: _Progress, began: float) -> LocalResult:
         weight = progress.weight
@@ -249,18 +224,18 @@ class Replica:
         vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
         if self.exchange.overlap:
             self._own_buffers = self.layout.read_buffers(self.model)
-            vector = self.exchange.end(self.model)
+            vector = self.exchange.end()
         if weight > 0:
             if self._settings.inner_state == "average":
                 sections, state = read_inner_state(self._optimizer, self._parameters)
-                vector = self.exchange.end(self.model, len(sections))
+                vector = self.exchange.end(len(sections))
                 for i, tensors in enumerate(state):
                     start = (i + 1) * self.layout.numel
                     for view, tensor in zip(self.layout.views(vector[start:]), tensors, strict=True):
                         view.copy_(tensor)
             elif not self.exchange.overlap:
-                vector = self.exchange.end(self.model)
-            buffers = pack_tensors(self._own_buffers or self.layout.read_buffers(self.model))
+                vector = self.exchange.end()
+            buffers = self._packed_buffers()
             loss_sum = progress.loss_sum()
             finite = math.isfinite(loss_sum) and self.exchange.finite(vector)
         update = Update(
@@ -278,6 +253,11 @@ class Replica:
         )
         return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange)
 
+    def _packed_buffers(self) -> bytes:
+        if not self.layout.buffers:
+            return _NO_BUFFERS
+        return pack_tensors(self._own_buffers or self.layout.read_buffers(self.model))
+
     # -- validation ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
@@ -286,17 +266,11 @@ class Replica:
         self.model.eval()
         progress = _Progress(self._beat)
         with torch.no_grad(), self._random.borrowed():
-            for batch in self._validation_batches():
+            for batch in self._reader.validation():
                 with self._autocast():
                     evaluator.add(self.model, batch)
                 progress.add(batch.rows, 0.0, None)
         return evaluator.scores()
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        rows = self.shard.info.rows["validation"]
-        size = self._settings.batch_size
-        for start in range(0, rows, size):
-            yield self._batch("validation", np.arange(start, min(start + size, rows)), augment=False)
 
 
 class _Progress:
@@ -307,7 +281,8 @@ class _Progress:
         self.steps = 0
         self.weight = 0.0
         self.input_s = 0.0
-        self._losses: list[tuple[Tensor, float]] = []
+        self._losses: list[Tensor | float] = []
+        self._weights: list[float] = []
         self._beat = beat
         self._last = time.monotonic()
 
@@ -315,7 +290,9 @@ class _Progress:
         self.rows += rows
         self.weight += weight
         if loss is not None:
-            self._losses.append((loss, weight))
+            # A number on the CPU is there; one on a device would be waited for, and is fetched when the round ends.
+            self._losses.append(loss.item() if loss.device.type == "cpu" else loss.detach().reshape(()))
+            self._weights.append(weight)
         if time.monotonic() - self._last > BEAT_S:
             self._beat(self.rows, self.steps)
             self._last = time.monotonic()
@@ -324,16 +301,19 @@ class _Progress:
         self.steps += 1
 
     def loss_sum(self) -> float:
-        losses = torch.stack([loss.reshape(()) for loss, _ in self._losses]).to("cpu", torch.float64)
-        return float(losses @ torch.tensor([weight for _, weight in self._losses], dtype=torch.float64))
+        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
+        losses = (
+            torch.stack(tensors).to("cpu", torch.float64) if tensors else torch.tensor(numbers, dtype=torch.float64)
+        )
+        return float(losses @ torch.tensor(self._weights, dtype=torch.float64))
 
 
 class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)
     """Batch norms use their running statistics while a shard of one row trains: one row has no variance."""
 
-    def __init__(self, model: nn.Module, rows: int, shard_rows: int) -> None:
-        alone = rows == 1 and shard_rows == 1
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if alone else []
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
 
     def __enter__(self) -> None:
         for norm in self._norms:

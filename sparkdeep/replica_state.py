@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkdeep.numpy_stream import Lent, NumpyStream
+
 __all__ = ["RandomState", "read_inner_state", "write_inner_state"]
 
 # The default generators of torch, numpy and Python are global to a process; in-process replicas take turns on them.
@@ -27,9 +29,9 @@ class RandomState:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
+        self._numpy = NumpyStream(seed)
         with self._saved():
             torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
             random.seed(seed)
             self._state = self._capture()
 
@@ -38,7 +40,13 @@ class RandomState:
         """Run a block on this stream; the process's own generators are as before afterwards."""
         with self._saved():
             self._install(self._state)
-            yield
+            self._numpy.install()
+            try:
+                yield
+            except BaseException:
+                self._numpy.forget()
+                raise
+            self._numpy.keep()
             self._state = self._capture()
 
     @contextmanager
@@ -46,43 +54,52 @@ class RandomState:
         """Run a block on this stream without moving it: scoring must not change what training draws next."""
         with self._saved():
             self._install(self._state)
-            yield
+            self._numpy.install()
+            try:
+                yield
+            finally:
+                self._numpy.forget()
 
     @contextmanager
     def _saved(self) -> Iterator[None]:
         with _GENERATORS:
-            before = self._capture()
+            before, lent = self._capture(), Lent()
             try:
                 yield
             finally:
                 self._install(before)
+                lent.give_back()
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's position, as tensors and numbers."""
-        return self._state
+        version, words, gauss = self._state["python"]
+        name, keys, place, has_gauss, cached = self._numpy.get()
+        state: dict[str, Any] = {
+            "torch": self._state["torch"],
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached],
+            "python": [version, torch.from_numpy(np.array(words, dtype=np.int64)), gauss],
+        }
+        if "cuda" in self._state:
+            state["cuda"] = self._state["cuda"]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a stored position."""
-        self._state = state
+        name, keys, place, has_gauss, cached = state["numpy"]
+        version, words, gauss = state["python"]
+        self._numpy.put((name, keys.numpy(), place, has_gauss, cached))
+        self._state = {**state, "python": (version, tuple(words.tolist()), gauss)}
 
     def _capture(self) -> dict[str, Any]:
-        version, words, gauss = random.getstate()
-        name, keys, place, has_gauss, cached = np.random.get_state()
-        state: dict[str, Any] = {
-            "torch": torch.get_rng_state(),
-            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
-            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
-        }
+        """The positions of torch and Python in their own form: a round takes and sets them twice, a file only once."""
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self._device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self._device)
         return state
 
     def _install(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
-        name, keys, place, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
-        version, words, gauss = state["python"]
-        random.setstate((version, tuple(words.tolist()), gauss))
+        random.setstate(state["python"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,13 +34,26 @@ class Batch:
     index: int = 0
     """Which batch of its epoch on this replica, from 0."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory, from which a GPU copies while others compute."""
         return replace(
             self,
-            features=_move(self.features, device, non_blocking),
-            labels=_move(self.labels, device, non_blocking),
-            weights=_move(self.weights, device, non_blocking),
+            features=_each(self.features, Tensor.pin_memory),
+            labels=_each(self.labels, Tensor.pin_memory),
+            weights=_each(self.weights, Tensor.pin_memory),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device; `non_blocking` as for `Tensor.to`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            features=_each(self.features, move),
+            labels=_each(self.labels, move),
+            weights=_each(self.weights, move),
         )
 
 
@@ -50,6 +63,7 @@ def make_batch(
     *,
     float_dtype: torch.dtype,
     collate: Callables = None,
+    place: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Turn fields into tensors, sharing the memory of writable arrays.
 
@@ -58,36 +72,39 @@ def make_batch(
         schema: says which field is what.
         float_dtype: for floating-point features and labels; integers and booleans stay what they are.
         collate: for ragged fields, a list of 1-d tensors to a tensor: one callable, or one a column.
+        place: the batch's epoch and its number there.
 
     Raises:
         UserCodeError: `collate` raised.
     """
-    values: dict[str, Any] = {}
+    # Role to argument to tensor; the argument None stands for a tensor that is given without a name.
+    parts: dict[str, dict[str | None, Any]] = {"features": {}, "label": {}, "weight": {}}
     for field in schema.fields:
-        if field.name in fields:
-            values[field.name] = _tensor(fields[field.name], field, float_dtype, collate)
+        value = fields.get(field.name)
+        if isinstance(value, Ragged):
+            parts[field.role][field.argument] = _collated(value, field, float_dtype, collate)
+        elif value is not None:
+            tensor = _as_tensor(value)
+            # (a weight stays what it is, and `to` costs more than the look at the dtype)
+            if tensor.dtype is not float_dtype and tensor.is_floating_point() and field.role != "weight":
+                tensor = tensor.to(float_dtype)
+            parts[field.role][field.argument] = tensor
     first = fields[schema.fields[0].name]
     return Batch(
-        features=_by_argument("features", schema, values),
-        labels=_by_argument("label", schema, values),
-        weights=values.get("weight"),
+        features=_named(parts["features"]),
+        labels=_named(parts["label"]),
+        weights=_named(parts["weight"]),
         rows=len(first.lengths) if isinstance(first, Ragged) else len(first),
+        epoch=place[0],
+        index=place[1],
     )
 
 
-def _by_argument(role: str, schema: Schema, values: Mapping[str, Any]) -> Any:
-    named = {
-        field.argument: values[field.name] for field in schema.fields if field.role == role and field.name in values
-    }
-    if not named:
-        return None
-    return named.get(None, named)
+def _named(part: dict[str | None, Any]) -> Any:
+    return part.get(None, part) if part else None
 
 
-def _tensor(value: FieldValues, field: Field, float_dtype: torch.dtype, collate: Callables) -> Any:
-    if not isinstance(value, Ragged):
-        tensor = _as_tensor(value)
-        return tensor.to(float_dtype) if tensor.is_floating_point() and field.role != "weight" else tensor
+def _collated(value: Ragged, field: Field, float_dtype: torch.dtype, collate: Callables) -> Any:
     flat = _as_tensor(value.values)
     flat = flat.to(float_dtype) if flat.is_floating_point() else flat
     function = callable_for(field.columns[0], collate)
@@ -107,11 +124,12 @@ def _as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _move(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change every tensor in a dict, tuple or list, or whatever else can move."""
     if isinstance(value, dict):
-        return {key: _move(item, device, non_blocking) for key, item in value.items()}
+        return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_move(item, device, non_blocking) for item in value)
+        return tuple(_each(item, change) for item in value)
     if isinstance(value, list):
-        return [_move(item, device, non_blocking) for item in value]
-    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+        return [_each(item, change) for item in value]
+    return change(value) if hasattr(value, "to") else value

@@ -83,27 +83,31 @@ class EpochOrder:
             )
         self.rows = rows
         self._key = (seed, epoch, digest)
-        self._block_rows = rows if rows <= window_rows else min(block_rows, window_rows)
-        self._window_blocks = 1 if rows <= window_rows else window_rows // self._block_rows
-        num_blocks = -(-rows // self._block_rows) if rows else 0
-        self._blocks: Indices = self._generator("blocks", 0).permutation(num_blocks)  # (blocks,) int64
+        self.block_rows = rows if rows <= window_rows else min(block_rows, window_rows)
+        self.window_blocks = 1 if rows <= window_rows else window_rows // self.block_rows
+        self.num_blocks = -(-rows // self.block_rows) if rows else 0
+        self.num_windows = -(-self.num_blocks // self.window_blocks)
+        self._blocks: Indices = self._generator("blocks", 0).permutation(self.num_blocks)  # (blocks,) int64
         # Only the block that is last on disk may be short; every window that comes after it starts so much earlier.
-        self._missing = num_blocks * self._block_rows - rows
+        self._missing = self.num_blocks * self.block_rows - rows
         self._short_at = int(np.argmax(self._blocks)) if rows else 0
         self._cached = -1
+        self._cached_from = self._cached_to = 0
         self._window: Indices = np.zeros(0, np.int64)
 
     def indices(self, start: int, stop: int) -> Indices:
-        """Return the rows at positions [start, stop) of the epoch, (stop - start,) int64.
+        """Return the rows at positions [start, stop) of the epoch, (stop - start,) int64, not to be written to.
 
         Raises:
             IndexError: the range reaches outside the epoch.
         """
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"positions {start} to {stop} reach outside an epoch of {self.rows} rows")
+        if self._cached_from <= start and stop <= self._cached_to:  # nearly always: within the window of the last call
+            return self._window[start - self._cached_from : stop - self._cached_from]
         pieces: list[Indices] = []
         # Windows are never longer than this, so this one starts no later than `start`.
-        window = start // max(1, self._window_blocks * self._block_rows)
+        window = start // max(1, self.window_blocks * self.block_rows)
         while start < stop:
             first, end = self._start(window), self._start(window + 1)
             if start < end:
@@ -113,17 +117,23 @@ class EpochOrder:
             window += 1
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
+    def block(self, number: int) -> tuple[int, int]:
+        """Return [start, stop) on disk of the block that is the `number`-th in this epoch."""
+        start = int(self._blocks[number]) * self.block_rows
+        return start, min(start + self.block_rows, self.rows)
+
     def _start(self, window: int) -> int:
-        block = min(window * self._window_blocks, len(self._blocks))
-        return block * self._block_rows - (self._missing if block > self._short_at else 0)
+        block = min(window * self.window_blocks, len(self._blocks))
+        return block * self.block_rows - (self._missing if block > self._short_at else 0)
 
     def _rows_of(self, window: int) -> Indices:
         if window != self._cached:
-            blocks = self._blocks[window * self._window_blocks : (window + 1) * self._window_blocks]
-            rows = (blocks[:, None] * self._block_rows + np.arange(self._block_rows)).reshape(-1)
+            blocks = self._blocks[window * self.window_blocks : (window + 1) * self.window_blocks]
+            rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).reshape(-1)
             rows = rows[rows < self.rows]
             self._window = self._generator("window", window).permutation(rows)
             self._cached = window
+            self._cached_from, self._cached_to = self._start(window), self._start(window + 1)
         return self._window
 
     def _generator(self, kind: str, number: int) -> np.random.Generator:

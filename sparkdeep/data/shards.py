@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -184,7 +185,7 @@ class Shard:
         """
         self.info = info
         self.schema = schema
-        self._maps = maps
+        self._columns = {split: [(field.name, maps[split, field.name]) for field in schema.fields] for split in SPLITS}
 
     @classmethod
     def open(cls, directory: Path) -> Shard:
@@ -230,28 +231,38 @@ class Shard:
             IndexError: an index lies outside the split.
         """
         rows = self.info.rows[split]
-        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= rows):
+        # As unsigned numbers negative ones are the largest, so that one look finds both ends.
+        if len(indices) and int(indices.astype(np.uint64).max()) >= rows:
             raise IndexError(
                 f"indices from {indices.min()} to {indices.max()} reach outside the {rows} rows of {split}"
             )
         run = _as_run(indices)
         out: dict[str, FieldValues] = {}
-        for field in self.schema.fields:
-            column = self._maps[split, field.name]
+        for name, column in self._columns[split]:
             if isinstance(column, Ragged):
-                out[field.name] = _take_ragged(column, indices, run)
+                out[name] = _take_ragged(column, indices, run)
             else:
                 # Of a slice a copy must be asked for; `take` gathers rows in two thirds of the time of an index array.
-                out[field.name] = column[run].copy() if run is not None else column.take(indices, axis=0)
+                out[name] = column[run].copy() if run is not None else column.take(indices, 0)
         return out
 
     def head(self, n: int) -> dict[str, FieldValues]:
         """Return the first `n` rows of train, or all if there are fewer."""
         return self.take("train", np.arange(min(n, self.info.rows["train"])))
 
+    def will_need(self, split: str, start: int, stop: int) -> None:
+        """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
+        for _, column in self._columns[split]:
+            if not isinstance(column, Ragged):
+                _will_need(column, start, stop)
+                continue
+            values, offsets = column
+            _will_need(offsets, start, stop + 1)
+            _will_need(values, int(offsets[start]), int(offsets[stop]))
+
     def close(self) -> None:
         """Let go of the maps; arrays that `take` returned stay valid."""
-        self._maps = {}
+        self._columns = {}
 
 
 def _num_rows(value: FieldValues) -> int:
@@ -302,4 +313,17 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mappin
         )
     if size == 0:
         return np.zeros(shape, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype).reshape(shape)
+
+
+def _will_need(array: Array, start: int, stop: int) -> None:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
+        return  # an empty column has no map
+    stride = array.nbytes // len(array)
+    first = start * stride // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_WILLNEED, first, stop * stride - first)

@@ -1,0 +1,111 @@
+"""Items of an iterator, made by a thread ahead of when they are asked for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, TypeVar, final
+
+import torch
+
+from sparkdeep.config import LocalSettings
+
+__all__ = ["ahead_of", "batches_ahead"]
+
+_T = TypeVar("_T")
+
+_LOOK_EVERY_S: Final = 0.1
+_LAST_ITEM_S: Final = 60.0
+
+
+def batches_ahead(settings: LocalSettings, device: torch.device) -> int:
+    """How many batches are gathered ahead.
+
+    "auto" is 2 on a GPU, whose host has time to spare while it computes, and 0 on a CPU: a replica's one thread
+    computes all the time, and another that gathers only takes turns with it.
+    """
+    if settings.prefetch == "auto":
+        return 0 if device.type == "cpu" else 2
+    return settings.prefetch
+
+
+@contextmanager
+def ahead_of(items: Iterator[_T], ahead: int) -> Iterator[Iterator[_T]]:
+    """Iterate over `items`, of which up to `ahead` are made while the block works on those before.
+
+    Items come in their order, and what making one raises is raised where that item is asked for, with its traceback.
+    No thread is left when the block ends, however it ends: it finishes the item that it is at, and no other.
+
+    Args:
+        items: touched by nobody else until the block ends.
+        ahead: items that may wait; with 0 there is no thread, and each is made when it is asked for.
+
+    Raises:
+        TimeoutError: the item that the thread is at when the block ends takes longer than a minute.
+    """
+    if ahead == 0:
+        yield items
+        return
+    prefetch = _Prefetch(items, ahead)
+    try:
+        yield prefetch
+    finally:
+        prefetch.close()
+
+
+@final
+class _Prefetch(Generic[_T]):
+    """The thread and what waits."""
+
+    def __init__(self, items: Iterator[_T], ahead: int) -> None:
+        self._items = items
+        # An item, or why there is none: what making it raised, or the end.
+        self._waiting: queue.Queue[tuple[_T] | BaseException] = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._over = False
+        self._thread = threading.Thread(target=self._fill, name="sparkdeep-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[_T]:
+        return self
+
+    def __next__(self) -> _T:
+        if self._over:
+            raise StopIteration
+        # Not longer than making the item takes: the thread hands over each, its failure or its end.
+        given = self._waiting.get()
+        if isinstance(given, tuple):
+            return given[0]
+        self._over = True
+        raise given
+
+    def _fill(self) -> None:
+        while not self._closed.is_set():
+            given: tuple[_T] | BaseException
+            try:
+                given = (next(self._items),)
+            except BaseException as error:  # noqa: BLE001 (raised where the item is asked for; StopIteration is the end)
+                given = error
+            self._hand_over(given)
+            if not isinstance(given, tuple):
+                return
+
+    def _hand_over(self, given: tuple[_T] | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._waiting.put(given, timeout=_LOOK_EVERY_S)
+            except queue.Full:
+                continue
+            return
+
+    def close(self) -> None:
+        self._closed.set()
+        while not self._waiting.empty():  # makes room, so that a thread which waits for it ends at once
+            self._waiting.get_nowait()
+        self._thread.join(timeout=_LAST_ITEM_S)
+        if self._thread.is_alive():
+            raise TimeoutError(
+                f"a batch that was being read ahead was not done {_LAST_ITEM_S:g} s after the round ended."
+            )
