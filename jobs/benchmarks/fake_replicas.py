@@ -61,8 +61,9 @@ class _StandIn:
     def __init__(self, number: int, numel: int, local: LocalSettings) -> None:
         self.number = number
         self.device = torch.device("cpu")
-        self.layout = Layout.of(Flat(numel))
-        self.exchange = LocalUpdate(self.layout, local)
+        with torch.device("meta"):  # only its shape is needed
+            self.layout = Layout.of(Flat(numel))
+        self.exchange = LocalUpdate(self.layout, local, [])
         self._noise = torch.randn(numel).mul_(1e-3) if self.exchange.differs else None
 
     def load_tensors(self, data: bytes) -> None:
