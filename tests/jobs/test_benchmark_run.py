@@ -63,3 +63,24 @@ def test_the_quick_run_writes_a_table_json_and_plots(tmp_path):
     assert all(f"## {section['title']}" in text for section in sections.values())
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == (set(SECTIONS) - {"heap"} if find_spec("matplotlib") else set())
+
+
+def printed(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def test_every_cable_is_capped_both_ways_and_nothing_is_left_when_it_fails_inside():
+    from benchmarks.namespaces import DEVICE, address_of, capped_network, why_not
+
+    if why_not():
+        pytest.skip(why_not())
+    before = printed("ip", "netns", "list")
+    with pytest.raises(LookupError), capped_network(3, 70) as names:  # noqa: PT012 (what is inside is looked at)
+        for node, name in enumerate(names):
+            assert "tbf" in (own := printed("tc", "-n", name, "qdisc", "show", "dev", DEVICE))
+            assert "rate 70Mbit" in own
+            assert address_of(node) in printed("ip", "-n", name, "-4", "address", "show", "dev", DEVICE)
+        switch = names[0].rpartition("-")[0] + "-switch"
+        assert printed("tc", "-n", switch, "qdisc", "show").count("rate 70Mbit") == 3
+        raise LookupError
+    assert printed("ip", "netns", "list") == before
