@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -115,6 +116,8 @@ def main() -> int:
         "data": arguments.data,
         "lts_python": arguments.lts_python,
     }
+    # What sections make (processes, network namespaces) is removed as they unwind, also when the run is told to end.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     about, sections = surroundings(), []
     if problem := can_plot():
         print(problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +16,13 @@ from torch import nn
 from benchmarks.codecs import CODECS, coded
 from benchmarks.ddp_loop import Goal, train_ddp
 from benchmarks.fake_replicas import open_fake_fit
-from benchmarks.images import Images, accuracy, load_images
+from benchmarks.images import Images, load_images
 from benchmarks.namespaces import DEVICE, address_of, capped_network, why_not
 from benchmarks.plain_replicas import plain_fit, write_shards
 from benchmarks.processes import Processes, together
 from benchmarks.rows import interleaved, over, row
 from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.metrics import RoundRecord
 from sparkdeep.program import Program
 
 __all__ = ["measure"]
@@ -50,18 +51,9 @@ def _reached(loss: float, _right: float) -> bool:
     return loss <= TARGET_LOSS
 
 
-def _driver(
-    rank: int, connection: Connection, images: Images, name: str, seed: int, folder: Path, replicas: Sequence[str]
-) -> None:
-    """A driver in a namespace of its own; tells seconds of training, scoring left out, with steps and loss."""
+def _driver(rank: int, connection: Connection, images: Images, folder: Path, replicas: Sequence[str]) -> None:
+    """A driver in a namespace of its own: asked for (contender, seed), it fits, and tells seconds, steps and loss."""
     del rank
-    torch.manual_seed(seed)
-    program = Program(
-        model=perceptron(images.pixels.shape[1]),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=functools.partial(torch.optim.SGD, lr=RATES[name]),
-        metrics={"accuracy": accuracy},
-    )
     shards = sorted(folder.glob("shard-*"))
     per_epoch = -(-images.train_rows // REPLICAS // BATCH)
     settings = RunSettings(
@@ -72,35 +64,50 @@ def _driver(
         rounds_per_stage=1_000_000,
         max_stage_s=600.0,
     )
+    while True:
+        name, seed = connection.recv()
+        torch.manual_seed(seed)
+        program = Program(
+            model=perceptron(images.pixels.shape[1]),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=functools.partial(torch.optim.SGD, lr=RATES[name]),
+        )
+        local = LocalSettings(batch_size=BATCH, seed=seed)
+        outer = {"outer_optimizer": OUTER[name]}
+        with plain_fit(program, local, settings, shards, host=address_of(0), inside=replicas, **outer) as fit:
+            connection.send((False, _to_the_target(fit.rounds())))
+
+
+def _to_the_target(rounds: Generator[RoundRecord]) -> tuple[float, int, float]:
+    """Seconds of training, scoring left out, with steps and loss."""
     seconds, steps, loss = 0.0, 0, float("inf")
-    local = LocalSettings(batch_size=BATCH, seed=seed)
-    outer = {"outer_optimizer": OUTER[name]}
-    with plain_fit(program, local, settings, shards, host=address_of(0), inside=replicas, **outer) as fit:
-        rounds = fit.rounds()
+    with contextlib.closing(rounds):
         for record in rounds:
             seconds += record.seconds - record.stage_seconds - record.validation_seconds
             steps += record.replicas[0].steps
             loss = record.metrics["loss"]
             if _reached(loss, 0.0):
                 break
-        rounds.close()
-    connection.send((False, (seconds, steps, loss)))
+    return seconds, steps, loss
 
 
-def _exchange(rank: int, connection: Connection, replicas: Sequence[str], megabytes: int, codec: str) -> None:
-    """A driver that answers every question with the seconds of one round."""
+def _exchange(rank: int, connection: Connection, replicas: Sequence[str], megabytes: int) -> None:
+    """A driver in a namespace of its own: asked for a codec, it tells the seconds of one round with it."""
     del rank
-    fit = open_fake_fit(len(replicas), megabytes * 250_000, local=coded(codec), host=address_of(0), inside=replicas)
-    with fit as opened:
-        opened.round()  # the first round of a stage sends whole parameters, this one what changed
-        connection.send((False, 0.0))
+    with contextlib.ExitStack() as stack:
+        fits = {}
+        for codec in CODECS:
+            opened = open_fake_fit(
+                len(replicas), megabytes * 250_000, local=coded(codec), host=address_of(0), inside=replicas
+            )
+            fits[codec] = stack.enter_context(opened)
+            fits[codec].round()  # the first round of a stage sends whole parameters, this one what changed
         while True:
-            connection.recv()
-            connection.send((False, opened.round()))
+            connection.send((False, fits[connection.recv()].round()))
 
 
-def _train(images: Images, names: Sequence[str], seed: int, folder: Path) -> dict[str, tuple[float, int, float]]:
-    """Seconds, steps and loss by contender."""
+def _train_ddp(images: Images, seed: int, replicas: Sequence[str]) -> tuple[float, int, float]:
+    """Seconds, steps and loss of DistributedDataParallel."""
     goal = Goal(
         model=functools.partial(perceptron, images.pixels.shape[1]),
         optimizer=functools.partial(torch.optim.SGD, lr=RATES[DDP]),
@@ -111,27 +118,34 @@ def _train(images: Images, names: Sequence[str], seed: int, folder: Path) -> dic
     )
     with tempfile.TemporaryDirectory(prefix="sparkdeep-gloo-") as store:
         arguments = (REPLICAS, f"{store}/store", images, goal, seed, DEVICE)
-        last = together(train_ddp, REPLICAS, *arguments, inside=names[1:])[0][-1]
-    found = {DDP: (last.seconds, last.step, last.loss)}
-    for name in OUTER:
-        process = Processes(_driver, 1, images, name, seed, folder, names[1:], inside=names[:1])
-        try:
-            found[name] = process.answers()[0]
-        finally:
-            process.kill()
-    return found
+        last = together(train_ddp, REPLICAS, *arguments, inside=replicas)[0][-1]
+    return last.seconds, last.step, last.loss
+
+
+@contextlib.contextmanager
+def _asked(target: Callable[..., None], *arguments: Any, inside: str) -> Iterator[Callable[[Any], Any]]:
+    """A process in a namespace, as a function of a question."""
+    process = Processes(target, 1, *arguments, inside=[inside])
+    try:
+        yield lambda question: process.ask(question)[0]
+    finally:
+        process.kill()
+
+
+def _train(images: Images, names: Sequence[str], folder: Path, seeds: int) -> list[dict[str, tuple[float, int, float]]]:
+    """Seconds, steps and loss by contender, seed by seed."""
+    runs = []
+    with _asked(_driver, images, folder, names[1:], inside=names[0]) as ask:
+        for seed in range(seeds):
+            found = {DDP: _train_ddp(images, seed, names[1:])}
+            runs.append(found | {name: ask((name, seed)) for name in OUTER})
+    return runs
 
 
 def _exchanges(names: Sequence[str], megabytes: int, pairs: int) -> dict[str, list[float]]:
     """Seconds of a round by codec, interleaved."""
-    with contextlib.ExitStack() as stack:
-        measures: dict[str, Callable[[], float]] = {}
-        for codec in CODECS:
-            process = Processes(_exchange, 1, names[1:], megabytes, codec, inside=names[:1])
-            stack.callback(process.kill)
-            process.answers()
-            measures[codec] = functools.partial(lambda driver: float(driver.ask(0)[0]), process)
-        return interleaved(measures, pairs)
+    with _asked(_exchange, names[1:], megabytes, inside=names[0]) as ask:
+        return interleaved({codec: functools.partial(ask, codec) for codec in CODECS}, pairs)
 
 
 def measure(*, pairs: int, quick: bool, data: Path | None) -> dict[str, Any]:
@@ -147,7 +161,7 @@ def measure(*, pairs: int, quick: bool, data: Path | None) -> dict[str, Any]:
         write_shards(folder, images, REPLICAS)
         for megabits in caps:
             with capped_network(REPLICAS + 1, megabits) as names:
-                runs = [_train(images, names, seed, folder) for seed in range(seeds)]
+                runs = _train(images, names, folder, seeds)
                 exchanged = _exchanges(names, size_mb, min(pairs, 5)) if megabits == max(caps) else {}
             for i, unit in enumerate((f"s to loss {TARGET_LOSS}", "local steps to it", "held-out loss reached")):
                 for name in RATES:
