@@ -20,7 +20,7 @@ MB: Final = 1_000_000
 SIZES_MB: Final = (1, 4, 40, 240, 400)
 REPLICAS: Final = (2, 4, 8)
 SPARKNET: Final = (240, 5)
-SPARK_LIMIT: Final = (40, 4)  # MB and replicas: beyond, the driver's Java heap of 1 GB dies
+SPARK_LIMIT: Final = (40, 4)  # MB and replicas: all of it passes through the driver's Java heap of 1 GB
 SLOW_MB: Final = 900  # all replicas together: from here on 3 pairs
 MOST_BYTES: Final = 8 << 30  # of memory, all processes of a case together
 MOST_MB: Final = 2000  # all replicas together: from here on a round takes too long on 2 cores
@@ -90,9 +90,8 @@ def measure(spark: Any, *, pairs: int, quick: bool) -> dict[str, Any]:
     notes = [
         (
             "Rounds of a fit whose replicas, processes of their own, take no steps: parameters go down, updates come up, the "
-            "mean is taken and written. "
-            "gloo: all_reduce of the same bytes among as many processes. Spark: the same bytes broadcast, collected and "
-            f"averaged, up to {SPARK_LIMIT[0]} MB and {SPARK_LIMIT[1]} replicas: beyond, its driver's Java heap of 1 GB dies."
+            "mean is taken and written. gloo: all_reduce of the same bytes among as many processes. Spark: the same bytes broadcast, collected and "
+            f"averaged, up to {SPARK_LIMIT[0]} MB and {SPARK_LIMIT[1]} replicas only, as all of it passes through the Java heap."
         )
     ]
     if not quick:
