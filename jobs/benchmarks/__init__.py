@@ -1,1 +1,1 @@
-"""The sections of the benchmark, each runnable alone."""
+"""The sections of jobs/benchmark.py, one file each, and what they share."""
