@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import cloudpickle
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -71,21 +71,20 @@ def dealt(
             "boolean column, or give a fraction."
         )
     columns = schema.columns()
-    kinds = {field.name: field.dataType for field in frame.schema.fields}
-    rows = frame.select(*_numbered(columns, kinds), *_flag_column(frame, validation))
+    marked = _validation_expression(frame, validation)
+    rows = frame.selectExpr(*_numbered(columns, frame), *([f"{marked} AS {FLAG}"] if marked else []))
     if isinstance(validation, DataFrame):
         missing = [name for name in columns if name not in validation.columns]
         if missing:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
-        other = {field.name: field.dataType for field in validation.schema.fields}
-        held_out = validation.select(*_numbered(columns, other), F.lit(True).alias(FLAG))
-        rows = rows.withColumn(FLAG, F.lit(False)).unionByName(held_out)
-    rows = rows.withColumn(HASH, F.xxhash64(F.lit(seed), *(F.col(numbered(i)) for i in range(len(columns)))))
+        held_out = validation.selectExpr(*_numbered(columns, validation), f"true AS {FLAG}")
+        rows = rows.unionByName(held_out)
+    # One expression as text: a Column object for each of many columns takes the driver longer than small tables take Spark.
+    names = ", ".join(numbered(i) for i in range(len(columns)))
+    rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
     if isinstance(validation, float):
-        bucket = F.pmod(F.xxhash64(F.lit(seed), F.lit("validation"), F.col(HASH)), F.lit(_BUCKETS))
-        rows = rows.withColumn(FLAG, bucket < F.lit(round(validation * _BUCKETS)))
-    elif validation is None:
-        rows = rows.withColumn(FLAG, F.lit(False))
+        bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
+        rows = rows.withColumn(FLAG, F.expr(bucket))
     if deal == "rows":
         rows = rows.repartition(num_workers, F.col(HASH))
     elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
@@ -96,14 +95,16 @@ def dealt(
     return rows.sortWithinPartitions(HASH, FLAG)
 
 
-def _numbered(columns: Sequence[str], kinds: Mapping[str, T.DataType]) -> list[Column]:
+def _numbered(columns: Sequence[str], frame: DataFrame) -> list[str]:
     # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
-    return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
+    kinds = {field.name: field.dataType for field in frame.schema.fields}
+    return [f"{selectable(name, kinds[name])} AS {numbered(i)}" for i, name in enumerate(columns)]
 
 
-def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
+def _validation_expression(frame: DataFrame, validation: Any) -> str:
+    """What says, before there is a hash, whether a row validates; "" where the hash says it."""
     if validation is None or isinstance(validation, DataFrame):
-        return []
+        return "false"
     if isinstance(validation, str):
         kinds = {field.name: field.dataType for field in frame.schema.fields}
         if validation not in kinds:
@@ -113,9 +114,9 @@ def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
                 f"validation={validation!r} is a column of type {kinds[validation].simpleString()}; it must be boolean, true "
                 "for rows that validate."
             )
-        return [F.col(quoted(validation)).alias(FLAG)]
+        return quoted(validation)
     if isinstance(validation, float) and 0.0 < validation < 1.0:
-        return []
+        return ""
     raise ConfigError(
         f"validation={validation!r}: give a fraction between 0 and 1, the name of a boolean column, or a DataFrame."
     )
@@ -132,7 +133,8 @@ def shards_of(
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
     extra = {"profile": profile} if profile is not None else {}
     manifest = "replica int, manifest string, sample binary"
-    return rows.mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
+    # The hash has done its work: it is not to travel.
+    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:
