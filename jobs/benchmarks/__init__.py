@@ -1,0 +1,1 @@
+"""The sections of jobs/benchmark.py, each runnable alone."""
