@@ -63,6 +63,11 @@ def count(frame: Any) -> int:
     return found
 
 
+def count_dealt(frame: Any, schema: Any, deal: str) -> int:
+    """The rows on their way to shards, counted."""
+    return count(dealt_rows(frame, schema, deal))
+
+
 def ingest(frame: Any, schema: Any, deal: str) -> tuple[int, str]:
     """Shards of a DataFrame, as a fit makes them: the rows, and the run to be removed."""
     from sparkdeep.fitting import new_run_id
@@ -138,8 +143,9 @@ def measure(spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = No
     Returns:
         "title", "rows" and "notes", ready for JSON; ratios are of that row to another, within a pair.
     """
-    from benchmarks.transform import one_task_a_file
     from pyspark.ml.functions import array_to_vector
+
+    from benchmarks.transform import one_task_a_file
 
     lines: list[dict[str, Any]] = []
     pairs = min(pairs, 2) if quick else pairs
@@ -171,9 +177,9 @@ def measure(spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = No
 def _rates(spark: Any, frame: Any, schema: Any, rows: int, pairs: int) -> dict[str, list[float]]:
     from sparkdeep.spark.barrier import clean_executors
 
-    measures: dict[str, Callable[[], Any]] = {"count": lambda: count(frame.select(*frame.columns))}
+    measures: dict[str, Callable[[], Any]] = {"count": partial(count, frame)}
     for deal in ("partitions", "rows"):
-        measures[f"count, {deal}"] = lambda deal=deal: count(dealt_rows(frame, schema, deal))
+        measures[f"count, {deal}"] = partial(count_dealt, frame, schema, deal)
         measures[f"ingest, {deal}"] = partial(ingest, frame, schema, deal)
     rates: dict[str, list[float]] = {name: [] for name in measures}
     for pair in range(pairs + 1):
@@ -205,8 +211,9 @@ def main() -> None:
         print(json.dumps(read_by_petastorm(arguments.converter)))
         return
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from benchmarks.transform import table
     from pyspark.sql import SparkSession
+
+    from benchmarks.transform import table
 
     builder = SparkSession.builder.master(f"local[{TASKS}]").config("spark.ui.enabled", "false")
     builder = builder.config("spark.driver.host", "localhost").config("spark.driver.memory", "4g")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,13 +92,14 @@ def batch_udf(columns: tuple[str, ...], module: nn.Module) -> Any:
     def make() -> Callable[..., Any]:
         torch.set_num_threads(1)
 
-        def predict(*inputs: Any) -> Any:
-            x = inputs[0] if len(inputs) == 1 else np.stack(inputs, 1)
+        def predict(x: Any) -> Any:
             with torch.inference_mode():
                 return module(torch.from_numpy(x)).numpy().reshape(-1)
 
-        # pyspark counts the arguments by the signature.
-        return predict if len(columns) == 1 else lambda a, b, c, d: predict(a, b, c, d)
+        def predict_scalars(a: Any, b: Any, c: Any, d: Any) -> Any:  # pyspark counts the arguments by the signature
+            return predict(np.stack([a, b, c, d], 1))
+
+        return predict if len(columns) == 1 else predict_scalars
 
     shapes = [[WIDE]] if len(columns) == 1 else None
     return predict_batch_udf(make, return_type=FloatType(), batch_size=BATCH, input_tensor_shapes=shapes)
@@ -138,15 +140,9 @@ def measure(spark: Any, *, pairs: int, quick: bool, rows: int = 0) -> dict[str, 
             few = spark.read.parquet(write_rows(Path(folder), shape, count // ROW_UDF_SHARE))
             model, batched, single = torch_model(columns, module), batch_udf(columns, module), row_udf(module)
             given: dict[str, tuple[int, Callable[[], Any]]] = {
-                "transform": (count, lambda f=frame, m=model: m.transform(f)),
-                "predict_batch_udf": (
-                    count,
-                    lambda f=frame, u=batched, c=columns: f.withColumn("prediction", u(*c)),
-                ),
-                "row UDF": (
-                    count // ROW_UDF_SHARE,
-                    lambda f=few, u=single, c=columns: f.withColumn("prediction", u(*c)),
-                ),
+                "transform": (count, partial(model.transform, frame)),
+                "predict_batch_udf": (count, partial(frame.withColumn, "prediction", batched(*columns))),
+                "row UDF": (count // ROW_UDF_SHARE, partial(few.withColumn, "prediction", single(*columns))),
             }
             _refuse_other_numbers(given)
             rates: dict[str, list[float]] = {name: [] for name in given}
