@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -131,7 +131,9 @@ def other(python: Path, path: Path) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = None) -> dict[str, Any]:
+def measure(
+    spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = None, shapes: Sequence[str] = tuple(SHAPES)
+) -> dict[str, Any]:
     """Measure every shape, interleaved.
 
     Args:
@@ -139,6 +141,7 @@ def measure(spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = No
         pairs: how often.
         quick: a twentieth of the rows, at most 2 pairs, within 15 s: start-up then counts for much.
         lts_python: an interpreter with petastorm; None: without it.
+        shapes: which of `SHAPES`.
 
     Returns:
         "title", "rows" and "notes", ready for JSON; ratios are of that row to another, within a pair.
@@ -149,7 +152,7 @@ def measure(spark: Any, *, pairs: int, quick: bool, lts_python: Path | None = No
 
     lines: list[dict[str, Any]] = []
     pairs = min(pairs, 2) if quick else pairs
-    sizes = {shape: rows // QUICK_SHARE if quick else rows for shape, rows in SHAPES.items()}
+    sizes = {shape: rows // QUICK_SHARE if quick else rows for shape, rows in SHAPES.items() if shape in shapes}
     with tempfile.TemporaryDirectory(prefix="sparkdeep-benchmark-") as folder, one_task_a_file(spark):
         for number, (shape, rows) in enumerate(sizes.items()):
             path = Path(folder) / str(number)
@@ -203,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
     parser.add_argument("--lts-python", type=lambda text: Path(text).absolute(), help="an interpreter with petastorm")
     parser.add_argument("--local-dir", default=tempfile.gettempdir(), help="where Spark and the shards write")
     parser.add_argument("--converter", help=argparse.SUPPRESS)
@@ -217,8 +221,10 @@ def main() -> None:
 
     builder = SparkSession.builder.master(f"local[{TASKS}]").config("spark.ui.enabled", "false")
     builder = builder.config("spark.driver.host", "localhost").config("spark.driver.memory", "4g")
+    builder = builder.config("spark.ui.showConsoleProgress", "false")
     spark = builder.config("spark.local.dir", arguments.local_dir).appName("sparkdeep ingest benchmark").getOrCreate()
-    print(table(measure(spark, pairs=arguments.pairs, quick=arguments.quick, lts_python=arguments.lts_python)))
+    options = {"lts_python": arguments.lts_python, "shapes": arguments.shape or tuple(SHAPES)}
+    print(table(measure(spark, pairs=arguments.pairs, quick=arguments.quick, **options)))
     spark.stop()
 
 
