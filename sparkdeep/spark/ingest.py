@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import cloudpickle
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -71,15 +71,15 @@ def dealt(
             "boolean column, or give a fraction."
         )
     columns = schema.columns()
-    marked = _validation_expression(frame, validation)
-    rows = frame.selectExpr(*_numbered(columns, frame), *([f"{marked} AS {FLAG}"] if marked else []))
+    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation))
     if isinstance(validation, DataFrame):
         missing = [name for name in columns if name not in validation.columns]
         if missing:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
-        held_out = validation.selectExpr(*_numbered(columns, validation), f"true AS {FLAG}")
+        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG))
         rows = rows.unionByName(held_out)
-    # One expression as text: a Column object for each of many columns takes the driver longer than small tables take Spark.
+    # As text: a call to the JVM for each of many columns, and again for each plan, takes the driver longer than it looks.
+    # Names of the user's do not go that way, as a session may give its own meaning to what is quoted.
     names = ", ".join(numbered(i) for i in range(len(columns)))
     rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
     if isinstance(validation, float):
@@ -95,16 +95,16 @@ def dealt(
     return rows.sortWithinPartitions(HASH, FLAG)
 
 
-def _numbered(columns: Sequence[str], frame: DataFrame) -> list[str]:
+def _numbered(columns: Sequence[str], frame: DataFrame) -> list[Column]:
     # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
     kinds = {field.name: field.dataType for field in frame.schema.fields}
-    return [f"{selectable(name, kinds[name])} AS {numbered(i)}" for i, name in enumerate(columns)]
+    return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
 
 
-def _validation_expression(frame: DataFrame, validation: Any) -> str:
-    """What says, before there is a hash, whether a row validates; "" where the hash says it."""
+def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
+    """What says, before there is a hash, whether a row validates; nothing where the hash says it."""
     if validation is None or isinstance(validation, DataFrame):
-        return "false"
+        return [F.lit(False).alias(FLAG)]
     if isinstance(validation, str):
         kinds = {field.name: field.dataType for field in frame.schema.fields}
         if validation not in kinds:
@@ -114,9 +114,9 @@ def _validation_expression(frame: DataFrame, validation: Any) -> str:
                 f"validation={validation!r} is a column of type {kinds[validation].simpleString()}; it must be boolean, true "
                 "for rows that validate."
             )
-        return quoted(validation)
+        return [F.col(quoted(validation)).alias(FLAG)]
     if isinstance(validation, float) and 0.0 < validation < 1.0:
-        return ""
+        return []
     raise ConfigError(
         f"validation={validation!r}: give a fraction between 0 and 1, the name of a boolean column, or a DataFrame."
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pyspark.sql import Column
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from sparkdeep.data.schema import ColumnType
@@ -29,9 +31,10 @@ def quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
-def selectable(name: str, kind: T.DataType) -> str:
-    """The SQL expression of a column; decimals, which Arrow keeps as such, become doubles."""
-    return f"CAST({quoted(name)} AS DOUBLE)" if isinstance(kind, T.DecimalType) else quoted(name)
+def selectable(name: str, kind: T.DataType) -> Column:
+    """A column of any name; decimals, which Arrow keeps as such, as doubles."""
+    column = F.col(quoted(name))
+    return column.cast("double") if isinstance(kind, T.DecimalType) else column
 
 
 def column_types(schema: T.StructType, used: Iterable[str]) -> dict[str, ColumnType]:
