@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from twin import schema_of
 
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.parameters import named_tensors
 from sparkdeep.prediction import Prediction
 from sparkdeep.program import Program, pack_program
@@ -83,3 +83,25 @@ def test_modules_beside_the_model_go_to_its_device(monkeypatch):
 def test_rows_of_zeros_tell_the_shape_of_the_output():
     program = Program(model=Doubled(), loss=None, optimizer=torch.optim.SGD)
     assert zero_output(program, schema(), torch.float32).shape == (ZERO_ROWS,)
+
+
+class RowsSeen(nn.Module):
+    """Gives each row the number of rows in its batch."""
+
+    def forward(self, x):
+        return torch.full((len(x),), float(len(x)))
+
+
+def test_the_model_sees_batches_of_its_size_however_many_rows_are_read_at_once(monkeypatch):
+    for read_bytes, read_rows in ((1, 4), (4 * 4 * 2, 8), (1 << 20, (1 << 18) // 4 * 4)):
+        monkeypatch.setattr(scoring, "_READ_BYTES", read_bytes)
+        loaded = scoring._Loaded(scorer(RowsSeen()))
+        assert loaded.read_rows == read_rows
+        assert loaded.predict([ROWS]).to_pylist() == [4.0] * 8 + [1.0]
+        assert scoring._Loaded(scorer(Doubled())).predict([ROWS]).to_pylist() == [2.0 * i for i in range(9)]
+
+
+def test_a_fault_in_a_later_batch_of_those_read_together_is_found():
+    loaded = scoring._Loaded(scorer(Doubled()))
+    with pytest.raises(DataError, match=r"column 'x' has 1 null"):
+        loaded.predict([pa.array([1.0] * 8 + [None], pa.float32())])

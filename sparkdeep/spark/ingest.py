@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,21 +71,20 @@ def dealt(
             "boolean column, or give a fraction."
         )
     columns = schema.columns()
-    kinds = {field.name: field.dataType for field in frame.schema.fields}
-    rows = frame.select(*_numbered(columns, kinds), *_flag_column(frame, validation))
+    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation))
     if isinstance(validation, DataFrame):
         missing = [name for name in columns if name not in validation.columns]
         if missing:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
-        other = {field.name: field.dataType for field in validation.schema.fields}
-        held_out = validation.select(*_numbered(columns, other), F.lit(True).alias(FLAG))
-        rows = rows.withColumn(FLAG, F.lit(False)).unionByName(held_out)
-    rows = rows.withColumn(HASH, F.xxhash64(F.lit(seed), *(F.col(numbered(i)) for i in range(len(columns)))))
+        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG))
+        rows = rows.unionByName(held_out)
+    # As text: a call to the JVM for each of many columns, and again for each plan, takes the driver longer than it looks.
+    # Names of the user's do not go that way, as a session may give its own meaning to what is quoted.
+    names = ", ".join(numbered(i) for i in range(len(columns)))
+    rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
     if isinstance(validation, float):
-        bucket = F.pmod(F.xxhash64(F.lit(seed), F.lit("validation"), F.col(HASH)), F.lit(_BUCKETS))
-        rows = rows.withColumn(FLAG, bucket < F.lit(round(validation * _BUCKETS)))
-    elif validation is None:
-        rows = rows.withColumn(FLAG, F.lit(False))
+        bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
+        rows = rows.withColumn(FLAG, F.expr(bucket))
     if deal == "rows":
         rows = rows.repartition(num_workers, F.col(HASH))
     elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
@@ -96,14 +95,16 @@ def dealt(
     return rows.sortWithinPartitions(HASH, FLAG)
 
 
-def _numbered(columns: Sequence[str], kinds: Mapping[str, T.DataType]) -> list[Column]:
+def _numbered(columns: Sequence[str], frame: DataFrame) -> list[Column]:
     # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
+    kinds = {field.name: field.dataType for field in frame.schema.fields}
     return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
 
 
 def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
+    """What says, before there is a hash, whether a row validates; nothing where the hash says it."""
     if validation is None or isinstance(validation, DataFrame):
-        return []
+        return [F.lit(False).alias(FLAG)]
     if isinstance(validation, str):
         kinds = {field.name: field.dataType for field in frame.schema.fields}
         if validation not in kinds:
@@ -132,7 +133,8 @@ def shards_of(
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
     extra = {"profile": profile} if profile is not None else {}
     manifest = "replica int, manifest string, sample binary"
-    return rows.mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
+    # The hash has done its work: it is not to travel.
+    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import torch
 from pyspark import TaskContext
 from torch import nn
 
-from sparkdeep.data.arrow import Ragged
+from sparkdeep.data.arrow import FieldValues, Ragged
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
@@ -33,6 +33,7 @@ __all__ = ["ZERO_ROWS", "Scorer", "load_here", "prediction_udf", "zero_batch", "
 ZERO_ROWS: Final = 3
 
 _KEPT_MODELS: Final = 2
+_READ_BYTES: Final = 1 << 20
 _models: OrderedDict[str, _Loaded] = OrderedDict()
 
 
@@ -81,6 +82,7 @@ class _Loaded:
         self.schema = Schema(fields=fields, float_dtype=scorer.schema.float_dtype)
         self.columns = list(scorer.columns)
         self.batch_size = scorer.batch_size
+        self.read_rows = _rows_at_once(self.schema, self.batch_size)
         self.float_dtype = float_dtype_of(self.module)
         self.prediction: Prediction = cloudpickle.loads(scorer.prediction)
         self.decode: Any = cloudpickle.loads(scorer.decode)
@@ -89,14 +91,16 @@ class _Loaded:
         """One prediction a row."""
         whole = pa.RecordBatch.from_arrays(list(arrays), names=self.columns)
         parts = []
-        for start in range(0, max(whole.num_rows, 1), self.batch_size):
-            batch = whole.slice(start, self.batch_size)
+        for start in range(0, max(whole.num_rows, 1), self.read_rows):
+            read = whole.slice(start, self.read_rows)
             faults = Faults()
-            fields = read_fields(batch, self.schema, faults, self.decode)
+            fields = read_fields(read, self.schema, faults, self.decode)
             faults.raise_if_any()
-            values = self.prediction.apply(self._forward(fields))
-            check_rows(values, batch.num_rows)
-            parts.append(to_arrow(values))
+            for first in range(0, max(read.num_rows, 1), self.batch_size):
+                rows = min(self.batch_size, read.num_rows - first)
+                values = self.prediction.apply(self._forward(_rows_of(fields, first, first + rows)))
+                check_rows(values, rows)
+                parts.append(to_arrow(values))
         return pa.concat_arrays(parts)
 
     def _forward(self, fields: Any) -> Any:
@@ -105,6 +109,24 @@ class _Loaded:
             batch = batch.to(self.device)
         with torch.inference_mode():
             return forward(self.module, prepared(batch, self.program, augment=False).features)
+
+
+def _rows_at_once(schema: Schema, batch_size: int) -> int:
+    """How many rows are read from Arrow at once: whole batches of the model, as many as fit the processor's caches.
+
+    Of narrow rows that saves a call of every column for every batch. Rows of unknown size are read batch by batch.
+    """
+    num_bytes = 0
+    for field in schema.fields:
+        if field.ragged or field.shape is None or field.dtype == "decoded":
+            return batch_size
+        num_bytes += int(np.prod(field.shape, dtype=np.int64)) * np.dtype(field.dtype).itemsize
+    return max(_READ_BYTES // max(num_bytes, 1) // batch_size, 1) * batch_size
+
+
+def _rows_of(fields: Mapping[str, FieldValues], start: int, stop: int) -> Mapping[str, FieldValues]:
+    """Views of some rows; ragged fields are read batch by batch, and so are whole."""
+    return {name: value if isinstance(value, Ragged) else value[start:stop] for name, value in fields.items()}
 
 
 def _load(scorer: Scorer) -> _Loaded:

@@ -32,9 +32,9 @@ def quoted(name: str) -> str:
 
 
 def selectable(name: str, kind: T.DataType) -> Column:
-    """The column under its own name; decimals, which Arrow keeps as such, as doubles."""
+    """A column of any name; decimals, which Arrow keeps as such, as doubles."""
     column = F.col(quoted(name))
-    return column.cast("double").alias(name) if isinstance(kind, T.DecimalType) else column.alias(name)
+    return column.cast("double") if isinstance(kind, T.DecimalType) else column
 
 
 def column_types(schema: T.StructType, used: Iterable[str]) -> dict[str, ColumnType]:

@@ -44,6 +44,17 @@ def test_partitions_stay_and_only_their_rows_are_put_in_order(spark):
     assert mixed != parts
 
 
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**40])
+def test_the_hash_is_sparks_own_of_the_seed_and_the_values(spark, seed):
+    frame = numbers(spark, [[1, 2, 3]])
+    schema = build_schema(
+        types=column_types(frame.schema, ["x", "y"]), feature_cols="x", label_cols="y", weight_col=None
+    )
+    dealt_rows = dealt(frame, schema, validation=None, num_workers=1, seed=seed)
+    expected = F.xxhash64(F.lit(seed), F.col(numbered(0)), F.col(numbered(1)))
+    assert all(same for (same,) in dealt_rows.select(F.col(HASH) == expected).collect())
+
+
 def test_partitions_that_cannot_be_kept_are_refused(spark):
     frame = numbers(spark, [[1], [2], [3]])
     with pytest.raises(ConfigError, match=r"has 3 partition\(s\), and num_workers=2.*df.repartition\(2\)"):
