@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class OrderedSum:
         *,
         out: Tensor | None = None,
         base: Tensor | None = None,
-        chunk: int = 1 << 17,
+        chunk: int = 1 << 18,
         window: int | None = None,
     ) -> None:
         self.weights = reduced_weights(weights)
@@ -96,12 +97,7 @@ class OrderedSum:
                         wait()
             at = index % self._window * self.chunk
             total = self._sums[at : at + stop - start]
-            if before is None:
-                total.copy_(values)
-                if weight != 1.0:
-                    total.mul_(weight)
-            else:
-                total.add_(values, alpha=weight)
+            _accumulate(total, values, weight, first=before is None)
             if replica == last:
                 self._finish(total, start, stop)
             with self._turn:
@@ -109,12 +105,8 @@ class OrderedSum:
                 self._turn.notify_all()
 
     def _finish(self, total: Tensor, start: int, stop: int) -> None:
-        if self._total != 1.0:
-            total.div_(self._total)
-        if self._base is not None:
-            total.add_(self._base[start:stop])
-        if self._sums is not self._out:
-            self._out[start:stop].copy_(total)
+        base = None if self._base is None else self._base[start:stop]
+        _finish(total, self._total, base, None if self._sums is self._out else self._out[start:stop])
 
     def mean(self) -> Tensor:
         """The weighted mean, shape (numel,), in `out`; to be asked for after every positive-weight replica has added."""
@@ -125,7 +117,7 @@ class OrderedSum:
         return self._out
 
 
-def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, chunk: int = 1 << 17) -> Tensor:
+def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, chunk: int = 1 << 18) -> Tensor:
     """`OrderedSum` of vectors that are all here: the same sums in the same order, written into `out`, (numel,).
 
     Args:
@@ -142,16 +134,40 @@ def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tens
         stop = min(start + chunk, out.numel())
         total = room[: stop - start]
         for place, (vector, weight) in enumerate(counted):
-            if place:
-                total.add_(vector[start:stop], alpha=weight)
-                continue
-            total.copy_(vector[start:stop])
-            if weight != 1.0:
-                total.mul_(weight)
-        if whole != 1.0:
-            total.div_(whole)
-        out[start:stop].copy_(total)
+            _accumulate(total, vector[start:stop], weight, first=place == 0)
+        _finish(total, whole, None, out[start:stop])
     return out
+
+
+# numpy, and not torch, adds here: torch would divide each chunk among threads of its own, which then wait for each other
+# beside the threads that receive; one core a replica is what there is.
+
+
+def _accumulate(total: Tensor, values: Tensor, weight: float, *, first: bool) -> None:
+    """`total = weight * values` for the first replica, `total += weight * values` for the others, in float64."""
+    sums, own = total.numpy(), values.numpy()
+    if first:
+        np.copyto(sums, own)
+        if weight != 1.0:
+            np.multiply(sums, weight, out=sums)
+    elif weight == 1.0:
+        np.add(sums, own, out=sums)
+    else:
+        np.add(sums, np.multiply(own, weight, dtype=np.float64), out=sums)
+
+
+def _finish(total: Tensor, whole: float, base: Tensor | None, out: Tensor | None) -> None:
+    """Divide a finished chunk by the summed weights, add the base, and round it into `out`."""
+    sums = total.numpy()
+    if math.frexp(whole)[0] == 0.5:  # a power of two: multiplying gives the same bits, and is faster
+        if whole != 1.0:
+            np.multiply(sums, 1.0 / whole, out=sums)
+    else:
+        np.divide(sums, whole, out=sums)
+    if base is not None:
+        np.add(sums, base.numpy(), out=sums)
+    if out is not None:
+        np.copyto(out.numpy(), sums, casting="same_kind")
 
 
 def pool_buffers(

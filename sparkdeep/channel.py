@@ -34,6 +34,8 @@ class Address:
 
     host: str
     port: int
+    nearby: str = ""
+    """Name of its Unix socket, for replicas on the driver's own host; "" where there is none."""
 
 
 @final
@@ -45,8 +47,9 @@ class Channel:
         ProtocolError: it said something that does not belong here.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, driver_host: str = "") -> None:
         self._connection = connection
+        self._driver_host = driver_host
 
     @classmethod
     def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> Channel:
@@ -59,7 +62,7 @@ class Channel:
         while True:
             try:
                 left = max(0.1, deadline - time.monotonic())
-                sock = socket.create_connection((address.host, address.port), timeout=left)
+                sock = _dial_nearby(address) or socket.create_connection((address.host, address.port), timeout=left)
             except OSError as error:
                 if time.monotonic() < deadline:
                     time.sleep(0.2)
@@ -70,7 +73,7 @@ class Channel:
                     "driver: set coordinator_host= to a name or address of the driver that they can reach (default: "
                     "spark.driver.host), and coordinator_port= to a port, or range of ports, that the firewall lets in."
                 ) from error
-            return cls(Connection(sock, token))
+            return cls(Connection(sock, token), address.host)
 
     def introduce(self, hello: Hello) -> tuple[Open, bytes, bytes]:
         """Say hello; returns the driver's answer, the module's tensors and this replica's state (both as bytes)."""
@@ -97,8 +100,8 @@ class Channel:
 
     @property
     def local_host(self) -> str:
-        """This replica's address on the way to the driver."""
-        return self._connection.local_host
+        """This replica's address as others reach it: that of its end of the connection, or, on the driver's host, the driver's."""
+        return self._connection.local_host or self._driver_host
 
     def read_vector(self, into: torch.Tensor, pace: Pace | None = None) -> None:
         """Fill `into`, contiguous on the CPU, from the current frame's body; with `pace`, each fragment in its time."""
@@ -179,6 +182,19 @@ class Channel:
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
+
+
+def _dial_nearby(address: Address) -> socket.socket | None:
+    """A connection by the driver's Unix socket; None where the driver is on another host or in another container."""
+    if not address.nearby:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(f"\0{address.nearby}")
+    except OSError:
+        sock.close()
+        return None
+    return sock
 
 
 class LogStream(io.TextIOBase):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "CODECS", "LARGEST", "Codec", "chunks_of", "codec_named", "encoded_bytes"]
 
-CHUNK: Final = 1 << 17
+CHUNK: Final = 1 << 18
 """Elements that are encoded, sent, decoded and summed at a time; part of the format."""
 
 LARGEST: Final = 3.38e38

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -48,6 +49,9 @@ def parse_ports(value: int | tuple[int, int] | str | None) -> range:
 class Coordinator:
     """Listens on the driver for the whole of a fit; stages come and go behind it.
 
+    On Linux, replicas on the driver's own host come in by a Unix socket without a file, which is cheaper than TCP; it is
+    gone with the process, and whoever dials it needs the token as on the port.
+
     Args:
         bind_host: the address to listen on.
         advertised_host: what replicas are told to dial.
@@ -60,13 +64,23 @@ class Coordinator:
     def __init__(self, *, bind_host: str, advertised_host: str, ports: range) -> None:
         self.token: Final = secrets.token_bytes(TOKEN_BYTES)
         self._listener = _listen(bind_host, ports)
-        self.address = Address(host=advertised_host, port=self._listener.getsockname()[1])
+        self._nearby = _listen_nearby()
+        self.address = Address(
+            host=advertised_host,
+            port=self._listener.getsockname()[1],
+            nearby=self._nearby.getsockname()[1:].decode() if self._nearby is not None else "",
+        )
         self._admit: Callable[[Hello, Connection], None] | None = None
         self._lock = threading.Lock()
         self._handshakes = threading.Semaphore(_MAX_HANDSHAKES)
         self._closed = False
-        self._thread = threading.Thread(target=self._accept, name="sparkdeep-coordinator", daemon=True)
-        self._thread.start()
+        self._listeners = [one for one in (self._listener, self._nearby) if one is not None]
+        self._threads = [
+            threading.Thread(target=self._accept, args=(one,), name="sparkdeep-coordinator", daemon=True)
+            for one in self._listeners
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def route(self, admit: Callable[[Hello, Connection], None] | None) -> None:
         """Hand the hellos of new replicas to `admit` (called in a thread of its own); None refuses them all."""
@@ -79,15 +93,17 @@ class Coordinator:
             if self._closed:
                 return
             self._closed = True
-        with contextlib.suppress(OSError):  # not every system lets a listening socket be shut down
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
-        self._listener.close()
-        self._thread.join(timeout=5.0)
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):  # not every system lets a listening socket be shut down
+                listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
+            listener.close()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
             except TimeoutError:
                 if self._closed:
                     return
@@ -133,6 +149,17 @@ class Coordinator:
         # The deadline is of the whole handshake: a stranger who sends a byte now and then holds no thread for long.
         if self._closed or time.monotonic() > deadline:
             raise ProtocolError("the handshake took too long, or the coordinator closed.")
+
+
+def _listen_nearby() -> socket.socket | None:
+    """A listening Unix socket in Linux's abstract namespace, where it has no file; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0sparkdeep-{secrets.token_hex(16)}")
+    listener.listen(128)
+    listener.settimeout(0.25)
+    return listener
 
 
 def _listen(host: str, ports: range) -> socket.socket:

@@ -23,7 +23,7 @@ from sparkdeep.trees import pack_tensors
 __all__ = ["Gathering", "Plane", "TrainOrder"]
 
 # Chunks that are summed at the same time: enough for replicas that arrive in bursts, few enough for the caches.
-_WINDOW = 8
+_WINDOW = 4
 
 
 @final

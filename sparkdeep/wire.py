@@ -66,13 +66,17 @@ class Connection:
 
     def __init__(self, sock: socket.socket, token: bytes, *, check: Callable[[], None] = lambda: None) -> None:
         assert len(token) == TOKEN_BYTES
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._nearby = sock.family == getattr(socket, "AF_UNIX", None)
+        if self._nearby:  # whose buffers do not grow by themselves, as TCP's do
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(_POLL_S)
         self._socket = sock
         self._token = token
         self._sending = threading.Lock()
         self.check = check
-        self.peer = str(sock.getpeername())
+        self.peer = "a process of this host" if self._nearby else str(sock.getpeername())
         self.sent_bytes = 0
         self.received_bytes = 0
         self.heard = time.monotonic()
@@ -80,8 +84,8 @@ class Connection:
 
     @property
     def local_host(self) -> str:
-        """The address of this end, as the other one sees it."""
-        return str(self._socket.getsockname()[0])
+        """The address of this end, as the other one sees it; "" on a Unix socket."""
+        return "" if self._nearby else str(self._socket.getsockname()[0])
 
     def readable(self) -> bool:
         """Whether a frame, or the end of the connection, can be read without waiting."""
