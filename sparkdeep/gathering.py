@@ -61,6 +61,8 @@ class TrainOrder:
     """The round that follows if a replica may begin it on its own (`overlap`)."""
     fresh: bool
     """Whether this is the first round of its stage: replicas know no parameters yet."""
+    held: bool
+    """Whether replicas hold the parameters already: in a ring, the mean of the round before."""
 
     def header(self, plane: Plane, buffers: bytes) -> dict[str, Any]:
         """The frame's header."""
@@ -71,6 +73,7 @@ class TrainOrder:
             "buffer_bytes": len(buffers),
             "previous": self.fresh and self.start.previous is not None,
             "encoded": self.encoded is not None,
+            "held": self.held,
             "ring": plane.ring,
         }
 
@@ -84,7 +87,9 @@ class TrainOrder:
         parts: list[bytes | memoryview] = []
         if self.fresh and self.start.previous is not None:
             parts.append(raw_bytes(self.start.previous))
-        if self.encoded is not None:
+        if self.held:
+            pass
+        elif self.encoded is not None:
             parts.append(self.encoded)
         elif plane.ring:
             start, stop = Partition(plane.layout.numel, num_replicas).bounds(replica)
@@ -175,10 +180,16 @@ class Gathering:
         plane = self._plane
         return line.add_update(frame, update, self._sum, plane.codec, dtype=plane.layout.dtype, check=self._check)
 
+    @property
+    def held(self) -> bool:
+        """Whether replicas hand the mean round, as the next round starts from it: averaging has nothing to do to it."""
+        return self._plane.ring and not self._plane.wide and not self._sections and any(self._weights)
+
     def _take_part(self, replica: int, line: Line, mean: Tensor) -> None:
         weights = reduced_weights(self._weights) if any(self._weights) else []
         line.waiting = False
-        line.connection.send("reduce", {"weights": weights, "sections": len(self._sections)}, timeout_s=self._stall_s)
+        header = {"weights": weights, "sections": len(self._sections), "hold": self.held}
+        line.connection.send("reduce", header, timeout_s=self._stall_s)
         if weights:
             start, stop = Partition(mean.numel(), self._count).bounds(replica)
             line.read_part(mean[start:stop])

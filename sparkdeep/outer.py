@@ -7,8 +7,9 @@ Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minim
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.parameters import Layout
 
 __all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter"]
+
+# From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
+# host, waiting for more, for longer than they had worked.
+_MANY: Final = 1 << 23
 
 
 class RoundMean(Protocol):
@@ -53,7 +58,11 @@ class Assign:
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """Write the round's mean into `parameters`, rounded once to their dtype."""
-        parameters.copy_(round_().mean)
+        mean = round_().mean
+        if parameters.numel() < _MANY:
+            np.copyto(parameters.detach().numpy(), mean.numpy(), casting="same_kind")
+        else:
+            parameters.copy_(mean)
 
     def state_dict(self) -> Mapping[str, Any]:
         """Nothing: averaging has no memory."""

@@ -89,6 +89,8 @@ class ReplicaRounds:
             ReplicaLostError: not all of them can be reached.
         """
         replica = self._replica
+        if self.ring is not None:
+            self.ring.close()
         self.ring = Ring(
             _Rendezvous(self._channel),
             replica.number,
@@ -98,8 +100,17 @@ class ReplicaRounds:
             timeout_s=timeout_s,
         )
 
+    def try_ring(self, numel: int) -> None:
+        """Add up and hand round a vector of zeros, (numel,) float32, with the other replicas."""
+        assert self.ring is not None, "a ring is formed before it is tried"
+        vector = torch.zeros(numel)
+        self.ring.gather(self.ring.reduce(vector, numel, [1.0] * self.ring.size), vector)
+
     def run(self, frame: Frame) -> Frame | None:
         """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
+        if self.ring is not None and not frame.header["ring"]:
+            self.ring.close()  # it was tried, and the star was faster
+            self.ring = None
         order = self._take(frame, None)
         replica = self._replica
         replica.begin_round(order.buffers)
@@ -185,6 +196,9 @@ class ReplicaRounds:
         numel = (1 + int(frame.header["sections"])) * self._replica.layout.numel
         part = self.ring.reduce(result.vector, numel, weights)
         self._channel.send_body("part", raw_bytes(part))
+        if frame.header["hold"]:
+            # The next round starts from the mean: it is here before the driver could send it.
+            self.ring.gather(part, self._replica.exchange.known)
 
     def _take(self, frame: Frame, pace: Pace | None) -> _Order:
         """Read an order's body: parameters, averaged optimizer state, buffers."""
@@ -192,7 +206,9 @@ class ReplicaRounds:
         exchange = replica.exchange
         if header["previous"]:
             channel.read_vector(exchange.known)
-        if header["encoded"]:
+        if header["held"]:
+            pass  # the last round's mean, which was handed round
+        elif header["encoded"]:
             channel.read_change(exchange, pace)
         elif header["ring"]:
             assert self.ring is not None, "a ring is made before its first round"

@@ -77,7 +77,7 @@ class Ring:
         self, rendezvous: Rendezvous, rank: int, size: int, *, host: str, device: torch.device, timeout_s: float
     ) -> None:
         self._rank = rank
-        self._size = size
+        self.size = size
         self._timeout = timedelta(seconds=timeout_s)
         self._device = device if device.type == "cuda" else torch.device("cpu")
         self._scratch: dict[str, Tensor] = {}
@@ -93,16 +93,16 @@ class Ring:
         if self._device.type == "cuda":
             options = backends.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            return backends.ProcessGroupNCCL(store, self._rank, self._size, options)
+            return backends.ProcessGroupNCCL(store, self._rank, self.size, options)
         gloo = backends.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
         options._timeout = self._timeout
-        return gloo(store, self._rank, self._size, options)
+        return gloo(store, self._rank, self.size, options)
 
     def bounds(self, numel: int) -> tuple[int, int]:
         """[start, stop) of this replica's part of a vector of `numel` elements."""
-        return Partition(numel, self._size).bounds(self._rank)
+        return Partition(numel, self.size).bounds(self._rank)
 
     def reduce(self, vector: Tensor, numel: int, weights: Sequence[float]) -> Tensor:
         """Add all replicas' vectors up; gives this replica's part of the mean, rounded once to the vector's dtype.
@@ -112,21 +112,21 @@ class Ring:
             numel: of the others' vectors.
             weights: one a replica, not all 0.
         """
-        size = Partition(numel, self._size).size
-        mine = self._room("send", size * self._size, vector.dtype)
+        size = Partition(numel, self.size).size
+        mine = self._room("send", size * self.size, vector.dtype)
         mine[: vector.numel()] = vector
-        theirs = self._room("receive", size * self._size, vector.dtype)
+        theirs = self._room("receive", size * self.size, vector.dtype)
         self._collect(mine, theirs, "add up its updates")
         start, stop = self.bounds(numel)
-        rows = list(theirs.view(self._size, size)[:, : stop - start])
+        rows = list(theirs.view(self.size, size)[:, : stop - start])
         return weighted_mean(rows, weights, self._room("part", stop - start, vector.dtype))
 
     def gather(self, part: Tensor, into: Tensor) -> None:
         """Fill `into`, (numel,), with every replica's part of it; `part` is this replica's own, and may lie inside."""
-        size = Partition(into.numel(), self._size).size
-        mine = self._room("send", size * self._size, into.dtype)
-        mine.view(self._size, size)[:, : part.numel()] = part
-        theirs = self._room("receive", size * self._size, into.dtype)
+        size = Partition(into.numel(), self.size).size
+        mine = self._room("send", size * self.size, into.dtype)
+        mine.view(self.size, size)[:, : part.numel()] = part
+        theirs = self._room("receive", size * self.size, into.dtype)
         self._collect(mine, theirs, "hand on the new parameters")
         into.copy_(theirs[: into.numel()])
 
@@ -159,7 +159,7 @@ class Ring:
 
     def _lost(self, what: str, error: RuntimeError) -> ReplicaLostError:
         return ReplicaLostError(
-            f"the ring of {self._size} replicas could not {what} within {self._timeout.total_seconds():g} s: {error}. Either a "
+            f"the ring of {self.size} replicas could not {what} within {self._timeout.total_seconds():g} s: {error}. Either a "
             "replica was lost, or executors cannot reach each other: aggregation='star' needs the driver's port only.",
             replica=self._rank,
         )

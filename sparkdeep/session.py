@@ -92,8 +92,10 @@ def _obey(channel: Channel, replica: Replica, rounds: ReplicaRounds, frame: Fram
     elif kind == "state":
         channel.send("state", {}, replica.save_state())
     elif kind == "probe":
-        channel.read_bytes(frame.body_bytes)
-        channel.send("probed")
+        channel.send("probed", {}, channel.read_bytes(frame.body_bytes))
+    elif kind == "trial":
+        rounds.try_ring(int(header["numel"]))
+        channel.send("tried")
     elif kind == "ring":
         rounds.join_ring(int(header["size"]), float(header["timeout_s"]))
         channel.send("formed")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar, final
 
-from sparkdeep.aggregation import PROBE_BYTES, Bandwidth
+from sparkdeep.aggregation import TRIAL_BYTES, Trial
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
 from sparkdeep.gathering import Gathering, Plane, TrainOrder
 from sparkdeep.launch import RunningStage
@@ -26,6 +26,7 @@ __all__ = ["Stage"]
 _ALIVE_EVERY_S = 5.0
 _REASON_S = 10.0
 _LAST_WORDS_S = 2.0
+_TRIALS = 5
 
 _T = TypeVar("_T")
 
@@ -63,6 +64,7 @@ class Stage:
         self._run = run
         self._plane = plane
         self._fresh = True
+        self._held = False
         self._stall_s = stall_timeout_s
         self._on_beat = on_beat
         self._on_log = on_log
@@ -128,24 +130,32 @@ class Stage:
 
         return self._all(welcome)
 
-    def measure(self) -> Bandwidth:
-        """Send every replica a few megabytes, first one, then all at the same time."""
-        load = bytes(PROBE_BYTES)
+    def try_both(self, num_bytes: int) -> Trial:
+        """Measure the star and the ring, which must have been formed, with up to `num_bytes` a replica."""
+        size = max(4, min(num_bytes, TRIAL_BYTES) // 4 * 4)
+        load, room = bytes(size), [bytearray(size) for _ in range(self.num_replicas)]
 
-        def probe(replica: int) -> float:
+        def star(replica: int) -> None:
             line = self._lines[replica]
-            began = time.perf_counter()
             line.connection.send("probe", None, load, timeout_s=self._stall_s)
-            line.expect("probed")
-            return time.perf_counter() - began
+            frame = line.expect("probed")
+            if frame.body_bytes != size:
+                raise ProtocolError(f"{line.who} sent {frame.body_bytes} bytes back; {size} were sent to it.")
+            line.connection.read_into(memoryview(room[replica]), timeout_s=self._stall_s)
 
-        one_s = self._all(lambda replica: probe(replica) if replica == 0 else 0.0)[0]
-        all_s = max(self._all(probe))
-        return Bandwidth(
-            all=self.num_replicas * PROBE_BYTES / all_s,
-            one=PROBE_BYTES / one_s,
-            hosts=len({hello.host for hello in self.hellos.values()}),
-        )
+        def ring(replica: int) -> None:
+            line = self._lines[replica]
+            line.connection.send("trial", {"numel": size // 4})
+            line.expect("tried")
+
+        seconds: dict[str, float] = {}
+        for name, work in (("star", star), ("ring", ring)):
+            for _ in range(_TRIALS):  # the first finds buffers small and pages untouched
+                began = time.perf_counter()
+                self._all(work)
+                took = time.perf_counter() - began
+                seconds[name] = min(took, seconds.get(name, took))
+        return Trial(num_bytes=size, star_s=seconds["star"], ring_s=seconds["ring"])
 
     def form_ring(self, *, timeout_s: float) -> None:
         """Have the replicas connect to each other; updates are then added up among them.
@@ -197,10 +207,10 @@ class Stage:
             ReplicaLostError: a replica went away or its update was damaged; the round can be repeated.
         """
         began = time.perf_counter()
-        order = TrainOrder(spec=spec, start=start, ahead=ahead, fresh=self._fresh)
+        order = TrainOrder(spec=spec, start=start, ahead=ahead, fresh=self._fresh, held=self._held)
         gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
         self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
-        self._fresh = False
+        self._fresh, self._held = False, gathering.held
         return gathering.result(time.perf_counter() - began)
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
-from sparkdeep.aggregation import choose, needs_measuring
+from sparkdeep.aggregation import choose, needs_trial
 from sparkdeep.config import RunSettings
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepError, VersionMismatchError
@@ -22,6 +22,10 @@ from sparkdeep.session import versions
 from sparkdeep.stage import Stage
 
 __all__ = ["ShardFacts", "Stages", "StateLostError", "check_shard", "check_versions"]
+
+
+# A ring is only tried: where executors cannot reach each other, the star is taken after this long.
+_RING_TRIAL_S: Final = 30.0
 
 
 class StateLostError(ReplicaLostError):
@@ -164,8 +168,10 @@ class Stages:
         count, size = stage.num_replicas, self.plane.layout.num_bytes
         wanted = self.settings.aggregation
         if wanted == "auto" and not state.aggregation:
-            may = self.ring_possible and needs_measuring(count, size)
-            state.aggregation = choose(count, size, stage.measure()) if may else "star"
+            state.aggregation = "star"  # what a ring that cannot be formed leaves behind for the next attempt
+            if self.ring_possible and needs_trial(count, size):
+                stage.form_ring(timeout_s=min(_RING_TRIAL_S, self.settings.stall_timeout_s))
+                state.aggregation = choose(count, size, stage.try_both(size), outer=self.plane.wide)
         elif wanted != "auto":
             state.aggregation = wanted
         self.plane.ring = state.aggregation == "ring"

@@ -30,6 +30,8 @@ HEADER_LIMIT_BYTES: Final = 1 << 20
 _PREFIX: Final = struct.Struct(">4s32sIQ")
 _POLL_S: Final = 0.25
 _REQUEST_BYTES: Final = 1 << 20
+# So much a sender can be ahead on a Unix socket, if the system lets it.
+_NEARBY_BYTES: Final = 4 << 20
 # A frame of at most this many bytes goes out in one piece: one packet, and one time that the other end wakes up.
 _JOINED_BYTES: Final = 1 << 16
 
@@ -68,7 +70,7 @@ class Connection:
         assert len(token) == TOKEN_BYTES
         self._nearby = sock.family == getattr(socket, "AF_UNIX", None)
         if self._nearby:  # whose buffers do not grow by themselves, as TCP's do
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEARBY_BYTES)
         else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(_POLL_S)
