@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sparkdeep import EarlyStopping
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, PreflightError
+from sparkdeep.spark import transports
 from sparkdeep.spark.settings import FitSettings, described, digest_of
 
 IDENTITY = {"shards": [["abc", {"train": 5}]]}
@@ -97,3 +98,39 @@ def test_what_changes_the_result_changes_the_digest_and_nothing_else_does():
 
 def scaled(scale, x):
     return scale(x)
+
+
+class Access:
+    def __init__(self, **conf):
+        self._conf = conf
+
+    def conf(self, name, default=None):
+        return self._conf.get(name.removeprefix("spark.").replace(".", "_"), default)
+
+
+@pytest.mark.parametrize("guard", ["authenticate", "network_crypto_enabled", "ssl_enabled"])
+def test_a_ring_is_refused_where_spark_guards_its_connections_unless_it_is_allowed_by_name(monkeypatch, guard):
+    monkeypatch.setattr(transports, "is_connect", lambda _spark: False)
+    monkeypatch.setattr(transports, "access_to", lambda _spark: Access(**{guard: "true"}))
+    with pytest.raises(PreflightError, match=r"aggregation='ring' with spark\..*=true: .*plain_ring=True"):
+        transports.guarded(settings(aggregation="ring"), None)
+    assert transports.guarded(settings(), None).run.aggregation == "star"
+    allowed = settings(aggregation="ring", plain_ring=True)
+    assert transports.guarded(allowed, None) is allowed
+    monkeypatch.setattr(transports, "access_to", lambda _spark: Access(**{guard: "false"}))
+    assert transports.guarded(settings(), None).run.aggregation == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"aggregation": "ring"}, "no connection stays open"),
+        ({"overlap": 1}, "a round ends before the next"),
+        ({"down_codec": "int8"}, "built anew for each round"),
+    ],
+)
+def test_what_needs_an_open_connection_is_refused_where_every_round_is_a_job(monkeypatch, options, reason):
+    monkeypatch.setattr(transports, "is_connect", lambda _spark: False)
+    with pytest.raises(ConfigError, match=f"with transport='spark': .*{reason}"):
+        transports.chosen(settings(transport="spark", **options), None)
+    assert transports.chosen(settings(transport="spark", codec="int8"), None) == "spark"

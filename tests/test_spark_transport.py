@@ -157,8 +157,9 @@ def assert_same(one, other):
         {"outer_optimizer": partial(SGD, lr=0.7, momentum=0.9, nesterov=True)},
         {"early_stopping": EarlyStopping(patience=1), "validate_every": 1, "epochs": 12},
         {"replica_state": "durable", "checkpoint_every": 2},
+        {"codec": "int8", "error_feedback": True},
     ],
-    ids=["keep", "average", "reset", "outer", "early", "durable"],
+    ids=["keep", "average", "reset", "outer", "early", "durable", "int8"],
 )
 def test_not_a_bit_differs_from_sockets(rig, exchanged, options, tmp_path):
     settings = {**OPTIONS, **options}

@@ -34,7 +34,7 @@ from sparkdeep.spark.preflight import available_slots, check_session, check_slot
 from sparkdeep.spark.session import access_to
 from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
-from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, probe, ring_allowed, transport_for
+from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, guarded, probe, transport_for
 from sparkdeep.spark.types import column_types
 from sparkdeep.startup import Phases
 
@@ -59,8 +59,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         )
     check_session(spark)
     transport = chosen(settings, spark)
-    if not ring_allowed(settings, spark) and settings.run.aggregation == "auto":
-        settings = replace(settings, run=replace(settings.run, aggregation="star"))
+    settings = guarded(settings, spark)
     profile = task_profile(spark, settings.cpus_per_worker, settings.gpus_per_worker)
     check_slots(spark, settings.run.num_workers, profile, timeout_s=_SLOT_TIMEOUT_S)
     if warm_start is not None and not isinstance(warm_start, TorchModel):

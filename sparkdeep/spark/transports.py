@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 from pyspark.sql import DataFrame, SparkSession
@@ -19,7 +20,7 @@ from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_
 from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.spark.settings import FitSettings
 
-__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "probe", "ring_allowed", "transport_for"]
+__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
 
 Shards: TypeAlias = Callable[[], DataFrame]
 Transport: TypeAlias = BarrierLauncher | SparkRunner
@@ -85,23 +86,23 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
     return transport
 
 
-def ring_allowed(settings: FitSettings, spark: SparkSession) -> bool:
-    """Whether replicas may talk to each other: gloo's connections know neither authentication nor encryption.
+def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
+    """The settings, without the choice of a ring where Spark's connections are guarded: gloo's cannot be.
 
     Raises:
         PreflightError: a ring is asked for where Spark's own connections know them.
     """
-    if settings.run.plain_ring or is_connect(spark):
-        return True
+    if settings.run.plain_ring or settings.run.aggregation == "star" or is_connect(spark):
+        return settings
     access = access_to(spark)
-    guarded = [name for name in _GUARDS if str(access.conf(name) or "false").lower() == "true"]
-    if guarded and settings.run.aggregation == "ring":
+    guards = [name for name in _GUARDS if str(access.conf(name) or "false").lower() == "true"]
+    if guards and settings.run.aggregation == "ring":
         raise PreflightError(
-            f"aggregation='ring' with {', '.join(f'{name}=true' for name in guarded)}: replicas would exchange parameters over "
+            f"aggregation='ring' with {', '.join(f'{name}=true' for name in guards)}: replicas would exchange parameters over "
             "connections that are neither encrypted nor authenticated. Use aggregation='star', or allow it by "
             "plain_ring=True where the network between executors is trusted."
         )
-    return not guarded
+    return replace(settings, run=replace(settings.run, aggregation="star")) if guards else settings
 
 
 def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
