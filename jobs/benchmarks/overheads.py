@@ -111,7 +111,12 @@ def _fresh(daemon: str | None) -> float:
     arguments = " ".join(f"--conf {name}={value}" for name, value in settings.items())
     done = subprocess.run(  # noqa: S603 (this file, run by this interpreter)
         [sys.executable, __file__, "--first-step"],
-        env={**os.environ, "PYSPARK_SUBMIT_ARGS": f"{arguments} pyspark-shell", "PYSPARK_PYTHON": sys.executable},
+        env={
+            # Of its own JVM: under spark-submit the environment names the gateway of this one.
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYSPARK_GATEWAY")},
+            "PYSPARK_SUBMIT_ARGS": f"{arguments} pyspark-shell",
+            "PYSPARK_PYTHON": sys.executable,
+        },
         capture_output=True,
         text=True,
         timeout=_FRESH_TIMEOUT_S,
