@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 
@@ -288,3 +291,41 @@ def test_tokens_differ_between_coordinators(coordinator):
     assert other.token != coordinator.token
     assert len(other.token) == TOKEN_BYTES
     other.close()
+
+
+# -- on the driver's own host ---------------------------------------------------------------------------------------
+
+nearby_only = pytest.mark.skipif(sys.platform != "linux", reason="sockets without a file are Linux's")
+
+
+@nearby_only
+def test_replicas_of_the_same_host_come_by_the_unix_socket_and_others_by_tcp(coordinator, stage):
+    near = dial(coordinator)
+    assert near.local_host == coordinator.address.host  # what other replicas of a ring can reach
+    near.send("hello", to_header(hello(0)))
+    # Another host, or another container: no such socket there.
+    elsewhere = dataclasses.replace(coordinator.address, nearby="sparkdeep-of-another-host")
+    far = Channel.dial(elsewhere, coordinator.token, connect_timeout_s=2.0, who="replica 1")
+    far.send("hello", to_header(hello(1)))
+    until(lambda: stage.hellos.keys() == {0, 1})
+    assert [line.connection.peer.startswith("a process") for _, line in sorted(stage._lines.items())] == [True, False]
+
+
+@nearby_only
+def test_a_stranger_on_the_unix_socket_gets_not_one_byte_either(coordinator, stage):
+    good = b'{"kind": "hello"}'
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5.0)
+        sock.connect(f"\0{coordinator.address.nearby}")
+        sock.sendall(struct.pack(">4s32sIQ", b"SPD1", bytes(TOKEN_BYTES), len(good), 0) + good)
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):  # the coordinator was faster to hang up
+            assert sock.recv(1 << 16) == b""
+    assert not stage.hellos
+
+
+@nearby_only
+def test_the_unix_socket_is_gone_when_the_coordinator_closes(coordinator):
+    coordinator.close()
+    with socket.socket(socket.AF_UNIX) as sock, pytest.raises(ConnectionRefusedError):
+        sock.connect(f"\0{coordinator.address.nearby}")
