@@ -129,7 +129,7 @@ def measure(spark: Any, *, pairs: int, quick: bool, rows: int = 0) -> dict[str, 
     Returns:
         "title", "rows" and "notes", ready for JSON; ratios are of `transform` to that row, within a pair.
     """
-    rows, pairs = rows or (10_000 if quick else 100_000), min(pairs, 3) if quick else pairs
+    rows, pairs = rows or (10_000 if quick else 100_000), min(pairs, 2) if quick else pairs
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparkdeep-benchmark-") as folder, one_task_a_file(spark):
         for shape, count in (("array", rows), ("scalars", 5 * rows)):
