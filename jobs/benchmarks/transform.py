@@ -197,6 +197,7 @@ def main() -> None:
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.master(f"local[{TASKS}]").config("spark.ui.enabled", "false")
+    builder = builder.config("spark.ui.showConsoleProgress", "false")
     spark = (
         builder.config("spark.driver.host", "localhost")
         .config("spark.driver.memory", "4g")
