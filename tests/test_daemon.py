@@ -15,9 +15,8 @@ from sparkdeep.spark.daemon import refusal
 ROOT = Path(__file__).parents[1]
 # The daemon up to the point where it would serve Spark: there it prints what it is.
 _PROGRAM = """
-import os, sys
+import os, sys, types
 {before}
-import pyspark.daemon
 from sparkdeep.spark import daemon
 def manager():
     torch = sys.modules["torch"]
@@ -26,7 +25,8 @@ def manager():
         os._exit(0 if float(torch.ones(300, 300).mm(torch.ones(300, 300)).sum()) == 300**3 else 1)
     print("served", len(os.listdir("/proc/self/task")), torch.cuda.is_initialized(), os.environ.get("OPENBLAS_NUM_THREADS"),
           os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-pyspark.daemon.manager = manager
+# Not imported to be patched: Spark 3.5 would import numpy with it, and that starts threads where nobody tells it not to.
+sys.modules["pyspark.daemon"] = types.SimpleNamespace(manager=manager)
 daemon.main()
 """
 
