@@ -61,25 +61,6 @@ def test_every_other_pair_runs_backwards_and_values_stay_with_their_names():
     assert over(values["b"], values["a"]) == [20.0, 7.5, 12.0]
 
 
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-
-
-def test_a_plot_has_a_panel_a_unit_and_nothing_is_drawn_of_nothing(tmp_path):
-    pytest.importorskip("matplotlib")
-    bars = [row("one", "s", [1.0, 2.0]), row("two", "s", [3.0])]
-    lines = [row(f"{n}", "MB/s", [n, 2.0 * n], series="star", x=n) for n in (1, 2, 4)]
-    assert plots.plot_section({"title": "t", "rows": bars, "notes": []}, tmp_path / "bars.png")
-    assert plots.plot_section({"title": "t", "rows": bars + lines, "notes": []}, tmp_path / "both.png")
-    (width, height), (width_both, height_both) = png_size(tmp_path / "bars.png"), png_size(tmp_path / "both.png")
-    assert width_both == width
-    assert height_both - height == pytest.approx(3.6 * 110, abs=2)
-    assert not plots.plot_section({"title": "t", "rows": [], "notes": []}, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert "pip install 'sparkdeep[benchmark]'" in plots.can_plot()
