@@ -21,7 +21,7 @@ __all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter"]
 
 # From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
 # host, waiting for more, for longer than they had worked.
-_MANY: Final = 1 << 23
+_MANY: Final = 1 << 25
 
 
 class RoundMean(Protocol):
