@@ -175,7 +175,6 @@ class Fit:
             plane=Plane(
                 layout=self.layout,
                 codec=codec_named(self.local.codec),
-                down_codec=self.down_codec,
                 wide=self.outer_optimizer is not None,
             ),
             tensors=self._fixed,

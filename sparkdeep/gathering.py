@@ -34,8 +34,6 @@ class Plane:
     layout: Layout
     codec: Codec
     """Of updates."""
-    down_codec: Codec
-    """Of what the global parameters changed by."""
     wide: bool
     """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
     ring: bool = False

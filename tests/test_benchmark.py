@@ -111,7 +111,8 @@ def test_a_section_is_given_what_it_asks_for_and_one_that_fails_leaves_the_other
     assert (failed["name"], failed["failed"]) == ("bad", True)
     assert failed["notes"] == ["FAILED: RuntimeError: this is no session"]
     assert (measured["rows"][0]["values"], measured["failed"]) == ([1.0], False)
-    assert absent["notes"] == ["This section is not in this checkout."]
+    assert absent["failed"]  # a section that cannot be found is no section that was measured
+    assert absent["notes"] == ["FAILED: ModuleNotFoundError: No module named 'benchmarks.absent'"]
     assert content["about"].keys() >= {"date", "cpu", "cores", "commit", "torch", "pyspark"}
     text = (tmp_path / "benchmark.md").read_text()
     assert text.index("RuntimeError: this is no session") < text.index("| it | s | 1 |")

@@ -45,7 +45,6 @@ def stage(coordinator):
         plane=Plane(
             layout=Layout.of(nn.Linear(1, 1)),
             codec=codec_named("identity"),
-            down_codec=codec_named("identity"),
             wide=False,
         ),
         stall_timeout_s=5.0,
