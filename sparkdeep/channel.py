@@ -11,6 +11,7 @@ from typing import Any, final
 
 import torch
 
+from sparkdeep import seams
 from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
 from sparkdeep.compression import CHUNK, chunks_of
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
@@ -139,6 +140,7 @@ class Channel:
             vector: whether the body has the vector; in a ring it does not.
             pace: spreads the body over the round that is trained meanwhile.
         """
+        seams.reach("transfer", round_number=result.update.round, replica=result.replica)
         body = result.body(vector=vector)
         self._connection.stream(
             "update",

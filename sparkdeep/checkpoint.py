@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from sparkdeep import seams
 from sparkdeep.commit import Commit, CommittedFiles, commit_name
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.manifest import (
@@ -105,6 +106,7 @@ class CheckpointDirectory:
             ).to_bytes()
             self._write_files(prefix, files)
             self._clear_damaged(round_number)
+            seams.reach("commit", round_number=round_number)
             created = self._store.create(commit_name(round_number), commit)
         except OSError as exc:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 import torch
 
+from sparkdeep import seams
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings, check_aggregation
@@ -119,6 +120,7 @@ class Fit:
 
     def _begin(self) -> int:
         """Go on from the newest checkpoint, or keep the start as snapshot 0; returns the committed rounds."""
+        seams.reach("resume")
         if self.checkpoints is not None and not self.resume:
             self.checkpoints.discard()
         latest = self.snapshots.latest() if self.snapshots is not None else None

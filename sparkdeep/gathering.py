@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from sparkdeep import seams
 from sparkdeep.admission import Admission, common_sections
 from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
@@ -164,6 +165,7 @@ class Gathering:
         )
 
     def _prepare(self, updates: list[Update]) -> Tensor:
+        seams.reach("average", round_number=self._order.spec.round)
         self._sections = common_sections(updates)
         self._weights = [update.weight for update in updates]
         mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from sparkdeep import seams
 from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
 from sparkdeep.compression import LARGEST, chunks_of, codec_named, encoded_bytes
 from sparkdeep.config import LocalSettings
@@ -172,6 +173,8 @@ class LocalResult:
     """safetensors."""
     exchange: LocalUpdate
     """Writes the vector as bytes."""
+    replica: int = 0
+    """Whose it is."""
     ready: tuple[bytes, ...] | None = None
     """The vector's bytes, if they were made already."""
 
@@ -186,9 +189,10 @@ class LocalResult:
         size = self.exchange.num_bytes(self.vector) if vector and self.update.weight > 0 else 0
         return size + len(self.buffers) + CHECKSUM_BYTES if size or not vector else 0
 
-    def body(self, *, vector: bool = True) -> Iterator[bytes | memoryview]:
+    def body(self, *, vector: bool = True) -> Iterator[seams.Buffer]:
         """The pieces of the body: the vector as it is encoded, buffers, checksum."""
         if self.update.weight == 0 and vector:
             return iter(())
         pieces = self.ready if self.ready is not None else self.exchange.pieces(self.vector)
-        return checksummed(itertools.chain(pieces if vector else (), [self.buffers]))
+        whole = checksummed(itertools.chain(pieces if vector else (), [self.buffers]))
+        return seams.through("transfer", whole, round_number=self.update.round, replica=self.replica)

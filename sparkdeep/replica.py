@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparkdeep import seams
 from sparkdeep.config import LocalSettings
 from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
@@ -175,9 +176,11 @@ class Replica:
         last = min(spec.first_step + spec.num_steps, self.steps_per_epoch)
         progress = _Progress(self._beat)
         self.model.train()
+        seams.reach("train", round_number=spec.round, replica=self.number)
         with self._random.installed(), self._reader.training(spec.epoch, spec.first_step, last) as steps:
             for step in range(spec.first_step, last):
                 between((step - spec.first_step) / spec.num_steps)
+                seams.reach("step", round_number=spec.round, replica=self.number)
                 self._local_step(self._batches(steps, progress), progress)
             # A replica that is out of rows keeps the common clock of the learning rate all the same.
             for _ in range(spec.num_steps - max(0, last - spec.first_step)):
@@ -251,7 +254,7 @@ class Replica:
             input_s=progress.input_s,
             logged={name: total / rows for name, (total, rows) in self._loss.take_logged(training=True).items()},
         )
-        return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange)
+        return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange, replica=self.number)
 
     def _packed_buffers(self) -> bytes:
         if not self.layout.buffers:

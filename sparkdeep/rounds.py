@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+from sparkdeep import seams
 from sparkdeep.config import RunSettings
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.messages import Update
@@ -80,6 +81,7 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
             record, run.pending = run.pending, None
             run.state.records[-1] = record
             yield record
+            seams.reach("between", round_number=record.round)
             if not _over(run) and run.stages.due(record.seconds - record.stage_seconds):
                 _close(run)
         _close(run)
@@ -235,6 +237,7 @@ def _keep(run: Run, stage: OpenStage) -> None:
     assert run.pending is not None
     assert run.snapshots is not None
     began = time.perf_counter()
+    seams.reach("checkpoint", round_number=run.state.committed)
     files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states())
     run.snapshots.save(Snapshot(round=run.state.committed, files=files))
     seconds = time.perf_counter() - began

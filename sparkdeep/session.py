@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from sparkdeep import seams
 from sparkdeep.channel import Channel
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.messages import Failure, Hello, Open
@@ -43,6 +44,7 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
         answer, tensors, sent = channel.introduce(hello)
         where = "building the model and optimizer"
         replica = build()
+        seams.reach("load", round_number=answer.committed + 1, replica=hello.replica)
         replica.load_tensors(tensors)
         channel.opened(_restore(replica, answer, sent, states))
         rounds = ReplicaRounds(channel, replica, states, keep=answer.keep)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
+from sparkdeep import seams
 from sparkdeep.aggregation import choose, needs_trial
 from sparkdeep.config import RunSettings
 from sparkdeep.coordinator import Coordinator
@@ -118,6 +119,7 @@ class Stages:
 
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
+        seams.reach("slots", round_number=state.committed + 1)
         if self._renew:
             self.launcher.renew()
             self._renew = False

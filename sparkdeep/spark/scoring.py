@@ -16,6 +16,7 @@ import torch
 from pyspark import TaskContext
 from torch import nn
 
+from sparkdeep import seams
 from sparkdeep.data.arrow import FieldValues, Ragged
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.columns import Faults, read_fields
@@ -56,6 +57,7 @@ class Scorer:
     def run(shipped: Any, batches: Iterator[Any]) -> Iterator[pa.Array]:
         """Score Arrow columns: `shipped` is the broadcast; a batch is one array, or a tuple of them."""
         model = _load(shipped.value)
+        seams.reach("transform")
         for arrays in batches:
             yield model.predict(arrays if isinstance(arrays, tuple) else (arrays,))
 

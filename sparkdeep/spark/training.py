@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from dataclasses import replace
 from typing import Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
-from torch import nn
 
+from sparkdeep import seams
 from sparkdeep.callbacks import Callbacks, FitInfo
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import RunSettings
-from sparkdeep.data.schema import Schema, build_schema, names_in
+from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
-from sparkdeep.interop import own_parts, ready
 from sparkdeep.metrics import summary
-from sparkdeep.prediction import Prediction
-from sparkdeep.program import Program, pack_program
+from sparkdeep.program import Program
 from sparkdeep.progress import Progress
-from sparkdeep.registry import import_factory, reference_of
-from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
+from sparkdeep.registry import reference_of
 from sparkdeep.spark.barrier import SparkJob, clean_executors
 from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
 from sparkdeep.spark.model import TorchModel
-from sparkdeep.spark.model_columns import VECTORS
 from sparkdeep.spark.petastorm_source import active_session, source_of
 from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
+from sparkdeep.spark.programs import columns_read, program_of, rehearsed, schema_for, validation_of
 from sparkdeep.spark.session import access_to
 from sparkdeep.spark.settings import FitSettings, described
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, guarded, probe, transport_for
-from sparkdeep.spark.types import column_types
 from sparkdeep.startup import Phases
 
 __all__ = ["train"]
@@ -50,7 +45,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
     phases = Phases()
     if (source := source_of(dataset)) is not None:
-        dataset = source.dataframe(active_session(), settings.run.num_workers, _columns_read(settings))
+        dataset = source.dataframe(active_session(), settings.run.num_workers, columns_read(settings))
         settings = replace(settings, deal="partitions")
     spark = getattr(dataset, "sparkSession", None)
     if spark is None:
@@ -67,14 +62,15 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             f"warm_start is a {type(warm_start).__name__}; give the TorchModel of an earlier fit or of TorchModel.load. To "
             "start from a module of your own, pass it as model=."
         )
+    seams.reach("preflight")
     open_folder(settings, spark)  # a folder that cannot be opened is refused before anything runs
-    program = _program(settings, warm_start)
-    schema = _schema(settings, dataset, program)
+    program = program_of(settings, warm_start)
+    schema = schema_for(settings, dataset, program)
     run = new_run_id()
     rows = dealt(
         dataset,
         schema,
-        validation=_validation(settings),
+        validation=validation_of(settings),
         num_workers=settings.run.num_workers,
         seed=settings.local.seed,
         deal=settings.deal,
@@ -94,7 +90,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             probe(settings, spark, run, profile)
         ingested = _ingest(settings, spark, generation, schema, run, lease)
         phases.end("ingest")
-        program, prediction = _rehearse(settings, program, ingested)
+        program, prediction = rehearsed(settings, program, ingested)
         phases.end("rehearsal")
         launcher = transport_for(
             settings,
@@ -145,69 +141,6 @@ def _slots(
     )
 
 
-def _prediction(settings: FitSettings, program: Program, output: Any, rows: int) -> Prediction:
-    """What `transform` will write; a training_step's model need not have an output that can be written."""
-    choice = settings.prediction
-    vectors = [part for part in VECTORS if getattr(settings, f"{part}_col") is not None]
-    try:
-        return Prediction.of(choice, output, rows=rows, vectors=vectors)
-    except ConfigError:
-        if program.training_step is None or choice is not None or vectors:
-            raise
-        return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
-
-
-def _validation(settings: FitSettings) -> float | str | DataFrame | None:
-    value = settings.validation
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _program(settings: FitSettings, warm_start: TorchModel | None) -> Program:
-    if settings.validation is not None and isinstance(settings.validation, float) and math.isnan(settings.validation):
-        raise ConfigError("validation=nan: give a fraction between 0 and 1.")
-    factory = import_factory(settings.model) if isinstance(settings.model, str) else settings.model
-    module = build_model(factory, settings.model_args, settings.local.seed)
-    if warm_start is not None:
-        _warm(module, warm_start.model)
-    training_step, optimizer = own_parts(
-        module,
-        loss=settings.loss,
-        training_step=settings.training_step,
-        optimizer=settings.optimizer,
-        weighted=settings.weight_col is not None,
-    )
-    return Program(
-        model=module,
-        loss=settings.loss,
-        optimizer=optimizer,
-        lr_scheduler=settings.lr_scheduler,
-        training_step=training_step,
-        preprocess=settings.preprocess,
-        augment=settings.augment,
-        collate=settings.collate,
-        metrics=settings.metrics,
-    )
-
-
-def _columns_read(settings: FitSettings) -> list[str]:
-    used = names_in(settings.feature_cols) + names_in(settings.label_cols) + names_in(settings.weight_col)
-    return [*used, settings.validation] if isinstance(settings.validation, str) else used
-
-
-def _schema(settings: FitSettings, dataset: DataFrame, program: Program) -> Schema:
-    used = names_in(settings.feature_cols) + names_in(settings.label_cols) + names_in(settings.weight_col)
-    wide = str(float_dtype_of(program.model)) == "torch.float64"
-    return build_schema(
-        types=column_types(dataset.schema, used),
-        feature_cols=settings.feature_cols,
-        label_cols=settings.label_cols,
-        weight_col=settings.weight_col,
-        float_dtype="float64" if wide else "float32",
-        decode=settings.decode,
-        collate=settings.collate,
-    )
-
-
 def _ingest(
     settings: FitSettings, spark: SparkSession, generation: DataFrame, schema: Schema, run: str, lease: Lease
 ) -> Ingested:
@@ -226,16 +159,6 @@ def _ingest(
             job.cancel()
             raise
     raise AssertionError("unreachable")
-
-
-def _rehearse(settings: FitSettings, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
-    batch = sample_batch(ingested.sample, ingested.schema, program)
-    materialize(program.model, batch, settings.local.seed)
-    program = ready(program, settings.local, settings.run.epochs, ingested.facts)
-    pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
-    output = rehearse(program, batch, ingested.schema)
-    prediction = _prediction(settings, program, output, batch.rows)
-    return program, prediction
 
 
 def _assemble(
@@ -330,15 +253,6 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
     finally:
         lease.lent = True
     progress.finish(summary(fit.state.records[fit.resumed_from :]))
-
-
-def _warm(module: nn.Module, source: nn.Module) -> None:
-    try:
-        module.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"warm_start: the model's parameters do not fit this estimator's: {error}. Use the same model and model_args."
-        ) from error
 
 
 def _clean(settings: FitSettings, spark: SparkSession, run: str) -> None:
