@@ -194,22 +194,22 @@ def _assemble(
     check_load(settings, fit)
     if fit.state.committed:
         _LOG.warning(
-            "going on with the run in %s after round %d of %d%s",
+            "going on with the run in %s after round %d of %s%s",
             settings.checkpoint_dir,
             fit.state.committed,
-            fit.schedule.num_rounds,
+            fit.num_rounds,
             ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
             if fit.finished
             else "",
         )
     rows = sum(shard.rows["train"] for shard in ingested.facts)
     _LOG.info(
-        "%d training rows on %d replicas, batch %d each (%d together), %d rounds, %.1f MB of parameters",
+        "%d training rows on %d replicas, batch %d each (%d together), %s rounds, %.1f MB of parameters",
         rows,
         settings.run.num_workers,
         settings.local.batch_size,
         settings.local.batch_size * settings.run.num_workers,
-        fit.schedule.num_rounds,
+        fit.num_rounds,
         fit.layout.num_bytes / 1e6,
     )
     return fit
@@ -225,7 +225,7 @@ def _staged(settings: FitSettings) -> RunSettings:
 def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
     return FitInfo(
         run=fit.run,
-        num_rounds=fit.schedule.num_rounds,
+        num_rounds=fit.num_rounds,
         committed=fit.state.committed,
         rows=sum(shard.rows["train"] for shard in ingested.facts),
         num_parameters=fit.layout.numel,
@@ -238,7 +238,7 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
         fit.close_stage()
         lease.lent = True
 
-    progress.start(fit.schedule.num_rounds, fit.state.committed)
+    progress.start(fit.num_rounds, fit.state.committed)
     lease.lent = False
     try:
         with contextlib.closing(fit.rounds()) as records:

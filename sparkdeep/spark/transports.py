@@ -73,6 +73,11 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
             settings.local.down_codec if settings.local.down_codec != "identity" else None,
             "replicas are built anew for each round, and know no parameters that could have changed",
         ),
+        **dict.fromkeys(
+            (name.partition("=")[0] for name in settings.run.closing),
+            (" ".join(settings.run.closing) or None, "each round is a job of its own that all replicas end together"),
+        ),
+        "min_workers": (settings.run.min_workers, "the number of replicas does not change there"),
         "worker_process": (
             "spawn" if settings.worker_process == "spawn" else None,
             "replicas train in Spark's Python workers",
@@ -194,7 +199,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
-            rounds=fit.schedule.num_rounds - fit.state.committed,
+            rounds=(fit.num_rounds or 0) - fit.state.committed,
             wide=settings.outer_optimizer is not None,
             durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
         )
