@@ -30,6 +30,7 @@ from sparkdeep.ring import available as ring_available
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
+from sparkdeep.staffing import Staffing
 from sparkdeep.stages import Stages
 from sparkdeep.transport import StageOpener
 from sparkdeep.trees import pack_tensors
@@ -170,6 +171,7 @@ class Fit:
         assert self.coordinator is not None, "a launcher's replicas dial a coordinator"
         return Stages(
             launcher=self.launcher,
+            staffing=Staffing(launcher=self.launcher, shards=self.shards, local=self.local, settings=self.settings),
             coordinator=self.coordinator,
             run=self.run,
             settings=self.settings,

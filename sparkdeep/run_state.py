@@ -77,6 +77,11 @@ class RunState:
         count = self.generation.num_replicas
         return [self.schedule.clock(self.committed, self.consumed, replica) for replica in range(count)]
 
+    @property
+    def just_dealt(self) -> bool:
+        """Whether the replicas have not trained a round yet."""
+        return self.committed == self.generation.began
+
     def deal(self, generation: Generation) -> None:
         """Go on with other replicas."""
         self.generation, self.consumed = generation, list(generation.consumed)

@@ -313,6 +313,8 @@ class Stage:
             failure = self._running.failure()
             time.sleep(0.05)
         if isinstance(failure, SparkdeepError) and not isinstance(failure, ConnectionLostError):
+            if isinstance(failure, ReplicaLostError) and failure.replica in self.hellos:
+                failure.host = failure.host or self.hellos[failure.replica].host
             return failure
         for replica, error in errors.items():
             return ReplicaLostError(

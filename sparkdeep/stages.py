@@ -20,6 +20,7 @@ from sparkdeep.messages import Hello, Open
 from sparkdeep.planning import rounds_to_run, stage_description
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.session import versions
+from sparkdeep.staffing import Staffing
 from sparkdeep.stage import Stage
 
 __all__ = ["Stages", "StateLostError", "check_shard", "check_versions"]
@@ -71,6 +72,8 @@ class Stages:
 
     launcher: Launcher
     """Who starts replicas."""
+    staffing: Staffing
+    """How many of them."""
     coordinator: Coordinator
     """Where they dial in."""
     run: str
@@ -113,9 +116,10 @@ class Stages:
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
         seams.reach("slots", round_number=state.committed + 1)
-        if self._renew:
+        self.last_change = self.staffing.settle(state)
+        if self._renew and not self.last_change:
             self.launcher.renew()
-            self._renew = False
+        self._renew = False
         name = secrets.token_hex(8)
         last = state.schedule.num_rounds
         planned = rounds_to_run(
@@ -146,8 +150,8 @@ class Stages:
             raise
         finally:
             self.coordinator.route(None)
-        self._reset = [i for i, what in enumerate(outcome) if what == "reset"]
-        if self._reset and self.settings.replica_state == "durable":
+        self._reset = [i for i, what in enumerate(outcome) if what == "reset" or self.last_change]
+        if "reset" in outcome and self.settings.replica_state == "durable":
             stage.abort()
             raise StateLostError(
                 f"the state of replicas {self._reset} after round {state.committed} is gone with its executor; "
@@ -178,7 +182,7 @@ class Stages:
         answers = []
         for replica in range(self.launcher.num_replicas):
             sent = None
-            if snapshot is not None and snapshot.round == state.committed:
+            if snapshot is not None and snapshot.round == state.committed and not state.just_dealt:
                 sent = snapshot.replica(replica)
             source = "sent" if sent is not None else self._where(state, replica)
             answer = Open(
@@ -193,7 +197,7 @@ class Stages:
 
     def _where(self, state: RunState, replica: int) -> str:
         """Where a replica finds its state if it is not sent."""
-        if state.committed == state.generation.began:
+        if state.just_dealt:
             return "fresh"
         last = state.records[-1].replicas if state.records else []
         return "behind" if self.keep and last and last[replica].dropped == "late" else "local"

@@ -141,6 +141,11 @@ class FitSettings:
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
         if self.deal not in ("rows", "partitions"):
             raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
+        if self.deal == "partitions" and self.run.min_workers is not None:
+            raise ConfigError(
+                f"deal='partitions' with min_workers={self.run.min_workers}: a partition stays with its replica, and rows cannot be "
+                "dealt to fewer. Use deal='rows'."
+            )
         if self.transport not in ("auto", "socket", "spark"):
             raise ConfigError(f"transport={self.transport!r}: must be 'auto', 'socket' or 'spark'.")
         if self.exchange_dir is not None and not re.match(r"/|[A-Za-z][A-Za-z0-9+.\-]*:", str(self.exchange_dir)):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.errors import ConfigError, PreflightError
@@ -15,14 +15,13 @@ from sparkdeep.fitting import Fit
 from sparkdeep.launch import ReplicaPlan
 from sparkdeep.parameters import named_tensors
 from sparkdeep.run_state import RunState
-from sparkdeep.spark.barrier import BarrierLauncher
+from sparkdeep.spark.barrier import BarrierLauncher, Shards
 from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
 from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.spark.settings import FitSettings
 
-__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
+__all__ = ["Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
 
-Shards: TypeAlias = Callable[[], DataFrame]
 Transport: TypeAlias = BarrierLauncher | SparkRunner
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
@@ -132,7 +131,6 @@ def transport_for(
     spark: SparkSession,
     shards: Shards,
     *,
-    generation: DataFrame,
     plan: ReplicaPlan,
     run: str,
     profile: Any,
@@ -143,7 +141,6 @@ def transport_for(
         return SparkRunner(
             spark,
             shards,
-            generation=generation,
             settings=RunnerSettings(
                 run=run,
                 num_replicas=settings.run.num_workers,
@@ -157,9 +154,7 @@ def transport_for(
     return BarrierLauncher(
         spark,
         shards,
-        generation=generation,
         plan=plan,
-        num_replicas=settings.run.num_workers,
         shard_dir=settings.shard_dir,
         worker_process=settings.worker_process,
         profile=profile,
