@@ -191,7 +191,7 @@ class _Threads:
             channel,
             hello,
             lambda: open_replica(plan, channel, shard, number=number, device=device),
-            StateFiles(state_dir),
+            StateFiles(state_dir, ticket.stage),
         )
 
     def failure(self) -> BaseException | None:

@@ -57,8 +57,11 @@ class Open:
     scheduler_steps: int
     """The common clock so far, for a state that starts anew in mid-run."""
     state: str
-    """"fresh", "local" (read `committed`'s state from disk), "behind" (read the newest one from disk: the rounds after it
-    went on without this replica) or "sent"."""
+    """"fresh", "local" (read it from disk) or "sent"."""
+    kept_round: int
+    """With "local": the round after which it was kept; later ones went on without this replica."""
+    kept_by: str
+    """The stage that kept it."""
     tensor_bytes: int
     keep: bool
     """Whether to save state on the executor's disk after every round."""

@@ -121,6 +121,8 @@ class Order:
     """The common clock so far, for a state that starts anew in mid-run."""
     source: Literal["fresh", "local", "sent"]
     """Where each replica's state comes from."""
+    kept_by: str
+    """With "local": the job that kept the states after the committed round."""
     durable: bool
     """Whether a state that is gone voids the job, instead of starting anew."""
     sections: tuple[str, ...]

@@ -79,10 +79,10 @@ def obey(order: Order, place: Place) -> Reply:
         check_versions(order.versions, [hello])
         check_shard(hello, order.facts[place.replica])
         header: dict[str, Any] = {"job": order.job, "replica": place.replica, "hello": asdict(hello)}
-        states = StateFiles(place.state_dir)
+        states = StateFiles(place.state_dir, order.job)
         if order.kind == "states":
             with own_files("it read the replica's state"):
-                return Reply(header=header, bodies=(states.read(order.committed),))
+                return Reply(header=header, bodies=(states.read(order.committed, order.kept_by),))
         with _named(place, "building the model and optimizer"):
             replica = _build(order, place, shard)
         header["state"] = _restore(replica, order, place, states)
@@ -140,7 +140,7 @@ def _restore(replica: Replica, order: Order, place: Place, states: StateFiles) -
     elif order.source == "local":
         # Damaged or gone: reported as "reset", and the driver names the loss in the round's record.
         with contextlib.suppress(CheckpointError, OSError):
-            replica.load_state(states.read(order.committed))
+            replica.load_state(states.read(order.committed, order.kept_by))
             outcome = "restored"
     if outcome == "fresh":
         if order.source == "local" and order.durable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, final
 
@@ -63,6 +63,10 @@ class RoundStages:
     _send_states: bool = field(default=True, init=False)
     _renew: bool = field(default=False, init=False)
     _reset: list[int] = field(default_factory=list, init=False)
+    _trained_by: str = field(default="", init=False)
+    """The last job that trained a round."""
+    _kept_by: str = field(default="", init=False)
+    """The job whose states on the executors' disks count."""
     _mean: Stored | None = field(default=None, init=False)
     """What the exchange holds of the last round: the next one starts from it if nothing else moved the parameters."""
     _jobs: list[str] = field(default_factory=list, init=False)
@@ -81,8 +85,10 @@ class RoundStages:
         self._snapshot = latest() if self._send_states else None
         return self
 
-    def committed_round(self) -> list[int]:
+    def committed_round(self, round_number: int, dropped: Mapping[int, str]) -> list[int]:
         """The replicas whose state was lost before the last round, told once."""
+        del round_number, dropped
+        self._kept_by = self._trained_by
         reset, self._reset = self._reset, []
         return reset
 
@@ -136,6 +142,7 @@ class RoundStages:
         if self.runner.exchange is not None:
             mean = self._exchanged(replies[0])
         self._send_states = False
+        self._trained_by = replies[0].header["job"]
         self._reset = [i for i, reply in enumerate(replies) if reply.header["state"] == "reset"]
         total_weight = sum(update.weight for update in updates)
         vector = start.parameters.to(torch.float64) if mean is None else mean.vector
@@ -184,6 +191,7 @@ class RoundStages:
             committed=state.committed,
             scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
             source="sent" if sent else "local" if state.committed else "fresh",
+            kept_by=self._kept_by,
             durable=self.settings.replica_state == "durable",
             sections=() if start is None else tuple(start.sections),
             start=parcel,

@@ -114,22 +114,11 @@ def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) ->
     if answer.state == "sent":
         replica.load_state(sent)
         return "restored"
-    if answer.state in {"local", "behind"}:
+    if answer.state == "local":
         # Damaged or gone: reported as "reset", and the driver names the loss in the round's record.
         with contextlib.suppress(CheckpointError, OSError):
-            replica.load_state(_kept(states, answer))
+            replica.load_state(states.read(answer.kept_round, answer.kept_by))
             replica.catch_up(answer.scheduler_steps)
             return "restored"
     replica.restart(answer.scheduler_steps)
     return "fresh" if answer.state == "fresh" else "reset"
-
-
-def _kept(states: StateFiles, answer: Open) -> bytes:
-    """The state that the driver means.
-
-    Raises:
-        FileNotFoundError: it is not here.
-    """
-    if answer.state == "local":
-        return states.read(answer.committed)
-    return states.read(max((r for r in states.rounds() if r <= answer.committed), default=0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -99,6 +99,8 @@ class Stages:
     _rounds: int = field(default=0, init=False)
     _planned: int | None = field(default=None, init=False)
     _renew: bool = field(default=False, init=False)
+    _kept: dict[int, tuple[int, str]] = field(default_factory=dict, init=False)
+    """Replica -> round and stage of the state on its executor's disk that counts."""
     _reset: list[int] = field(default_factory=list, init=False)
 
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Stage:
@@ -117,7 +119,9 @@ class Stages:
         began = time.monotonic()
         seams.reach("slots", round_number=state.committed + 1)
         self.last_change = self.staffing.settle(state)
-        if self._renew and not self.last_change:
+        if self.last_change:
+            self._kept.clear()
+        elif self._renew:
             self.launcher.renew()
         self._renew = False
         name = secrets.token_hex(8)
@@ -184,23 +188,19 @@ class Stages:
             sent = None
             if snapshot is not None and snapshot.round == state.committed and not state.just_dealt:
                 sent = snapshot.replica(replica)
-            source = "sent" if sent is not None else self._where(state, replica)
+            source = "sent" if sent is not None else "fresh" if state.just_dealt else "local"
+            kept_round, kept_by = self._kept.get(replica, (state.committed, ""))
             answer = Open(
                 committed=state.committed,
                 scheduler_steps=state.schedule.clock(state.committed, state.consumed, replica),
                 state=source,
+                kept_round=kept_round,
+                kept_by=kept_by,
                 tensor_bytes=len(tensors),
                 keep=self.keep,
             )
             answers.append((answer, tensors, sent or b""))
         return answers
-
-    def _where(self, state: RunState, replica: int) -> str:
-        """Where a replica finds its state if it is not sent."""
-        if state.just_dealt:
-            return "fresh"
-        last = state.records[-1].replicas if state.records else []
-        return "behind" if self.keep and last and last[replica].dropped == "late" else "local"
 
     def _check(self, hellos: Sequence[Hello], shards: Sequence[ShardFacts]) -> None:
         check_versions(versions(), hellos)
@@ -218,9 +218,17 @@ class Stages:
             "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
         )
 
-    def committed_round(self) -> list[int]:
+    def committed_round(self, round_number: int, dropped: Mapping[int, str]) -> list[int]:
         """Count a round of the open stage; returns the replicas whose state was lost before it, told once."""
         self._rounds += 1
+        if self.keep:
+            assert self._stage is not None
+            # One that is late keeps the state before the round, or an equal one.
+            self._kept |= {
+                i: (round_number, self._stage.name)
+                for i in range(self.launcher.num_replicas)
+                if dropped.get(i) != "late"
+            }
         reset, self._reset = self._reset, []
         return reset
 
@@ -250,6 +258,8 @@ class Stages:
         stage, self._stage = self._stage, None
         try:
             stage.close(save=None if self.keep else state.committed, clocks=state.clocks())
+            if not self.keep:
+                self._kept = dict.fromkeys(range(stage.num_replicas), (state.committed, stage.name))
         except SparkdeepError:
             stage.abort()
             raise

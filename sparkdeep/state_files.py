@@ -13,7 +13,7 @@ from sparkdeep.errors import ReplicaLostError
 
 __all__ = ["StateFiles", "own_files"]
 
-_NAME = re.compile(r"round-(\d{9})\.safetensors")
+_NAME = re.compile(r"round-(\d{9})\.([\w-]+)\.safetensors")
 
 
 @contextlib.contextmanager
@@ -37,33 +37,44 @@ class StateFiles:
     A round's file replaces nothing until it is whole, and the round before stays: until the driver has committed a
     round, its repetition starts from the one before. The page cache outlives the process, so no fsync is needed for
     what is promised: exact while the executor's disk lives.
+
+    Each attempt writes under names of its own. One that was given up may go on for seconds, and must not write over what
+    the attempt after it keeps.
+
+    Args:
+        directory: of this replica.
+        attempt: names the stage or job that writes.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, attempt: str) -> None:
         self._directory = directory
+        self._attempt = attempt
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def rounds(self) -> list[int]:
-        """Rounds whose state is here, ascending."""
+    def kept(self) -> list[tuple[int, str]]:
+        """(round, attempt) of every state that is here, ascending."""
         found = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted((int(match[1]), match[2]) for match in found if match)
 
-    def read(self, round_number: int) -> bytes:
-        """The state after `round_number`.
+    def read(self, round_number: int, attempt: str) -> bytes:
+        """The state after `round_number`, as that attempt kept it.
 
         Raises:
             FileNotFoundError: it is not here.
         """
-        return self._path(round_number).read_bytes()
+        return self._path(round_number, attempt).read_bytes()
 
     def write(self, round_number: int, data: bytes) -> None:
         """Keep the state after `round_number`, and of earlier rounds only the last."""
         temporary = self._directory / f".{secrets.token_hex(8)}.part"
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
-        temporary.replace(self._path(round_number))
-        for older in [r for r in self.rounds() if r < round_number][:-1]:
-            self._path(older).unlink(missing_ok=True)
+        temporary.replace(self._path(round_number, self._attempt))
+        older = [(kept, attempt) for kept, attempt in self.kept() if kept < round_number]
+        recent = sorted({kept for kept, _ in older})[-1:]
+        for kept, attempt in older:
+            if kept not in recent:
+                self._path(kept, attempt).unlink(missing_ok=True)
 
-    def _path(self, round_number: int) -> Path:
-        return self._directory / f"round-{round_number:09d}.safetensors"
+    def _path(self, round_number: int, attempt: str) -> Path:
+        return self._directory / f"round-{round_number:09d}.{attempt}.safetensors"

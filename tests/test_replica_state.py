@@ -141,30 +141,42 @@ def test_averaged_state_is_written_where_it_was_read():
 
 
 def test_the_last_two_rounds_are_kept_whole_and_private(tmp_path):
-    files = StateFiles(tmp_path / "state")
+    files = StateFiles(tmp_path / "state", "a")
     for number in range(1, 6):
         files.write(number, b"%d" % number)
-    assert files.rounds() == [4, 5]
-    assert files.read(4) == b"4"
+    assert files.kept() == [(4, "a"), (5, "a")]
+    assert files.read(4, "a") == b"4"
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "state").iterdir()} == {0o600}
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     with pytest.raises(FileNotFoundError):
-        files.read(3)
+        files.read(3, "a")
 
 
 def test_a_repeated_round_replaces_its_file_and_keeps_the_one_before(tmp_path):
-    files = StateFiles(tmp_path)
+    files = StateFiles(tmp_path, "a")
     for number in (1, 2, 3):
         files.write(number, b"first")
     files.write(3, b"again")
-    assert files.rounds() == [2, 3]
-    assert files.read(3) == b"again"
+    assert files.kept() == [(2, "a"), (3, "a")]
+    assert files.read(3, "a") == b"again"
 
 
 def test_other_files_are_neither_counted_nor_touched(tmp_path):
     (tmp_path / "round-1.safetensors").write_bytes(b"x")
     (tmp_path / ".half.part").write_bytes(b"x")
-    files = StateFiles(tmp_path)
+    files = StateFiles(tmp_path, "a")
     files.write(7, b"7")
-    assert files.rounds() == [7]
+    assert files.kept() == [(7, "a")]
     assert (tmp_path / ".half.part").exists()
+
+
+def test_an_attempt_that_was_given_up_writes_over_nothing_of_the_one_after_it(tmp_path):
+    zombie, living = StateFiles(tmp_path, "zombie"), StateFiles(tmp_path, "living")
+    zombie.write(1, b"1")
+    living.write(2, b"living")
+    zombie.write(2, b"zombie")
+    assert living.read(2, "living") == b"living"
+    assert living.read(1, "zombie") == b"1"
+    living.write(3, b"3")
+    living.write(4, b"4")
+    assert living.kept() == [(3, "living"), (4, "living")]

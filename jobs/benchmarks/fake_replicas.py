@@ -81,6 +81,9 @@ class _StandIn:
     def restart(self, scheduler_steps: int) -> None:
         """Nothing has begun."""
 
+    def catch_up(self, clock: int) -> None:
+        """There is no schedule."""
+
     def save_state(self) -> bytes:
         """An empty one."""
         return b""
@@ -122,7 +125,7 @@ def _replica(
     )
     build = cast("Callable[[], Any]", lambda: _StandIn(number, numel, local))
     with contextlib.closing(channel):
-        serve(channel, hello, build, StateFiles(Path(states) / str(number)))
+        serve(channel, hello, build, StateFiles(Path(states) / str(number), ticket.stage))
 
 
 @dataclass(kw_only=True)

@@ -91,7 +91,7 @@ def _replica(
             channel,
             hello,
             lambda: open_replica(plan, channel, shard, number=number, device=device),
-            StateFiles(states / str(number)),
+            StateFiles(states / str(number), ticket.stage),
         )
 
 

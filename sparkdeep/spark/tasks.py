@@ -227,7 +227,7 @@ def run_replica(task: ReplicaTask) -> None:
             channel,
             hello,
             lambda: _built(task, channel, shard, device),
-            StateFiles(Path(task.state_dir)),
+            StateFiles(Path(task.state_dir), ticket.stage),
         )
 
 
