@@ -263,9 +263,9 @@ def test_a_replica_that_works_on_and_on_meets_the_rounds_deadline_and_the_round_
 def test_a_deadline_that_is_missed_again_and_again_names_who_misses_it(tmp_path):
     slow = Injector(tmp_path / "plan")
     for _ in range(2):
-        slow.delay_at("train", 2, 0, seconds=1.0)
+        slow.delay_at("train", 2, 0, seconds=2.5)
     with pytest.raises(RoundTimeoutError, match=r"replica 0 .* quorum=") as caught:
-        fitted(tmp_path, injector=slow, min_round_timeout_s=0.3, max_retries=1)
+        fitted(tmp_path, injector=slow, min_round_timeout_s=1.0, max_retries=1)
     assert any("Failures by host" in note for note in caught.value.__notes__)
 
 
