@@ -76,15 +76,18 @@ def test_a_process_that_ended_its_work_is_not_watched_any_more():
 class Access:
     """A session that can tell what it is told."""
 
-    def __init__(self, *, connect, conf=None):
-        self.connect, self.session, self._conf = connect, "s", conf or {}
+    def __init__(self, *, connect, conf=None, heap=None):
+        self.connect, self.session, self._conf, self._heap = connect, "s", conf or {}, heap
+
+    def heap(self):
+        return self._heap
 
     def conf(self, name, default=None):
         return self._conf.get(name, default)
 
 
-def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0):
-    monkeypatch.setattr(round_jobs, "access_to", lambda _: Access(connect=connect, conf=conf))
+def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0, heap=None):
+    monkeypatch.setattr(round_jobs, "access_to", lambda _: Access(connect=connect, conf=conf, heap=heap))
     monkeypatch.setattr(round_jobs, "carrier_for", lambda *_: None)
     monkeypatch.setattr(round_jobs, "artifact_bytes", lambda _: taken)
     settings = RunnerSettings(
@@ -108,6 +111,15 @@ def test_what_the_driver_takes_back_is_held_against_its_limit(monkeypatch):
     with pytest.raises(PreflightError, match=r"1920 MB to the driver"):
         runner(monkeypatch, connect=False, exchange="/x").check(load(800, wide=True))
     runner(monkeypatch, connect=False, conf={"spark.driver.maxResultSize": "0"}).check(load(9000))
+
+
+def test_what_the_driver_takes_back_is_held_against_its_heap(monkeypatch):
+    runner(monkeypatch, connect=False, heap=2 << 30).check(load(220))
+    with pytest.raises(
+        PreflightError,
+        match=r"1056 MB through the driver's JVM.*heap is 1074 MB.*spark.driver.memory to at least 2526m",
+    ):
+        runner(monkeypatch, connect=False, heap=1 << 30).check(load(220))
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,15 @@ class SparkRunner:
                 f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
             )
 
+        heap = access_to(self._spark).heap()
+        # Results lie there as they came, and once more while they are handed on to Python.
+        if heap is not None and 2 * needed > heap:
+            raise PreflightError(
+                f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
+                f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
+                f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
+            )
+
     def _check_artifacts(self, load: Load) -> None:
         used = artifact_bytes(self._spark)
         # Each round ships its start once, and the last validation ships the end.

@@ -54,6 +54,9 @@ class Access(Protocol):
     def batches(self, frame: DataFrame) -> list[Any]:
         """The rows as Arrow record batches."""
 
+    def heap(self) -> int | None:
+        """Bytes that the driver's JVM may use."""
+
 
 def is_connect(spark: SparkSession) -> bool:
     """Whether the session is one of Spark Connect."""
@@ -136,6 +139,10 @@ class _Classic:
             return list(frame.toArrow().to_batches())
         return list(frame._collect_as_arrow())  # Spark 3.5
 
+    def heap(self) -> int | None:
+        runtime: Any = self._context._jvm.java.lang.Runtime
+        return int(runtime.getRuntime().maxMemory())
+
 
 @final
 class _Connect:
@@ -205,3 +212,6 @@ class _Connect:
 
     def batches(self, frame: DataFrame) -> list[Any]:
         return list(frame.toArrow().to_batches())
+
+    def heap(self) -> int | None:
+        return None
