@@ -1,0 +1,383 @@
+"""Targets on the line: frames, the coordinator's port, a stage before fake replicas, a replica before a fake driver."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from functools import partial
+
+import torch
+from fuzzing import Target
+from mutating import frame, mutate_bytes, mutate_frames, with_checksum
+from torch import nn
+from torch.optim import SGD
+from twin import local_coordinator, schema_of, write_shards
+
+from sparkdeep import channel as channel_module
+from sparkdeep import coordinator as coordinator_module
+from sparkdeep import stage as stage_module
+from sparkdeep.channel import Channel
+from sparkdeep.compression import codec_named
+from sparkdeep.config import LocalSettings
+from sparkdeep.data.shards import Shard
+from sparkdeep.errors import SparkdeepError
+from sparkdeep.gathering import Plane, TrainOrder
+from sparkdeep.messages import Hello, Open, Update, to_header
+from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.program import Program
+from sparkdeep.replica import Replica
+from sparkdeep.round_values import Globals
+from sparkdeep.schedule import RoundSpec
+from sparkdeep.session import serve, versions
+from sparkdeep.stage import Stage
+from sparkdeep.state_files import StateFiles
+from sparkdeep.trees import pack, pack_tensors
+from sparkdeep.validation import merge_scores
+from sparkdeep.wire import TOKEN_BYTES, Connection, ConnectionLostError
+
+TOKEN = bytes(range(TOKEN_BYTES))
+SILENCE_S = 0.5
+SPEC = RoundSpec(round=1, epoch=0, first_step=0, num_steps=1)
+
+
+def net():
+    """A small model with buffers."""
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+LAYOUT = Layout.of(net())
+BUFFERS = LAYOUT.read_buffers(net())
+
+
+def hello(replica=0, **changes):
+    """A hello's header."""
+    parts = {"run": "run", "stage": "stage", "replica": replica, "host": "h", "pid": 1, "device": "cpu"}
+    parts |= {"versions": versions(), "rows": {"train": 4, "validation": 2}, "digest": "d", "shard": ""}
+    return to_header(Hello(**{**parts, **changes}))
+
+
+def update(buffers, **changes):
+    """An update's header."""
+    parts = {"round": 1, "rows": 4, "weight": 4.0, "steps": 1, "loss_sum": 1.0, "finite": True, "sections": []}
+    parts |= {"buffer_bytes": len(buffers), "compute_s": 0.1, "input_s": 0.0, "logged": {"a": 0.5}}
+    return to_header(Update(**{**parts, **changes}))
+
+
+def frame_of(kind, header=None, body=b""):
+    """One frame with the right token."""
+    return frame(TOKEN, kind, header, body)
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def pair():
+    """A bare socket, and a connection that hears it."""
+    left, right = socket.socketpair(socket.AF_UNIX)
+    return left, Connection(right, TOKEN)
+
+
+def read_frames(data):
+    """Frames until the end; each body small, as `read_body` is asked to take it."""
+    sock, connection = pair()
+    with contextlib.closing(sock), contextlib.closing(connection):
+        sock.setblocking(False)
+        sent = sock.send(data)
+        assert sent == len(data)
+        sock.shutdown(socket.SHUT_WR)
+        try:
+            while True:
+                got = connection.receive(timeout_s=SILENCE_S)
+                connection.read_body(got.body_bytes, limit_bytes=1 << 36, timeout_s=SILENCE_S)
+        except ConnectionLostError:
+            return
+
+
+# -- a driver before fake replicas ------------------------------------------------------------------------------------
+
+
+def star_script(replica):
+    """What a replica says in a whole stage."""
+    vector, buffers = raw_bytes(torch.rand(LAYOUT.numel)).tobytes(), pack_tensors(BUFFERS)
+    sums = {"rows": 2.0, "weight": 2.0, "loss": 1.0}
+    return b"".join(
+        [
+            frame_of("hello", hello(replica)),
+            frame_of("opened", {"state": "fresh"}),
+            frame_of("beat", {"rows": 1, "steps": 1}),
+            frame_of("log", {"text": "a line"}),
+            frame_of("update", update(buffers), with_checksum(vector + buffers)),
+            frame_of("saved", {"bytes": 0, "seconds": 0.0}),
+            frame_of("scores", {}, pack({"sums": sums, "states": {}})),
+            frame_of("state", {}, pack({"optimizer": torch.zeros(3)})),
+            frame_of("bye"),
+        ]
+    )
+
+
+def failing_script(replica):
+    """A replica whose user's code raised; the stage ends with that."""
+    failure = {"cause": "user", "message": "m", "traceback": "t", "where": "w"}
+    return frame_of("hello", hello(replica)) + frame_of("opened", {"state": "fresh"}) + frame_of("error", failure)
+
+
+def ring_script(replica):
+    """What a replica says in a stage whose updates are added up among replicas."""
+    part = raw_bytes(torch.rand(LAYOUT.numel)).tobytes()
+    half = -(-LAYOUT.numel // 2)
+    buffers = pack_tensors(BUFFERS)
+    bounds = slice(0, 4 * half) if replica == 0 else slice(4 * half, None)
+    return b"".join(
+        [
+            frame_of("hello", hello(replica)),
+            frame_of("opened", {"state": "fresh"}),
+            frame_of("put", {"key": f"{replica}", "value": "address"}),
+            frame_of("get", {"key": f"{1 - replica}"}),
+            frame_of("formed"),
+            frame_of("update", update(buffers), with_checksum(buffers)),
+            frame_of("part", {}, with_checksum(part[bounds])),
+            frame_of("saved", {"bytes": 0, "seconds": 0.0}),
+            frame_of("bye"),
+        ]
+    )
+
+
+class Talkers:
+    """Replicas that say what stands in their scripts, whatever they hear; a launcher's stage."""
+
+    def __init__(self, address, scripts, *, silent):
+        self._ended = []
+        self._threads = [
+            threading.Thread(target=self._talk, args=(address, script, silent and i == len(scripts) - 1), daemon=True)
+            for i, script in enumerate(scripts)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _talk(self, address, script, silent):
+        with socket.create_connection((address.host, address.port), timeout=3.0) as sock:
+            with contextlib.suppress(OSError):  # the driver may hang up at any word
+                sock.sendall(script)
+                if not silent:
+                    sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1 << 16):
+                    pass
+        self._ended.append(ConnectionLostError("the replica's process ended"))
+
+    def failure(self):
+        """Why it fails, if it does."""
+        return self._ended[0] if self._ended else None
+
+    def finish(self, timeout_s):
+        """Wait for all."""
+        for thread in self._threads:
+            thread.join(timeout=timeout_s)
+
+    def cancel(self):
+        """Nothing: they end when the driver hangs up."""
+
+
+class Driver:
+    """Opens a stage for each input, and goes through all its phases."""
+
+    def __init__(self, *, ring):
+        self._ring = ring
+        self._coordinator = local_coordinator()
+        self._coordinator.token = TOKEN
+        stage_module._REASON_S = stage_module._LAST_WORDS_S = 0.2
+        coordinator_module._HANDSHAKE_S = SILENCE_S
+
+    def read(self, scripts):
+        """One stage; its last replica is the mutated one."""
+        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, ring=self._ring)
+        stage = Stage(
+            run="run",
+            name="stage",
+            num_replicas=2,
+            plane=plane,
+            stall_timeout_s=SILENCE_S,
+            on_beat=lambda _replica, rows: rows + 1,
+            on_log=lambda _replica, text: text.encode("utf-8", "backslashreplace"),
+        )
+        self._coordinator.route(stage.admit)
+        running = Talkers(self._coordinator.address, scripts[:2], silent=len(scripts) > 2)
+        try:
+            stage.gather(running, timeout_s=2 * SILENCE_S, waiting_for=lambda: "")
+            answer = Open(committed=0, scheduler_steps=0, state="fresh", tensor_bytes=0, keep=False)
+            stage.open([(answer, b"", b"")] * 2, timeout_s=SILENCE_S)
+            start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
+            if self._ring:
+                stage.form_ring(timeout_s=SILENCE_S)
+            stage.train(SPEC, start)
+            if not self._ring:
+                merge_scores(stage.evaluate(start), {})
+                stage.states()
+            stage.close(save=None, timeout_s=SILENCE_S)
+        finally:
+            stage.abort()
+            running.finish(2.0)
+
+    def mutate(self, rng, scripts):
+        """The second replica's script is changed; sometimes it then keeps the line, and is silent."""
+        changed = mutate_frames(rng, scripts[1], TOKEN, start=rng.choice((0, 1, 1, 2)))
+        return [scripts[0], changed, *(["silent"] if rng.random() < 0.02 else [])]
+
+
+class Port:
+    """The coordinator's port, where strangers and zombies say hello."""
+
+    def __init__(self):
+        self._coordinator = local_coordinator()
+        self._coordinator.token = TOKEN
+        self._stage = "no stage"
+
+    def read(self, data):
+        """Say it by TCP, hang up, and wait until the port has hung up too."""
+        admitted = []
+        self._coordinator.route(lambda _hello, connection: (admitted.append(1), connection.close()))
+        address = self._coordinator.address
+        with socket.create_connection((address.host, address.port), timeout=3.0) as sock:
+            with contextlib.suppress(ConnectionError):  # it may hang up before all is said
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                while answer := sock.recv(1 << 16):
+                    assert TOKEN in data or TOKEN not in answer, "a stranger was shown the token"
+        assert admitted or data != frame_of("hello", hello()), "the port no longer admits a replica"
+
+
+# -- a replica before a fake driver -----------------------------------------------------------------------------------
+
+
+class ReplicaEnd:
+    """A replica that serves whatever a driver says."""
+
+    def __init__(self, folder):
+        parts = {"features": torch.rand(4, 2).numpy(), "label": torch.rand(4, 1).numpy()}
+        self._schema = schema_of(parts["features"], parts["label"])
+        rows = {name: values[:2] for name, values in parts.items()}
+        (path,) = write_shards(folder / "replica", [parts], self._schema, [rows])
+        self._shard = Shard.open(path)
+        self._states = StateFiles(folder / "states")
+        self._settings = LocalSettings(batch_size=4)
+        self.state = self._build(None).save_state()
+        channel_module.DRIVER_SILENCE_S = SILENCE_S
+
+    def _build(self, channel):
+        program = Program(model=net(), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.1, momentum=0.9))
+        beat = channel.beat if channel else lambda _rows, _steps: None
+        return Replica(
+            program, self._settings, self._schema, self._shard, number=0, device=torch.device("cpu"), beat=beat
+        )
+
+    def seeds(self):
+        """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
+        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
+        start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
+        order = TrainOrder(spec=SPEC, start=start, ahead=None, fresh=True, held=False)
+        buffers = pack_tensors(BUFFERS)
+        train = frame_of("train", order.header(plane, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
+        tensors = pack_tensors(dict(net().named_parameters()))
+        answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
+        evaluate = {"sections": [], "buffer_bytes": len(buffers)}
+        return [
+            frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1}),
+            b"".join(
+                [
+                    frame_of(
+                        "open",
+                        {**answer, "state": "sent", "tensor_bytes": len(tensors), "committed": 1},
+                        tensors + self.state,
+                    ),
+                    frame_of("probe", None, b"load"),
+                    frame_of("evaluate", evaluate, raw_bytes(start.parameters).tobytes() + buffers),
+                    frame_of("state"),
+                    train,
+                    frame_of("stop", {"save": None}),
+                ]
+            ),
+        ]
+
+    def read(self, script):
+        """Serve a driver that says `script`; what the replica answers is read and dropped."""
+        left, right = socket.socketpair(socket.AF_UNIX)
+        talker = threading.Thread(target=_talk, args=(left, script), daemon=True)
+        channel = Channel(Connection(right, TOKEN), "127.0.0.1")
+        talker.start()
+        try:
+            serve(channel, Hello(**hello()), lambda: self._build(channel), self._states)
+        finally:
+            channel.close()
+            talker.join(timeout=3.0)
+
+    def load(self, data):
+        """A state as it lies on an executor's disk."""
+        self._build(None).load_state(data)
+
+
+def _talk(sock, script):
+    with contextlib.closing(sock), contextlib.suppress(OSError):
+        sock.sendall(script)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(1 << 16):
+            pass
+
+
+def targets(folder):
+    """Those of this file."""
+    torch.set_num_threads(1)
+    replica = ReplicaEnd(folder)
+    port, star, ring = Port(), Driver(ring=False), Driver(ring=True)
+    greeting = frame_of("hello", hello())
+    stranger = frame(bytes(TOKEN_BYTES), "hello", hello())
+    return [
+        Target(
+            name="wire-with-token",
+            seeds=[star_script(0), *replica.seeds()],
+            mutate=partial(_with_token, limit=60_000),
+            read=read_frames,
+        ),
+        Target(name="wire-without-token", seeds=[b""], mutate=_without_token, read=read_frames),
+        Target(name="port", seeds=[greeting, stranger], mutate=_greeting, read=port.read, bound_mib=256),
+        Target(
+            name="stage-star",
+            seeds=[[star_script(0), star_script(1)]],
+            cases=[[star_script(0), failing_script(1)]],
+            mutate=star.mutate,
+            read=star.read,
+            bound_mib=256,
+            share=4.0,
+        ),
+        Target(
+            name="stage-ring",
+            seeds=[[ring_script(0), ring_script(1)]],
+            mutate=ring.mutate,
+            read=ring.read,
+            bound_mib=256,
+            share=3.0,
+        ),
+        Target(
+            name="replica",
+            seeds=replica.seeds(),
+            mutate=partial(mutate_frames, token=TOKEN),
+            read=replica.read,
+            bound_mib=256,
+            share=3.0,
+            allowed=(SparkdeepError,),
+        ),
+    ]
+
+
+def _with_token(rng, data, limit):
+    return mutate_frames(rng, data, TOKEN)[:limit]
+
+
+def _without_token(rng, _):
+    token = bytes(TOKEN_BYTES) if rng.random() < 0.5 else rng.randbytes(TOKEN_BYTES)
+    if rng.random() < 0.5:
+        return rng.randbytes(rng.randrange(300))
+    return mutate_bytes(rng, frame(token, "hello", hello()))
+
+
+def _greeting(rng, data):
+    return mutate_frames(rng, data, data[4 : 4 + TOKEN_BYTES])
