@@ -34,7 +34,8 @@ def check_update(replica: int, host: str, update: Update, round_number: int) -> 
             round_number=round_number,
             replica=replica,
         )
-    if not 0 <= update.weight < math.inf or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
+    negative = update.rows < 0 or (update.logged and not update.rows)  # what is logged is averaged over rows
+    if not 0 <= update.weight < math.inf or negative or len(update.sections) > MAX_SECTIONS:
         raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
 
 

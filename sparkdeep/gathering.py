@@ -12,9 +12,10 @@ from torch import Tensor
 from sparkdeep.admission import Admission, common_sections
 from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
+from sparkdeep.errors import ProtocolError
 from sparkdeep.line import Line
 from sparkdeep.messages import Saved, Update, parse
-from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.parameters import Layout, raw_bytes, unlike
 from sparkdeep.partition import Partition
 from sparkdeep.round_values import Globals, RoundResult, Traffic
 from sparkdeep.schedule import RoundSpec
@@ -157,6 +158,8 @@ class Gathering:
             self._admission.enter(replica, line.hello.host, update)
             buffers = self._add(frame, update, line) if update.weight > 0 else {}
         if update.weight > 0:
+            if odd := unlike(buffers, self._order.start.buffers):
+                raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
         self._saved[replica] = parse(Saved, line.expect("saved").header)
         self._traffic[replica] = Traffic(

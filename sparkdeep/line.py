@@ -12,7 +12,7 @@ from sparkdeep.averaging import OrderedSum
 from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
 from sparkdeep.compression import CHUNK, Codec, encoded_bytes
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
-from sparkdeep.messages import Failure, Hello, Update, parse
+from sparkdeep.messages import Failure, Hello, Update, field, parse
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.trees import unpack_tensors
 from sparkdeep.wire import Connection, Frame
@@ -81,9 +81,9 @@ class Line:
                     f"replica {replica} sent {frame.kind!r} with a body; expected {' or '.join(kinds)!r}."
                 )
             if frame.kind == "beat":
-                self._on_beat(replica, int(frame.header.get("rows", 0)))
+                self._on_beat(replica, field(frame.header, "rows", int))
             elif frame.kind == "log":
-                self._on_log(replica, str(frame.header.get("text", "")))
+                self._on_log(replica, field(frame.header, "text", str))
             elif frame.kind == "error":
                 raise self._failed(parse(Failure, frame.header))
             else:

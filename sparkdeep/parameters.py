@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes"]
+__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,17 @@ def float_dtype_of(module: nn.Module) -> torch.dtype:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes; nothing is copied."""
     return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+
+
+def unlike(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that only one side has, or that differ in shape or dtype."""
+    return sorted(
+        name
+        for name in given.keys() | own.keys()
+        if name not in given
+        or name not in own
+        or (given[name].shape, given[name].dtype) != (own[name].shape, own[name].dtype)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,16 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
+from sparkdeep.errors import CheckpointError, SparkdeepError
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, float_dtype_of, named_tensors
+from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, unlike
 from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
+from sparkdeep.trees import pack, pack_tensors, unpack_dict, unpack_tensors
 from sparkdeep.validation import Evaluator
 
 __all__ = ["Replica", "steps_per_epoch"]
@@ -118,15 +119,29 @@ class Replica:
         """Go on from `save_state`'s bytes.
 
         Raises:
-            CheckpointError: the bytes are damaged.
+            CheckpointError: the bytes are damaged, or are of another optimizer, scheduler or model.
         """
-        state = unpack(data)
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-        self._random.load_state_dict(state["random"])
-        self.exchange.load_state_dict(state["exchange"])
-        self._own_buffers = state["buffers"]
+        state = unpack_dict(data)
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+            if self._scheduler is not None:
+                self._scheduler.load_state_dict(state["scheduler"])
+            self._random.load_state_dict(state["random"])
+            with self._random.borrowed():
+                """A position that no generator takes shows here, and not in mid-round."""
+            self.exchange.load_state_dict(state["exchange"])
+            self._own_buffers = self._checked_buffers(state["buffers"])
+        except SparkdeepError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the state of replica {self.number} ({len(data)} bytes) cannot be gone on from: {type(error).__name__}: {error}"
+            ) from error
+
+    def _checked_buffers(self, buffers: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        if buffers is not None and (odd := unlike(buffers, self.layout.read_buffers(self.model))):
+            raise CheckpointError(f"the state of replica {self.number} holds other buffers than its model: {odd}.")
+        return buffers
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)
@@ -180,9 +195,9 @@ class Replica:
                 between((step - spec.first_step) / spec.num_steps)
                 self._local_step(self._batches(steps, progress), progress)
             # A replica that is out of rows keeps the common clock of the learning rate all the same.
-            for _ in range(spec.num_steps - max(0, last - spec.first_step)):
-                if self._scheduler is not None:
-                    self._scheduler.step()
+            missing = spec.num_steps - max(0, last - spec.first_step)
+            for _ in range(missing if self._scheduler is not None else 0):
+                self._scheduler.step()
         between(1.0)  # not while the generators are held: it may wait for other replicas of this process
         return self._result(spec, progress, began)
 

@@ -25,7 +25,7 @@ from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec, Schedule
 from sparkdeep.session import versions
 from sparkdeep.stages import ShardFacts
-from sparkdeep.trees import unpack, unpack_tensors
+from sparkdeep.trees import unpack_dict, unpack_tensors
 
 __all__ = ["RoundStages"]
 
@@ -146,7 +146,7 @@ class RoundStages:
         """Score the global parameters as one job; one result a replica, in order."""
         assert self._state is not None
         what = f"sparkdeep fit: validation after round {self._state.committed} of {self.schedule.num_rounds}"
-        return [dict(unpack(reply.body)) for reply in self._run(self._order("evaluate", model), what)]
+        return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
 
     def states(self) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job."""

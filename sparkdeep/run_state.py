@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from sparkdeep.downlink import Downlink
+from sparkdeep.errors import CheckpointError, DataError
+from sparkdeep.fields import misfit
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.parameters import Layout
+from sparkdeep.parameters import Layout, unlike
 from sparkdeep.round_values import Globals
-from sparkdeep.trees import pack, unpack
+from sparkdeep.trees import pack, unpack_dict
 
 __all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
 
@@ -111,10 +113,9 @@ class RunState:
         """Go back to what `to_files` gave; returns the outer optimizer's state dict.
 
         Raises:
-            CheckpointError: a file is damaged.
+            CheckpointError: a file is missing or damaged, or of another model; nothing was taken over.
         """
-        weights = unpack(files["parameters.safetensors"])
-        run = unpack(files["run.safetensors"])
+        weights, run, best, records = self._read(layout, files)
         with torch.no_grad():
             for entry, view in zip(layout.entries, layout.views(self.parameters.detach()), strict=True):
                 view.copy_(weights[entry.name])
@@ -124,9 +125,50 @@ class RunState:
         self.aggregation = run["aggregation"]
         if self.downlink is not None:
             self.downlink.load_state_dict(run["downlink"] or {"current": None, "previous": None})
-        self.best = Best(**run["best"]) if run["best"] is not None else None
-        self.records = [RoundRecord.from_dict(r) for r in run["records"]]
+        self.best, self.records = best, records
         return dict(run["outer"])
+
+    def _read(
+        self, layout: Layout, files: Mapping[str, bytes]
+    ) -> tuple[dict[str, Tensor], dict[str, Any], Best | None, list[RoundRecord]]:
+        """What the files say, checked."""
+        if missing := [name for name in ("parameters.safetensors", "run.safetensors") if name not in files]:
+            raise CheckpointError(f"a checkpoint without {missing} cannot be resumed from.")
+        weights, run = unpack_dict(files["parameters.safetensors"]), unpack_dict(files["run.safetensors"])
+        complaint = misfit(_Stored, run, nan=True) or (run["best"] is not None and misfit(Best, run["best"], nan=True))
+        own = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
+        if not complaint and not all(isinstance(value, Tensor) for value in weights.values()):
+            complaint = "parameters that are no tensors"
+        if complaint or (odd := unlike(weights, own) or unlike(run["buffers"], self.buffers)):
+            raise CheckpointError(f"a checkpoint is damaged, or of another model: {complaint or odd}")
+        best = Best(**run["best"]) if run["best"] is not None else None
+        averaged = len(run["sections"]) * layout.numel
+        if run["inner"].shape != (averaged,) or (best and best.parameters.shape != self.parameters.shape):
+            raise CheckpointError(
+                f"a checkpoint is damaged: optimizer state of {tuple(run['inner'].shape)} for {averaged}"
+            )
+        try:
+            records = [RoundRecord.from_dict(r) for r in run["records"]]
+        except DataError as error:
+            raise CheckpointError(f"a checkpoint is damaged: {error}") from error
+        return weights, run, best, records
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What `RunState.to_files` says beside the parameters."""
+
+    committed: int
+    stale: int
+    stopped: str
+    sections: list[str]
+    inner: Tensor
+    buffers: dict[str, Tensor]
+    best: dict[str, Any] | None
+    outer: dict[Any, Any]
+    aggregation: str
+    downlink: dict[str, Any] | None
+    records: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

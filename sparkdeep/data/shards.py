@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from sparkdeep.data.arrow import Array, FieldValues, Ragged
 from sparkdeep.data.sample import decode_rows, encode_rows
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.errors import DataError
+from sparkdeep.fields import misfit, shown
 
 __all__ = ["SPLITS", "FieldValues", "Shard", "ShardInfo", "ShardWriter", "decode_rows", "encode_rows"]
 
 SPLITS: Final = ("train", "validation")
 _MANIFEST: Final = "shard.json"
 _FORMAT: Final = 1
+_PIECE: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,21 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShardInfo:
-        """Make the object that `to_json` described."""
-        seen = {name: (str(dtype), tuple(shape)) for name, (dtype, shape) in value["seen"].items()}
+        """Make the object that `to_json` described.
+
+        Raises:
+            DataError: it is none.
+        """
+        seen: Any = value.get("seen")
+        if isinstance(seen, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in seen.values()):
+            seen = {
+                name: (dtype, tuple(shape) if type(shape) is list else shape) for name, (dtype, shape) in seen.items()
+            }
+        complaint = misfit(cls, {**value, "seen": seen})
+        if complaint is None and (value["rows"].keys() != set(SPLITS) or min(value["rows"].values()) < 0):
+            complaint = f"rows of {shown(value['rows'])}"
+        if complaint:
+            raise DataError(f"what a shard says of itself is damaged: {complaint}")
         return cls(rows=dict(value["rows"]), digest=value["digest"], seen=seen, num_bytes=value["num_bytes"])
 
 
@@ -201,14 +217,18 @@ class Shard:
         remedy = "it must be ingested again"
         try:
             manifest = json.loads((directory / _MANIFEST).read_bytes())
+            if complaint := misfit(_Stored, manifest):
+                raise DataError(f"shard {directory} has a damaged {_MANIFEST} ({complaint}): {remedy}")
             if manifest["format"] != _FORMAT:
                 raise DataError(f"shard {directory} has format {manifest['format']}, not {_FORMAT}: {remedy}")
             info = ShardInfo.from_json(manifest["info"])
             schema = Schema.from_json(manifest["schema"])
-            sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+            sizes = _own_files(manifest["files"], schema)
         except FileNotFoundError:
             raise DataError(f"shard {directory} has no {_MANIFEST}, so it was not finished: {remedy}") from None
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"shard {directory} has a damaged {_MANIFEST} ({error!r}): {remedy}") from error
         for name, size in sizes.items():
             path = directory / name
@@ -279,6 +299,25 @@ class Shard:
         self._columns = {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What a shard's manifest says."""
+
+    format: int
+    info: dict[str, Any]
+    schema: dict[str, Any]
+    files: dict[str, int]
+
+
+def _own_files(sizes: dict[str, int], schema: Schema) -> dict[str, int]:
+    """Return the files' sizes if they are files of the schema's fields: a manifest names nothing outside its folder."""
+    stems = [f"{split}.{field.name}" for split in SPLITS for field in schema.fields]
+    known = {f"{stem}{part}.bin" for stem in stems for part in ("", ".values", ".offsets")}
+    if odd := sizes.keys() - known:
+        raise DataError(f"files {sorted(odd)[:3]!r:.200} belong to no field")
+    return sizes
+
+
 def _num_rows(value: FieldValues) -> int:
     return len(value.lengths) if isinstance(value, Ragged) else len(value)
 
@@ -315,11 +354,19 @@ def _open_field(directory: Path, split: str, field: Field, rows: int, sizes: Map
         return Ragged(np.zeros(0, dtype), np.zeros(1, np.int64))
     offsets = _map(directory / f"{stem}.offsets.bin", np.dtype("<i8"), (rows + 1,), sizes)
     values = _map(directory / f"{stem}.values.bin", dtype, (int(offsets[-1]),), sizes)
+    if not _ascending(offsets):
+        raise DataError(f"shard file {directory / f'{stem}.offsets.bin'} is damaged: rows do not follow each other")
     return Ragged(values, offsets)
 
 
+def _ascending(offsets: Array) -> bool:
+    """Whether offsets begin with 0 and never fall; in pieces, as there may be as many as rows."""
+    pieces = (offsets[start : start + _PIECE + 1] for start in range(0, len(offsets), _PIECE))
+    return int(offsets[0]) == 0 and all(bool((piece[1:] >= piece[:-1]).all()) for piece in pieces)
+
+
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size != sizes.get(path.name, 0):
         raise DataError(
             f"shard file {path} was written with {sizes.get(path.name, 0)} bytes where {shape} of {dtype} need {size}: "

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from fuzz_lines import update
 from fuzzing import Target
-from mutating import mutate_bytes, mutate_json, mutate_json_text, mutate_tensors, json_text
+from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_tensors
 
 from sparkdeep.data.arrow import Ragged
 from sparkdeep.data.owner import Owner, is_dead, owner_of_this_process
 from sparkdeep.data.sample import decode_rows, encode_rows
-from sparkdeep.data.scratch import sweep
 from sparkdeep.data.schema import Field, Schema
+from sparkdeep.data.scratch import sweep
 from sparkdeep.data.shards import SPLITS, Shard, ShardWriter
 from sparkdeep.data.unischema import read_metadata, read_unischema
 from sparkdeep.exchange import Exchange

@@ -109,7 +109,7 @@ def star_script(replica):
             frame_of("log", {"text": "a line"}),
             frame_of("update", update(buffers), with_checksum(vector + buffers)),
             frame_of("saved", {"bytes": 0, "seconds": 0.0}),
-            frame_of("scores", {}, pack({"sums": sums, "states": {}})),
+            frame_of("scores", {}, pack({"sums": sums, "states": {}, "logged": {"a": [1.0, 2.0]}})),
             frame_of("state", {}, pack({"optimizer": torch.zeros(3)})),
             frame_of("bye"),
         ]
@@ -156,13 +156,14 @@ class Talkers:
             thread.start()
 
     def _talk(self, address, script, silent):
-        with socket.create_connection((address.host, address.port), timeout=3.0) as sock:
-            with contextlib.suppress(OSError):  # the driver may hang up at any word
-                sock.sendall(script)
-                if not silent:
-                    sock.shutdown(socket.SHUT_WR)
-                while sock.recv(1 << 16):
-                    pass
+        where = (address.host, address.port)
+        # The driver may hang up at any word.
+        with socket.create_connection(where, timeout=3.0) as sock, contextlib.suppress(OSError):
+            sock.sendall(script)
+            if not silent:
+                sock.shutdown(socket.SHUT_WR)
+            while sock.recv(1 << 16):
+                pass
         self._ended.append(ConnectionLostError("the replica's process ended"))
 
     def failure(self):
@@ -236,13 +237,13 @@ class Port:
         """Say it by TCP, hang up, and wait until the port has hung up too."""
         admitted = []
         self._coordinator.route(lambda _hello, connection: (admitted.append(1), connection.close()))
-        address = self._coordinator.address
-        with socket.create_connection((address.host, address.port), timeout=3.0) as sock:
-            with contextlib.suppress(ConnectionError):  # it may hang up before all is said
-                sock.sendall(data)
-                sock.shutdown(socket.SHUT_WR)
-                while answer := sock.recv(1 << 16):
-                    assert TOKEN in data or TOKEN not in answer, "a stranger was shown the token"
+        where = (self._coordinator.address.host, self._coordinator.address.port)
+        # It may hang up before all is said.
+        with socket.create_connection(where, timeout=3.0) as sock, contextlib.suppress(ConnectionError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            while answer := sock.recv(1 << 16):
+                assert TOKEN in data or TOKEN not in answer, "a stranger was shown the token"
         assert admitted or data != frame_of("hello", hello()), "the port no longer admits a replica"
 
 

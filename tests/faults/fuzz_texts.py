@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from functools import partial
@@ -137,7 +138,8 @@ def read_place(uri):
     """A folder's URI, and a name in it."""
     if not _REMOTE.match(uri):
         open_store(uri)
-    check_name(uri)
+    with contextlib.suppress(SparkdeepError):
+        check_name(uri)
 
 
 def read_ports(text):
@@ -159,11 +161,13 @@ def targets(folder):
     return [
         Target(name="spark-properties", seeds=[PROPERTIES], mutate=mutate_properties, read=read_properties),
         Target(name="job-file", seeds=jobs, mutate=mutate_job, read=partial(read_job, folder)),
-        Target(name="job-document", seeds=[json.dumps(document()).encode()], mutate=mutate_document, read=read_document),
+        Target(
+            name="job-document", seeds=[json.dumps(document()).encode()], mutate=mutate_document, read=read_document
+        ),
         Target(name="ports", seeds=["7077", "7077-7090"], mutate=mutate_ports, read=read_ports),
         Target(
             name="places",
-            seeds=["file:///tmp/x", "/tmp/x", "x/y", "file:/tmp/a%20b", "mock:bucket/x"][:4],
+            seeds=["file:///tmp/x", "/tmp/x", "x/y", "file:/tmp/a%20b"],
             mutate=mutate_text,
             read=read_place,
         ),

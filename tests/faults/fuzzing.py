@@ -103,7 +103,9 @@ def _child(seconds, seed, only, skip):
         out.touch()
         command = [sys.executable, str(HERE / "fuzzing.py"), "--child", folder, "--seed", str(seed)]
         command += ["--seconds", str(seconds), "--only", ",".join(only), "--skip", ",".join(skip)]
-        child = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         try:
             _, errors = child.communicate(timeout=2 * seconds + _START_S)
             ended = f"exit {child.returncode}"
@@ -151,7 +153,9 @@ class Runner:
         for value in target.cases:
             error = self._try(target, -2, value)
             if not isinstance(error, target.allowed):
-                self._add(findings, target, -2, value, error or AssertionError("this case must be refused, and was read"))
+                self._add(
+                    findings, target, -2, value, error or AssertionError("this case must be refused, and was read")
+                )
         number, deadline = 0, time.monotonic() + seconds
         gc.collect()
         with _memory(target.bound_mib):

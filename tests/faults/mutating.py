@@ -19,7 +19,21 @@ NUMBERS = [
 TEXTS = [
     *["", " ", "\0", "a", "..", "../x", "../../../../etc/passwd", "/etc/passwd", "a/b", "a\\b", ".tmp-1", "\ud800"],
     *["x" * 5000, "é" * 300, "-1", "0", "nan", "inf", "1e999", "²", "٣", "true", "null", "None", "\n", "\r", "%s{0}"],
-    *["float32", "float64", "bfloat16", "int64", "bool", "object", "O", "V0", "U4", "M8[ns]", "i4,f8", "decoded", ">f4"],
+    *[
+        "float32",
+        "float64",
+        "bfloat16",
+        "int64",
+        "bool",
+        "object",
+        "O",
+        "V0",
+        "U4",
+        "M8[ns]",
+        "i4,f8",
+        "decoded",
+        ">f4",
+    ],
     *["F32", "BF16", "I64", "F8_E4M3", "torch.nn:Linear", "torch.nn:Module", "os:system", "builtins:eval", "kind"],
 ]
 # json.dumps would refuse to nest these, or to write them; they stand for their text until it is written.
@@ -111,7 +125,9 @@ def mutate_json(rng, document):
             other, there = rng.choice(places)
             parent[key] = copy.deepcopy(other[there])
         case 5 if isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-            parent[key] = rng.choice((parent[key] + 1, parent[key] - 1, -parent[key], parent[key] * 1000, str(parent[key])))
+            parent[key] = rng.choice(
+                (parent[key] + 1, parent[key] - 1, -parent[key], parent[key] * 1000, str(parent[key]))
+            )
         case _:
             parent[key] = atom(rng)
     return holder[0]
@@ -184,7 +200,10 @@ def _mutate_entries(rng, entries):
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
             entries[name] = [dtype, shape, bytes(changed)]
         case _ if "__tree__" in entries:
-            text = mutate_json_text(rng, entries["__tree__"][2]) if entries["__tree__"][0] == "U8" else b"{}"
+            try:
+                text = mutate_json_text(rng, entries["__tree__"][2])
+            except ValueError:  # it was changed before, and is no JSON any more
+                text = b"{}"
             entries["__tree__"] = ["U8", [len(text)], text]
         case _:
             entries[name] = [dtype, list(reversed(shape)), data]
@@ -245,7 +264,9 @@ def mutate_frames(rng, data, token, *, start=0):
                 changed = _mutate_body(rng, body[:-CHECKSUM_BYTES] if checked else body)
                 body = with_checksum(changed) if checked else changed
             case 6:
-                told = rng.choice((0, 1, len(body) + 1, max(0, len(body) - 1), 2**20, 2**34, 2**36, 2**40, 2**63, 2**64 - 1))
+                told = rng.choice(
+                    (0, 1, len(body) + 1, max(0, len(body) - 1), 2**20, 2**34, 2**36, 2**40, 2**63, 2**64 - 1)
+                )
             case 7:
                 parts[at] = b"" if rng.random() < 0.5 else parts[at] * 2
                 continue
