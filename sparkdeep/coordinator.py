@@ -34,8 +34,8 @@ def parse_ports(value: int | tuple[int, int] | str | None) -> range:
     if value is None or (value == 0 and not isinstance(value, bool)):
         return range(1)
     if isinstance(value, str):
-        pieces = value.split("-")
-        if all(p.strip().isdecimal() and len(p) <= 20 for p in pieces) and len(pieces) in {1, 2}:
+        pieces = [p.strip() for p in value.split("-")]
+        if all(p.isdecimal() and len(p) <= 20 for p in pieces) and len(pieces) in {1, 2}:
             pair = (int(pieces[0]), int(pieces[-1]))
     elif isinstance(value, int):
         pair = (value, value)

@@ -49,6 +49,8 @@ def fits(value: Any, hint: Any, *, defaults: bool = False, nan: bool = False) ->
         return any(again(value, kind) for kind in items)
     if origin is typing.Literal:
         return isinstance(value, str) and value in items
+    if origin is tuple and items[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(again, value, items))
     if origin in {list, tuple}:
         return isinstance(value, origin) and all(again(one, items[0]) for one in value)
     if origin is dict:

@@ -25,6 +25,7 @@ from sparkdeep.errors import SparkdeepError
 from sparkdeep.gathering import Plane, TrainOrder
 from sparkdeep.messages import Hello, Open, Update, to_header
 from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.partition import Partition
 from sparkdeep.program import Program
 from sparkdeep.replica import Replica
 from sparkdeep.round_values import Globals
@@ -122,21 +123,20 @@ def failing_script(replica):
     return frame_of("hello", hello(replica)) + frame_of("opened", {"state": "fresh"}) + frame_of("error", failure)
 
 
-def ring_script(replica):
+def ring_script(replica, count):
     """What a replica says in a stage whose updates are added up among replicas."""
     part = raw_bytes(torch.rand(LAYOUT.numel)).tobytes()
-    half = -(-LAYOUT.numel // 2)
+    start, stop = Partition(LAYOUT.numel, count).bounds(replica)
     buffers = pack_tensors(BUFFERS)
-    bounds = slice(0, 4 * half) if replica == 0 else slice(4 * half, None)
     return b"".join(
         [
             frame_of("hello", hello(replica)),
             frame_of("opened", {"state": "fresh"}),
             frame_of("put", {"key": f"{replica}", "value": "address"}),
-            frame_of("get", {"key": f"{1 - replica}"}),
+            frame_of("get", {"key": f"{(replica + 1) % count}"}),
             frame_of("formed"),
             frame_of("update", update(buffers), with_checksum(buffers)),
-            frame_of("part", {}, with_checksum(part[bounds])),
+            frame_of("part", {}, with_checksum(part[4 * start : 4 * stop])),
             frame_of("saved", {"bytes": 0, "seconds": 0.0}),
             frame_of("bye"),
         ]
@@ -189,24 +189,25 @@ class Driver:
         stage_module._REASON_S = stage_module._LAST_WORDS_S = 0.2
         coordinator_module._HANDSHAKE_S = SILENCE_S
 
-    def read(self, scripts):
+    def read(self, given):
         """One stage; its last replica is the mutated one."""
+        scripts, count = given["scripts"], len(given["scripts"])
         plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, ring=self._ring)
         stage = Stage(
             run="run",
             name="stage",
-            num_replicas=2,
+            num_replicas=count,
             plane=plane,
             stall_timeout_s=SILENCE_S,
             on_beat=lambda _replica, rows: rows + 1,
             on_log=lambda _replica, text: text.encode("utf-8", "backslashreplace"),
         )
         self._coordinator.route(stage.admit)
-        running = Talkers(self._coordinator.address, scripts[:2], silent=len(scripts) > 2)
+        running = Talkers(self._coordinator.address, scripts, silent=given["silent"])
         try:
             stage.gather(running, timeout_s=2 * SILENCE_S, waiting_for=lambda: "")
             answer = Open(committed=0, scheduler_steps=0, state="fresh", tensor_bytes=0, keep=False)
-            stage.open([(answer, b"", b"")] * 2, timeout_s=SILENCE_S)
+            stage.open([(answer, b"", b"")] * count, timeout_s=SILENCE_S)
             start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
             if self._ring:
                 stage.form_ring(timeout_s=SILENCE_S)
@@ -219,10 +220,11 @@ class Driver:
             stage.abort()
             running.finish(2.0)
 
-    def mutate(self, rng, scripts):
-        """The second replica's script is changed; sometimes it then keeps the line, and is silent."""
-        changed = mutate_frames(rng, scripts[1], TOKEN, start=rng.choice((0, 1, 1, 2)))
-        return [scripts[0], changed, *(["silent"] if rng.random() < 0.02 else [])]
+    def mutate(self, rng, given):
+        """The last replica's script is changed; sometimes it then keeps the line, and is silent."""
+        *others, last = given["scripts"]
+        changed = mutate_frames(rng, last, TOKEN, start=rng.choice((0, 1, 1, 2)))
+        return {"scripts": [*others, changed], "silent": rng.random() < 0.02}
 
 
 class Port:
@@ -239,7 +241,7 @@ class Port:
         self._coordinator.route(lambda _hello, connection: (admitted.append(1), connection.close()))
         where = (self._coordinator.address.host, self._coordinator.address.port)
         # It may hang up before all is said.
-        with socket.create_connection(where, timeout=3.0) as sock, contextlib.suppress(ConnectionError):
+        with socket.create_connection(where, timeout=3.0) as sock, contextlib.suppress(OSError):
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
             while answer := sock.recv(1 << 16):
@@ -342,8 +344,8 @@ def targets(folder):
         Target(name="port", seeds=[greeting, stranger], mutate=_greeting, read=port.read, bound_mib=256),
         Target(
             name="stage-star",
-            seeds=[[star_script(0), star_script(1)]],
-            cases=[[star_script(0), failing_script(1)]],
+            seeds=[*[_alone(star_script(0))] * 9, {"scripts": [star_script(0), star_script(1)], "silent": False}],
+            cases=[{"scripts": [star_script(0), failing_script(1)], "silent": False}],
             mutate=star.mutate,
             read=star.read,
             bound_mib=256,
@@ -351,7 +353,10 @@ def targets(folder):
         ),
         Target(
             name="stage-ring",
-            seeds=[[ring_script(0), ring_script(1)]],
+            seeds=[
+                *[_alone(ring_script(0, 1))] * 9,
+                {"scripts": [ring_script(0, 2), ring_script(1, 2)], "silent": False},
+            ],
             mutate=ring.mutate,
             read=ring.read,
             bound_mib=256,
@@ -367,6 +372,11 @@ def targets(folder):
             allowed=(SparkdeepError,),
         ),
     ]
+
+
+def _alone(script):
+    """A stage of one replica, which waits for no other: ten inputs in the time of one."""
+    return {"scripts": [script], "silent": False}
 
 
 def _with_token(rng, data, limit):

@@ -235,7 +235,8 @@ def main():
     if given.child is None:
         fuzz(given.seconds, given.seed, only=only)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    # In memory where there is such a place: folders are made and removed for every input.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         made = [one for one in targets(Path(folder)) if one.name not in skip and (not only or one.name in only)]
         at = (given.child / "at").open("w")
 

@@ -202,7 +202,7 @@ def _mutate_entries(rng, entries):
         case _ if "__tree__" in entries:
             try:
                 text = mutate_json_text(rng, entries["__tree__"][2])
-            except ValueError:  # it was changed before, and is no JSON any more
+            except (ValueError, RecursionError):  # it was changed before, and is no JSON any more
                 text = b"{}"
             entries["__tree__"] = ["U8", [len(text)], text]
         case _:
