@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from fuzz_lines import update
 from fuzzing import Target
-from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_tensors
+from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_pickle, mutate_tensors
 
 from sparkdeep.data.arrow import Ragged
 from sparkdeep.data.owner import Owner, is_dead, owner_of_this_process
@@ -221,7 +221,7 @@ def targets(folder):
         Target(
             name="pickled-schema",
             seeds=pickles,
-            mutate=mutate_bytes,
+            mutate=mutate_pickle,
             read=partial(read_unischema, where="the schema"),
         ),
         Target(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import pickletools
 import struct
 
 from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
@@ -219,15 +221,53 @@ def _tensors(entries):
     return struct.pack("<Q", len(text)) + text + body
 
 
+# -- pickles ------------------------------------------------------------------------------------------------------------
+
+_NAMES = [
+    *["numpy dtype", "numpy float32", "numpy str_", "numpy float128", "builtins str", "builtins tuple", "os system"],
+    *["petastorm.unischema Unischema", "petastorm.unischema UnischemaField", "petastorm.codecs NdarrayCodec"],
+    *["copy_reg _reconstructor", "copyreg __newobj__", "collections OrderedDict", "numpy.core.multiarray scalar"],
+    *["pyspark.sql.types IntegerType", "pyspark.serializers _restore", "_codecs encode", "decimal Decimal"],
+]
+
+
+def mutate_pickle(rng, data):
+    """A pickle whose opcodes are changed: left out, repeated, moved, or with another name or string; or its bytes."""
+    if rng.random() < 0.2:
+        return mutate_bytes(rng, data)
+    starts = [at for _, _, at in pickletools.genops(data)] + [len(data)]
+    parts = [data[a:b] for a, b in itertools.pairwise(starts)]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
+        match rng.randrange(6):
+            case 0:
+                parts[at] = b""
+            case 1:
+                parts[at] *= rng.choice((2, 3, 50, 3000))
+            case 2:
+                parts[at], parts[other] = parts[other], parts[at]
+            case 3:
+                parts[at] = parts[other]
+            case 4:
+                named = [i for i, part in enumerate(parts) if part[:1] == b"c"] or [at]
+                parts[rng.choice(named)] = b"c" + rng.choice(_NAMES).replace(" ", "\n").encode() + b"\n"
+            case _:
+                text = rng.choice(TEXTS).encode("utf-8", "surrogatepass")
+                number = rng.choice([n for n in NUMBERS if type(n) is int]) % 2**63
+                made = [b"X" + struct.pack("<I", len(text)) + text, b"\x8a\x08" + number.to_bytes(8, "little")]
+                parts[at] = rng.choice([*made, b"N", b"(", b"}", b"\x85", b"0"])
+    return b"".join(parts)
+
+
 # -- frames -------------------------------------------------------------------------------------------------------------
 
 PREFIX = struct.Struct(">4s32sIQ")
 
 
-def frame(token, kind, header=None, body=b""):
-    """One frame as bytes."""
+def frame(token, kind, header=None, body=b"", *, announced=None):
+    """One frame as bytes; its head may announce a body of another length than it has."""
     text = json_text({**(header or {}), "kind": kind})
-    return PREFIX.pack(b"SPD1", token, len(text), len(body)) + text + body
+    return PREFIX.pack(b"SPD1", token, len(text), len(body) if announced is None else announced) + text + body
 
 
 def with_checksum(data):
