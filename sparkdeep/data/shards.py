@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,16 +15,15 @@ import numpy as np
 
 from sparkdeep.data.arrow import Array, FieldValues, Ragged
 from sparkdeep.data.sample import decode_rows, encode_rows
-from sparkdeep.data.schema import Field, Schema
+from sparkdeep.data.schema import Schema
+from sparkdeep.data.shard_maps import SPLITS, StoredShard, open_field, own_files, will_need
 from sparkdeep.errors import DataError
 from sparkdeep.fields import misfit, shown
 
 __all__ = ["SPLITS", "FieldValues", "Shard", "ShardInfo", "ShardWriter", "decode_rows", "encode_rows"]
 
-SPLITS: Final = ("train", "validation")
 _MANIFEST: Final = "shard.json"
 _FORMAT: Final = 1
-_PIECE: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +214,13 @@ class Shard:
         remedy = "it must be ingested again"
         try:
             manifest = json.loads((directory / _MANIFEST).read_bytes())
-            if complaint := misfit(_Stored, manifest):
+            if complaint := misfit(StoredShard, manifest):
                 raise DataError(f"shard {directory} has a damaged {_MANIFEST} ({complaint}): {remedy}")
             if manifest["format"] != _FORMAT:
                 raise DataError(f"shard {directory} has format {manifest['format']}, not {_FORMAT}: {remedy}")
             info = ShardInfo.from_json(manifest["info"])
             schema = Schema.from_json(manifest["schema"])
-            sizes = _own_files(manifest["files"], schema)
+            sizes = own_files(manifest["files"], schema)
         except FileNotFoundError:
             raise DataError(f"shard {directory} has no {_MANIFEST}, so it was not finished: {remedy}") from None
         except (ValueError, RecursionError) as error:
@@ -239,7 +236,7 @@ class Shard:
         maps: dict[tuple[str, str], FieldValues] = {}
         for split in SPLITS:
             for field in schema.fields:
-                maps[split, field.name] = _open_field(directory, split, field, info.rows[split], sizes)
+                maps[split, field.name] = open_field(directory, split, field, info.rows[split], sizes)
         return cls(info, schema, maps)
 
     def take(self, split: str, indices: Array) -> dict[str, FieldValues]:
@@ -288,34 +285,15 @@ class Shard:
         """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
         for _, column in self._columns[split]:
             if not isinstance(column, Ragged):
-                _will_need(column, start, stop)
+                will_need(column, start, stop)
                 continue
             values, offsets = column
-            _will_need(offsets, start, stop + 1)
-            _will_need(values, int(offsets[start]), int(offsets[stop]))
+            will_need(offsets, start, stop + 1)
+            will_need(values, int(offsets[start]), int(offsets[stop]))
 
     def close(self) -> None:
         """Let go of the maps; arrays that `take` returned stay valid."""
         self._columns = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """What a shard's manifest says."""
-
-    format: int
-    info: dict[str, Any]
-    schema: dict[str, Any]
-    files: dict[str, int]
-
-
-def _own_files(sizes: dict[str, int], schema: Schema) -> dict[str, int]:
-    """Return the files' sizes if they are files of the schema's fields: a manifest names nothing outside its folder."""
-    stems = [f"{split}.{field.name}" for split in SPLITS for field in schema.fields]
-    known = {f"{stem}{part}.bin" for stem in stems for part in ("", ".values", ".offsets")}
-    if odd := sizes.keys() - known:
-        raise DataError(f"files {sorted(odd)[:3]!r:.200} belong to no field")
-    return sizes
 
 
 def _num_rows(value: FieldValues) -> int:
@@ -343,48 +321,3 @@ def _take_ragged(column: Ragged, indices: Array, run: slice | None) -> Ragged:
     starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return Ragged(values[np.repeat(starts, lengths) + within], lengths)
-
-
-def _open_field(directory: Path, split: str, field: Field, rows: int, sizes: Mapping[str, int]) -> FieldValues:
-    dtype = np.dtype("float32" if field.dtype == "decoded" else field.dtype).newbyteorder("<")
-    stem = f"{split}.{field.name}"
-    if not field.ragged:
-        return _map(directory / f"{stem}.bin", dtype, (rows, *(field.shape or ())), sizes)
-    if rows == 0:
-        return Ragged(np.zeros(0, dtype), np.zeros(1, np.int64))
-    offsets = _map(directory / f"{stem}.offsets.bin", np.dtype("<i8"), (rows + 1,), sizes)
-    values = _map(directory / f"{stem}.values.bin", dtype, (int(offsets[-1]),), sizes)
-    if not _ascending(offsets):
-        raise DataError(f"shard file {directory / f'{stem}.offsets.bin'} is damaged: rows do not follow each other")
-    return Ragged(values, offsets)
-
-
-def _ascending(offsets: Array) -> bool:
-    """Whether offsets begin with 0 and never fall; in pieces, as there may be as many as rows."""
-    pieces = (offsets[start : start + _PIECE + 1] for start in range(0, len(offsets), _PIECE))
-    return int(offsets[0]) == 0 and all(bool((piece[1:] >= piece[:-1]).all()) for piece in pieces)
-
-
-def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
-    size = math.prod(shape) * dtype.itemsize
-    if size != sizes.get(path.name, 0):
-        raise DataError(
-            f"shard file {path} was written with {sizes.get(path.name, 0)} bytes where {shape} of {dtype} need {size}: "
-            "it must be ingested again"
-        )
-    if size == 0:
-        return np.zeros(shape, dtype)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype).reshape(shape)
-
-
-def _will_need(array: Array, start: int, stop: int) -> None:
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
-        return  # an empty column has no map
-    stride = array.nbytes // len(array)
-    first = start * stride // mmap.PAGESIZE * mmap.PAGESIZE
-    base.madvise(mmap.MADV_WILLNEED, first, stop * stride - first)

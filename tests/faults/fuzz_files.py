@@ -11,6 +11,7 @@ import numpy as np
 from fuzz_lines import update
 from fuzzing import Target
 from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_pickle, mutate_tensors
+from safetensors.numpy import save
 
 from sparkdeep.data.arrow import Ragged
 from sparkdeep.data.owner import Owner, is_dead, owner_of_this_process
@@ -119,6 +120,35 @@ def mutate_shard(rng, files):
     return files
 
 
+def shard_cases(folder):
+    """Manifests, and a column, that only a hand or a bad disk can have written."""
+    files = picked_up(folder)
+    manifest = json.loads(files["shard.json"])
+
+    def with_field(**changes):
+        first, *others = manifest["schema"]["fields"]
+        return {**manifest, "schema": {**manifest["schema"], "fields": [{**first, **changes}, *others]}}
+
+    rows = {"train": -1, "validation": 5}
+    made = [
+        with_field(dtype="i4,f8"),
+        with_field(dtype="O"),
+        with_field(name="../../x"),
+        with_field(name="x" * 5000),
+        with_field(shape=[2**62, 4]),
+        with_field(shape=[0, 2**62]),
+        with_field(shape="x"),
+        {**manifest, "files": {"../../../etc/passwd": 1}},
+        {**manifest, "files": {**manifest["files"], "train.label.bin": "x"}},
+        {**manifest, "info": {**manifest["info"], "rows": rows}},
+        {**manifest, "info": {**manifest["info"], "seen": {"a": "b"}}},
+        [manifest],
+    ]
+    texts = [json_text(one) for one in made] + [b"[" * 100_000, b'{"format": ' + b"9" * 5000]
+    offsets = np.array([0, 2, 2, 2**60, 9, 9], "<i8").tobytes()
+    return [*({**files, "shard.json": text} for text in texts), {**files, "train.features.words.offsets.bin": offsets}]
+
+
 def read_sample(data):
     """Rows as the driver gets them; ragged ones are parted."""
     for value in decode_rows(data).values():
@@ -140,6 +170,11 @@ def read_owner(folder, data):
     except (ValueError, KeyError, TypeError, RecursionError):
         return
     is_dead(owner)
+
+
+def mutate_owner(rng, data):
+    """The owner's record, or, where it is no JSON, its bytes."""
+    return mutate_json_text(rng, data) if data[:1] == b"{" else mutate_bytes(rng, data)
 
 
 # -- records and updates ----------------------------------------------------------------------------------------------
@@ -188,6 +223,8 @@ def mutate_update(rng, files):
 def targets(folder):
     """Those of this file."""
     sample = encode_rows(fields())
+    scalar = save({"x": np.array(3.0)})
+    uneven = encode_rows({"x": Ragged(np.arange(4), np.array([2**62, -(2**62), 3]))})
     header = json.dumps({"host": "h", "update": update(b"12345678")}).encode()
     write_jsonl(records(), folder / "rounds.jsonl")
     pickles = [path.read_bytes() for path in sorted((PETASTORM / "schemas").glob("*.pickle"))]
@@ -195,26 +232,44 @@ def targets(folder):
         Target(
             name="shard",
             seeds=[shard_files(folder / "made")],
+            cases=shard_cases(folder / "made"),
             mutate=mutate_shard,
             read=partial(read_shard, folder / "shard"),
             share=2.0,
         ),
-        Target(name="sample", seeds=[sample], mutate=mutate_tensors, read=read_sample),
+        Target(name="sample", seeds=[sample], cases=[scalar, uneven], mutate=mutate_tensors, read=read_sample),
         Target(
             name="owner",
-            seeds=[json.dumps(owner_of_this_process().to_json()).encode()],
-            mutate=mutate_json_text,
+            seeds=[
+                json.dumps(owner_of_this_process().to_json()).encode(),
+                # An owner that cannot be judged keeps its folder: no reader raises.
+                b"[" * 4000,
+                json.dumps({**owner_of_this_process().to_json(), "pid": 10**400}).encode(),
+            ],
+            mutate=mutate_owner,
             read=partial(read_owner, folder / "owner"),
         ),
         Target(
             name="records",
             seeds=[(folder / "rounds.jsonl").read_bytes()],
+            cases=[
+                b"\xff",
+                b"[]",
+                b"[" * 100_000,
+                b'{"round": 1}',
+                b'{"round": ' + b"9" * 5000 + b"}",
+                b'{"replicas": [1]}',
+            ],
             mutate=mutate_lines,
             read=partial(read_records, folder),
         ),
         Target(
             name="exchange",
             seeds=[{"update-00000-header": header, "update-00000-body": b"12345678"}],
+            cases=[
+                {"update-00000-header": text}
+                for text in (b"\xff", b"[]", b"[" * 100_000, b'{"host": "h"}', b'{"update": 3, "host": "h"}')
+            ],
             mutate=mutate_update,
             read=partial(read_update, folder / "exchange"),
         ),

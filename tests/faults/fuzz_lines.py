@@ -9,30 +9,21 @@ from functools import partial
 
 import torch
 from fuzzing import Target
-from mutating import frame, mutate_bytes, mutate_frames, with_checksum
+from mutating import PREFIX, frame, frames_of, mutate_bytes, mutate_frames, with_checksum
 from torch import nn
-from torch.optim import SGD
-from twin import local_coordinator, schema_of, write_shards
+from twin import local_coordinator
 
-from sparkdeep import channel as channel_module
 from sparkdeep import coordinator as coordinator_module
 from sparkdeep import stage as stage_module
-from sparkdeep.channel import Channel
 from sparkdeep.compression import codec_named
-from sparkdeep.config import LocalSettings
-from sparkdeep.data.shards import Shard
-from sparkdeep.errors import SparkdeepError
-from sparkdeep.gathering import Plane, TrainOrder
+from sparkdeep.gathering import Plane
 from sparkdeep.messages import Hello, Open, Update, to_header
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.partition import Partition
-from sparkdeep.program import Program
-from sparkdeep.replica import Replica
 from sparkdeep.round_values import Globals
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.session import serve, versions
+from sparkdeep.session import versions
 from sparkdeep.stage import Stage
-from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack, pack_tensors
 from sparkdeep.validation import merge_scores
 from sparkdeep.wire import TOKEN_BYTES, Connection, ConnectionLostError
@@ -68,6 +59,16 @@ def update(buffers, **changes):
 def frame_of(kind, header=None, body=b""):
     """One frame with the right token."""
     return frame(TOKEN, kind, header, body)
+
+
+def replaced(script, kind, **changes):
+    """A script with the header of one frame changed; a value of None takes the field away."""
+    parts = []
+    for header, body in frames_of(script):
+        if header["kind"] == kind:
+            header = {key: value for key, value in {**header, **changes}.items() if value is not None}
+        parts.append(frame_of(header.pop("kind"), header, body))
+    return b"".join(parts)
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
@@ -248,94 +249,21 @@ class Port:
         assert admitted or data != frame_of("hello", hello()), "the port no longer admits a replica"
 
 
-# -- a replica before a fake driver -----------------------------------------------------------------------------------
-
-
-class ReplicaEnd:
-    """A replica that serves whatever a driver says."""
-
-    def __init__(self, folder):
-        parts = {"features": torch.rand(4, 2).numpy(), "label": torch.rand(4, 1).numpy()}
-        self._schema = schema_of(parts["features"], parts["label"])
-        rows = {name: values[:2] for name, values in parts.items()}
-        (path,) = write_shards(folder / "replica", [parts], self._schema, [rows])
-        self._shard = Shard.open(path)
-        self._states = StateFiles(folder / "states")
-        self._settings = LocalSettings(batch_size=4)
-        self.state = self._build(None).save_state()
-        channel_module.DRIVER_SILENCE_S = SILENCE_S
-
-    def _build(self, channel):
-        program = Program(model=net(), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.1, momentum=0.9))
-        beat = channel.beat if channel else lambda _rows, _steps: None
-        return Replica(
-            program, self._settings, self._schema, self._shard, number=0, device=torch.device("cpu"), beat=beat
-        )
-
-    def seeds(self):
-        """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
-        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
-        start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
-        order = TrainOrder(spec=SPEC, start=start, ahead=None, fresh=True, held=False)
-        buffers = pack_tensors(BUFFERS)
-        train = frame_of("train", order.header(plane, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
-        tensors = pack_tensors(dict(net().named_parameters()))
-        answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
-        evaluate = {"sections": [], "buffer_bytes": len(buffers)}
-        return [
-            frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1}),
-            b"".join(
-                [
-                    frame_of(
-                        "open",
-                        {**answer, "state": "sent", "tensor_bytes": len(tensors), "committed": 1},
-                        tensors + self.state,
-                    ),
-                    frame_of("probe", None, b"load"),
-                    frame_of("evaluate", evaluate, raw_bytes(start.parameters).tobytes() + buffers),
-                    frame_of("state"),
-                    train,
-                    frame_of("stop", {"save": None}),
-                ]
-            ),
-        ]
-
-    def read(self, script):
-        """Serve a driver that says `script`; what the replica answers is read and dropped."""
-        left, right = socket.socketpair(socket.AF_UNIX)
-        talker = threading.Thread(target=_talk, args=(left, script), daemon=True)
-        channel = Channel(Connection(right, TOKEN), "127.0.0.1")
-        talker.start()
-        try:
-            serve(channel, Hello(**hello()), lambda: self._build(channel), self._states)
-        finally:
-            channel.close()
-            talker.join(timeout=3.0)
-
-    def load(self, data):
-        """A state as it lies on an executor's disk."""
-        self._build(None).load_state(data)
-
-
-def _talk(sock, script):
-    with contextlib.closing(sock), contextlib.suppress(OSError):
-        sock.sendall(script)
-        sock.shutdown(socket.SHUT_WR)
-        while sock.recv(1 << 16):
-            pass
-
-
 def targets(folder):
     """Those of this file."""
     torch.set_num_threads(1)
-    replica = ReplicaEnd(folder)
     port, star, ring = Port(), Driver(ring=False), Driver(ring=True)
     greeting = frame_of("hello", hello())
+    star_one, ring_one = star_script(0), ring_script(0, 1)
+    others = pack_tensors({name: torch.zeros(7) for name in BUFFERS})
+    vector = raw_bytes(torch.rand(LAYOUT.numel)).tobytes()
+    greeted = star_one[: star_one.index(PREFIX.pack(b"SPD1", TOKEN, 0, 0)[:36], 36)]
     stranger = frame(bytes(TOKEN_BYTES), "hello", hello())
     return [
         Target(
             name="wire-with-token",
-            seeds=[star_script(0), *replica.seeds()],
+            seeds=[star_script(0), ring_script(0, 2)],
+            cases=[frame(TOKEN, "state", None, b"x", announced=1 << 36), frame(TOKEN, "x", announced=1 << 63)],
             mutate=partial(_with_token, limit=60_000),
             read=read_frames,
         ),
@@ -344,7 +272,25 @@ def targets(folder):
         Target(
             name="stage-star",
             seeds=[*[_alone(star_script(0))] * 9, {"scripts": [star_script(0), star_script(1)], "silent": False}],
-            cases=[{"scripts": [star_script(0), failing_script(1)], "silent": False}],
+            cases=[
+                {"scripts": [star_script(0), failing_script(1)], "silent": False},
+                *map(
+                    _alone,
+                    [
+                        replaced(star_one, "hello", rows={"train": 10**400}),
+                        replaced(star_one, "update", weight=10**400),
+                        replaced(star_one, "update", rows=0),
+                        replaced(star_one, "beat", rows="x"),
+                        replaced(star_one, "beat", rows=float("inf")),
+                        replaced(star_one, "log", text=None),
+                        replaced(star_one, "saved", seconds=-(10**400)),
+                        greeted
+                        + frame_of("opened", {"state": "fresh"})
+                        + frame_of("update", update(others), with_checksum(vector + others)),
+                        star_one.replace(b'["loss",', b'["lost",'),
+                    ],
+                ),
+            ],
             mutate=star.mutate,
             read=star.read,
             bound_mib=256,
@@ -356,19 +302,15 @@ def targets(folder):
                 *[_alone(ring_script(0, 1))] * 9,
                 {"scripts": [ring_script(0, 2), ring_script(1, 2)], "silent": False},
             ],
+            cases=[
+                _alone(replaced(ring_one, "put", key="k" * 2000)),
+                _alone(replaced(ring_one, "put", value=["v"])),
+                _alone(replaced(ring_one, "get", key=None)),
+            ],
             mutate=ring.mutate,
             read=ring.read,
             bound_mib=256,
             share=3.0,
-        ),
-        Target(
-            name="replica",
-            seeds=replica.seeds(),
-            mutate=partial(mutate_frames, token=TOKEN),
-            read=replica.read,
-            bound_mib=256,
-            share=3.0,
-            allowed=(SparkdeepError,),
         ),
     ]
 

@@ -7,9 +7,11 @@ from functools import partial
 
 import torch
 from fuzz_files import lay_down, picked_up
-from fuzz_lines import BUFFERS, LAYOUT, ReplicaEnd, hello, net, update
+from fuzz_lines import BUFFERS, LAYOUT, hello, net, update
+from fuzz_replica import ReplicaEnd
 from fuzzing import Target
-from mutating import mutate_bytes, mutate_json, mutate_json_text, mutate_tensors
+from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_tensors
+from safetensors.torch import save
 from torch import nn
 
 from sparkdeep.checkpoint import CheckpointDirectory
@@ -84,6 +86,43 @@ def mutate_checkpoint(rng, files):
         if commit != other:
             del files[other]
     return files
+
+
+def checkpoint_cases(folder):
+    """A whole checkpoint whose files, digests and all, are of another make."""
+    files = picked_up(folder)
+    run = unpack(next(data for name, data in files.items() if name.endswith("run.safetensors")))
+    made = []
+    for changed in (
+        {"run.safetensors": pack({**run, "committed": "x"})},
+        {"run.safetensors": pack({**run, "buffers": {}})},
+        {"run.safetensors": pack({**run, "best": {"round": 1}})},
+        {"run.safetensors": pack({**run, "records": [{"round": 1, "x": 2}]})},
+        {"run.safetensors": pack({**run, "sections": ["a", "b"]})},
+        {"run.safetensors": pack(3)},
+        {"parameters.safetensors": pack({})},
+        {"parameters.safetensors": pack({name: torch.zeros(9) for name in ("0.weight", "0.bias")})},
+        {"parameters.safetensors": None},
+    ):
+        body = decode(files["commits/000002.json"])
+        whole = dict(files)
+        for name, data in changed.items():
+            if data is None:
+                del body["files"][name]
+                continue
+            whole[f"{body['prefix']}/{name}"] = data
+            body["files"][name] = FileEntry.of(data).to_json()
+        made.append({**whole, "commits/000002.json": encode(body)})
+    return made
+
+
+def model_cases(folder):
+    """Stored arguments that ask for 48 GB, and a name that the rules refuse."""
+    files = picked_up(folder)
+    body = decode(files["metadata.json"])
+    large = {"name": "torch.nn:Linear", "args": [], "kwargs": {"in_features": 3, "out_features": 1 << 32}}
+    foreign = {"name": "os:system", "args": ["true"], "kwargs": {}}
+    return [{**files, "metadata.json": encode({**body, "reference": one})} for one in (large, foreign)]
 
 
 def model_files(folder):
@@ -169,11 +208,16 @@ def read_setting(data):
 def targets(folder):
     """Those of this file."""
     replica = ReplicaEnd(folder / "for-states")
+    deep = "x"
+    for _ in range(600):
+        deep = [deep]
+    large = [deep, {"module": "torch.nn:Linear", "kwargs": {"in_features": 3, "out_features": 1 << 32}}]
     tree = pack({"a": [1, 2.5, None, "x"], "b": (torch.arange(3), {1: torch.rand(2, 2)}), "c": {3, 4}})
     return [
         Target(
             name="checkpoint",
             seeds=[checkpoint_files(folder / "checkpoint-made", replica.state)],
+            cases=checkpoint_cases(folder / "checkpoint-made"),
             mutate=mutate_checkpoint,
             read=partial(read_checkpoint, folder / "checkpoint"),
             share=2.0,
@@ -181,11 +225,18 @@ def targets(folder):
         Target(
             name="model-folder",
             seeds=[model_files(folder / "model-made")],
+            cases=model_cases(folder / "model-made"),
             mutate=mutate_model,
             read=partial(read_model_folder, folder / "model"),
             share=2.0,
         ),
-        Target(name="tree", seeds=[tree], mutate=mutate_tensors, read=unpack),
+        Target(
+            name="tree",
+            seeds=[tree],
+            cases=[save({"__tree__": torch.tensor(10**12)}), b""],
+            mutate=mutate_tensors,
+            read=unpack,
+        ),
         Target(
             name="tensors",
             seeds=[pack_tensors(dict(net().named_parameters())), pack_tensors({})],
@@ -198,6 +249,18 @@ def targets(folder):
             mutate=mutate_tensors,
             read=partial(read_state_file, folder / "states-made", replica),
         ),
-        Target(name="messages", seeds=messages(), mutate=mutate_json_text, read=read_message),
-        Target(name="stored-settings", seeds=settings(), mutate=mutate_json_text, read=read_setting),
+        Target(
+            name="messages",
+            seeds=messages(),
+            cases=[json_text(["Saved", {"bytes": 0, "seconds": 10**400}])],
+            mutate=mutate_json_text,
+            read=read_message,
+        ),
+        Target(
+            name="stored-settings",
+            seeds=settings(),
+            cases=[*map(json_text, large)],
+            mutate=mutate_json_text,
+            read=read_setting,
+        ),
     ]

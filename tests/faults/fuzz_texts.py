@@ -100,6 +100,14 @@ def mutate_job(rng, given):
     return {"file": data, "set": overrides}
 
 
+def job_cases(file):
+    """Files and overrides that a parser of TOML takes, or chokes on."""
+    deep = ".".join("a" * 4000)
+    texts = [b"a = " + b"9" * 5000, b"a = " + b"[" * 30_000, f"[{deep}]\nx = 1".encode(), b"a = 0x" + b"f" * 9000]
+    overrides = ["#=1", f"{deep}=1", "a=" + "[" * 30_000, "fit.epochs=0x" + "f" * 9000]
+    return [*({"file": text, "set": []} for text in texts), *({"file": file, "set": [one]} for one in overrides)]
+
+
 def read_document(data):
     """A document that TOML gave, whatever types stand in it."""
     try:
@@ -157,17 +165,38 @@ def mutate_ports(rng, text):
 
 def targets(folder):
     """Those of this file."""
+    # Each property is read or refused by itself, so that no whole is refused.
+    odd = [{**PROPERTIES, "spark.task.cpus": "5e-324"}, {**PROPERTIES, "spark.executor.memory": "9" * 5000}]
+    odd += [{**PROPERTIES, "spark.task.resource.gpu.amount": "5e-324", "spark.executor.cores": "1e308"}]
+    gate = {**document(), "pipeline": {"gate": {"accuracy": 10**400}}}
     jobs = [{"file": path.read_bytes(), "set": ["fit.epochs=5"]} for path in sorted((ROOT / "conf").glob("*.toml"))]
     return [
-        Target(name="spark-properties", seeds=[PROPERTIES], mutate=mutate_properties, read=read_properties),
-        Target(name="job-file", seeds=jobs, mutate=mutate_job, read=partial(read_job, folder)),
+        Target(name="spark-properties", seeds=[PROPERTIES, *odd], mutate=mutate_properties, read=read_properties),
         Target(
-            name="job-document", seeds=[json.dumps(document()).encode()], mutate=mutate_document, read=read_document
+            name="job-file",
+            seeds=jobs,
+            cases=job_cases(jobs[0]["file"]),
+            mutate=mutate_job,
+            read=partial(read_job, folder),
         ),
-        Target(name="ports", seeds=["7077", "7077-7090"], mutate=mutate_ports, read=read_ports),
+        Target(
+            name="job-document",
+            seeds=[json.dumps(document()).encode()],
+            cases=[json_text(gate)],
+            mutate=mutate_document,
+            read=read_document,
+        ),
+        Target(
+            name="ports",
+            seeds=["7077", "7077-7090", "\x1d090"],
+            cases=["9" * 5000, 10**400],
+            mutate=mutate_ports,
+            read=read_ports,
+        ),
         Target(
             name="places",
             seeds=["file:///tmp/x", "/tmp/x", "x/y", "file:/tmp/a%20b"],
+            cases=["mock:\udcff", "", "\0", "file:x"],
             mutate=mutate_text,
             read=read_place,
         ),

@@ -61,6 +61,7 @@ class Target:
     """What may be raised beside a result."""
     bound_mib: int = 64
     """Memory that all inputs together may take, beside what the process had."""
+    deadline_s: float = DEADLINE_S
     share: float = 1.0
     """Of the time, relative to other targets."""
 
@@ -150,7 +151,6 @@ class Runner:
         for value in target.seeds:
             if error := self._try(target, -1, value):
                 raise AssertionError(f"{target.name} does not read its own seed") from error
-        number, deadline = 0, time.monotonic() + seconds
         gc.collect()
         with _memory(target.bound_mib):
             for value in target.cases:
@@ -158,6 +158,7 @@ class Runner:
                 if error is None or not _named(error, target):
                     missed = AssertionError("this case must be refused, and was read")
                     self._add(findings, target, -2, value, error or missed)
+            number, deadline = 0, time.monotonic() + seconds
             while time.monotonic() < deadline and len(findings) < 12:
                 value = input_of(target, self.seed, number)
                 error = self._try(target, number, value)
@@ -168,7 +169,7 @@ class Runner:
 
     def _try(self, target, number, value):
         self._note(target.name, number)
-        signal.setitimer(signal.ITIMER_REAL, DEADLINE_S)
+        signal.setitimer(signal.ITIMER_REAL, target.deadline_s)
         try:
             target.read(value)
         except BaseException as error:
@@ -204,7 +205,7 @@ def _named(error, target):
 
 
 def _too_slow(_signal, _frame):
-    raise TooSlowError(f"one input took more than {DEADLINE_S:g} s")
+    raise TooSlowError("one input took too long")
 
 
 @contextlib.contextmanager
@@ -220,14 +221,23 @@ def _memory(bound_mib):
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def targets(folder):
-    """All targets; `folder` is for their files."""
+def targets(folder, only):
+    """All targets, or those of these names; `folder` is for their files."""
+    if any(name.startswith("planted-") for name in only):
+        import fuzz_planted
+
+        return fuzz_planted.targets(folder)
     import fuzz_files
     import fuzz_lines
+    import fuzz_replica
     import fuzz_states
     import fuzz_texts
 
-    return [made for module in (fuzz_lines, fuzz_files, fuzz_states, fuzz_texts) for made in module.targets(folder)]
+    return [
+        made
+        for module in (fuzz_lines, fuzz_replica, fuzz_files, fuzz_states, fuzz_texts)
+        for made in module.targets(folder)
+    ]
 
 
 def main():
@@ -245,7 +255,7 @@ def main():
         return
     # In memory where there is such a place: folders are made and removed for every input.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        made = [one for one in targets(Path(folder)) if one.name not in skip and (not only or one.name in only)]
+        made = [one for one in targets(Path(folder), only) if one.name not in skip and (not only or one.name in only)]
         at = (given.child / "at").open("w")
 
         def note(target, number):

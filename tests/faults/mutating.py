@@ -275,7 +275,7 @@ def with_checksum(data):
     return data + Checksum(data).digest()
 
 
-def _frames(data):
+def frames_of(data):
     """(header, body) of each frame of a valid script."""
     found, at = [], 0
     while at < len(data):
@@ -290,8 +290,8 @@ def mutate_frames(rng, data, token, *, start=0):
     """Several frames in a row: one or two of them changed in header, body, length, order or number; those before `start` stay."""
     if rng.random() < 0.08:
         return mutate_bytes(rng, data)
-    parts = [PREFIX.pack(b"SPD1", token, len(t := json_text(h)), len(b)) + t + b for h, b in _frames(data)]
-    whole = _frames(data)
+    parts = [PREFIX.pack(b"SPD1", token, len(t := json_text(h)), len(b)) + t + b for h, b in frames_of(data)]
+    whole = frames_of(data)
     for _ in range(rng.choice((1, 1, 1, 2))):
         at = rng.randrange(min(start, len(whole) - 1), len(whole))
         header, body = whole[at]
