@@ -17,5 +17,5 @@ def test_what_was_once_found_is_refused_by_name_and_so_are_some_new_inputs():
 
 
 def test_a_reader_that_believes_a_length_is_found_out():
-    with pytest.raises(FoundError, match="planted-index input .*IndexError"):
+    with pytest.raises(FoundError, match=r"planted-index input .*IndexError"):
         fuzz(0.2, seed=0, only=["planted-index"])
