@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, ProtocolError
 
 __all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
 
@@ -171,8 +171,15 @@ class Layout:
 
     @torch.no_grad()
     def write_buffers(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        """Copy `buffers` into the module's buffers of the same names."""
+        """Copy `buffers` into the module's buffers of the same names.
+
+        Raises:
+            ProtocolError: the module has none of a name, or one of another shape.
+        """
         own = dict(module.named_buffers())
+        odd = [name for name, value in buffers.items() if name not in own or own[name].shape != value.shape]
+        if odd:
+            raise ProtocolError(f"the buffers {str(odd)[:200]} are not those of {type(module).__name__}.")
         for name, value in buffers.items():
             own[name].copy_(value)
 

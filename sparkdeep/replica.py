@@ -17,7 +17,7 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
-from sparkdeep.errors import CheckpointError, SparkdeepError
+from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
@@ -88,11 +88,18 @@ class Replica:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def load_tensors(self, data: bytes) -> None:
-        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none."""
+        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none.
+
+        Raises:
+            ProtocolError: one has another shape than the model's.
+        """
         values = unpack_tensors(data) if data else {}
         with torch.no_grad():
             for name, tensor in named_tensors(self.model):
                 if name in values:
+                    if values[name].shape != tensor.shape:
+                        shape = tuple(values[name].shape)
+                        raise ProtocolError(f"{name!r} came as {shape}; the model's is {tuple(tensor.shape)}.")
                     tensor.copy_(values[name])
 
     def restart(self, scheduler_steps: int) -> None:

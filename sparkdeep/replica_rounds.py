@@ -67,7 +67,11 @@ class _Rendezvous:
         frame = self._channel.command()
         if frame.kind != "value":
             raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
-        return str(field(frame.header, "value", str)).encode("latin-1", errors="replace")
+        value: str = field(frame.header, "value", str)
+        try:
+            return value.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
 
 
 @final

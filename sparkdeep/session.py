@@ -51,8 +51,8 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
             frame = frame or channel.command()
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
-                if (committed := field(frame.header, "save", int | None)) is not None:
-                    keep_state(states, committed, replica.save_state())
+                if frame.header.get("save") is not None:
+                    keep_state(states, field(frame.header, "save", int), replica.save_state())
                 channel.send("bye")
                 return
             if frame.kind == "train":

@@ -302,7 +302,11 @@ def mutate_frames(rng, data, token, *, start=0):
             case 4 | 5 if body:
                 checked = len(body) > CHECKSUM_BYTES and with_checksum(body[:-CHECKSUM_BYTES]) == body
                 changed = _mutate_body(rng, body[:-CHECKSUM_BYTES] if checked else body)
-                body = with_checksum(changed) if checked else changed
+                changed = with_checksum(changed) if checked else changed
+                for name in ("buffer_bytes", "tensor_bytes"):  # so that what is changed is read as what it was
+                    if header.get(name):
+                        header[name] += len(changed) - len(body)
+                body = changed
             case 6:
                 told = rng.choice(
                     (0, 1, len(body) + 1, max(0, len(body) - 1), 2**20, 2**34, 2**36, 2**40, 2**63, 2**64 - 1)
