@@ -38,6 +38,12 @@ def misfit(cls: type, values: object, *, defaults: bool = False, nan: bool = Fal
 
 def fits(value: Any, hint: Any, *, defaults: bool = False, nan: bool = False) -> bool:
     """Whether a value is of a type; whole numbers are of 64 bits, as arithmetic on larger ones fails in odd places."""
+    if hint is str or hint is bool:  # a round's headers have little else, and these are asked for every round
+        return isinstance(value, hint)
+    if hint is int or hint is float:
+        if isinstance(value, float) and hint is float:
+            return nan or not math.isnan(value)
+        return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
     origin, items = typing.get_origin(hint), typing.get_args(hint)
 
     def again(one: Any, kind: Any) -> bool:
@@ -55,10 +61,6 @@ def fits(value: Any, hint: Any, *, defaults: bool = False, nan: bool = False) ->
         return isinstance(value, origin) and all(again(one, items[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict) and all(again(k, items[0]) and again(v, items[1]) for k, v in value.items())
-    if hint in {int, float}:
-        if isinstance(value, float) and hint is float:
-            return nan or not math.isnan(value)
-        return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
     if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]  # hint is a class
         return misfit(hint, value, defaults=defaults, nan=nan) is None  # type: ignore[arg-type]
     return isinstance(value, hint)
