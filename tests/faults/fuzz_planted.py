@@ -20,9 +20,9 @@ def index(data):
 
 
 def memory(data):
-    """Takes the memory that eight bytes announce, and calls its failure one of its own."""
+    """Takes the memory that a byte announces, and calls its failure one of its own."""
     try:
-        return bytearray(int.from_bytes(data[:8], "little") % 2**40)
+        return bytearray(1 << sum(data[:1]) % 40)
     except MemoryError as error:
         raise DataError("too long") from error
 

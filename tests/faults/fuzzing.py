@@ -82,7 +82,7 @@ def fuzz(seconds, seed, *, only=(), report=print):
             counts[result["target"]] = result["inputs"]
             found += result["findings"]
         if crash:
-            counts[crash["target"]] = crash["number"]
+            counts[crash["target"]] = max(0, crash["number"])
             found.append(crash)
     for name, count in counts.items():
         report(f"fuzz {name}: {count} inputs")
