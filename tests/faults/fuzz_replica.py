@@ -123,6 +123,7 @@ def targets(folder):
                 replaced(fresh, "train", sections=3),
                 replaced(fresh, "train", ring=True),
                 replaced(fresh, "stop", save="x"),
+                fresh.replace(b"running_var", b"runnin'_var"),
                 replaced(restored, "open", tensor_bytes=1 << 33),
                 replaced(restored, "open", tensor_bytes=-1),
                 replaced(restored, "evaluate", buffer_bytes=None),
