@@ -224,7 +224,7 @@ class ReplicaRounds:
         """Read an order's body: parameters, averaged optimizer state, buffers."""
         channel, replica, header = self._channel, self._replica, frame.header
         exchange = replica.exchange
-        spec = parse(RoundSpec, field(header, "spec", dict[str, int]))
+        spec = parse(RoundSpec, field(header, "spec", dict[str, Any]))
         if min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or spec.num_steps == 0:
             raise ProtocolError(f"the driver orders {spec}, which is no round.")
         if field(header, "previous", bool):
