@@ -47,7 +47,8 @@ def check_update(replica: int, host: str, update: Update, round_number: int, *, 
         raise ProtocolError(f"replica {replica} sent an update of round {update.round} in round {round_number}.")
     if not update.finite and not allow_nonfinite:
         raise not_finite(replica, host, round_number)
-    if not 0 <= update.weight < math.inf or update.rows < 0 or len(update.sections) > MAX_SECTIONS:
+    negative = update.rows < 0 or (update.logged and not update.rows)  # what is logged is averaged over rows
+    if not 0 <= update.weight < math.inf or negative or len(update.sections) > MAX_SECTIONS:
         raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
 
 

@@ -16,6 +16,8 @@ MIB: Final = 1 << 20
 TORCH_WORKER_BYTES: Final = 350 * MIB
 """Resident memory of a Python worker that has imported torch and sparkdeep, and trains nothing yet (torch 2.13, CPU)."""
 
+_LEAST: Final = 1e-9
+_MOST: Final = 1e15
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 
@@ -61,8 +63,9 @@ class Conf:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not value >= 0 or math.isinf(value):
-            raise ConfigError(f"{key}={text!r}: must be a number of at least 0.")
+        # Amounts beyond these are slips, and their quotients no numbers.
+        if value != 0 and not _LEAST <= value <= _MOST:
+            raise ConfigError(f"{key}={text[:100]!r}: must be 0, or a number from {_LEAST:g} to {_MOST:g}.")
         return value
 
     def memory(self, key: str, default: str) -> int:
@@ -97,9 +100,9 @@ def memory_bytes(key: str, text: str, *, unit: str = "b") -> int:
     Raises:
         ConfigError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*([kmgtp]?)i?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18})\s*([kmgtp]?)i?b?\s*", text.lower())
     if match is None:
-        raise ConfigError(f"{key}={text!r}: must be a size such as 4g or 512m.")
+        raise ConfigError(f"{key}={text[:100]!r}: must be a size such as 4g or 512m.")
     return int(match[1]) * _UNITS[unit if text.strip().isdigit() else match[2]]
 
 

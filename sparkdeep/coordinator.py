@@ -14,6 +14,7 @@ from typing import Any, Final, final
 
 from sparkdeep.channel import Address
 from sparkdeep.errors import ConfigError, ProtocolError
+from sparkdeep.fields import shown
 from sparkdeep.messages import Hello, parse
 from sparkdeep.wire import TOKEN_BYTES, Connection
 
@@ -33,8 +34,8 @@ def parse_ports(value: int | tuple[int, int] | str | None) -> range:
     if value is None or (value == 0 and not isinstance(value, bool)):
         return range(1)
     if isinstance(value, str):
-        pieces = value.split("-")
-        if all(p.strip().isdecimal() for p in pieces) and len(pieces) in {1, 2}:
+        pieces = [p.strip() for p in value.split("-")]
+        if all(p.isdecimal() and len(p) <= 20 for p in pieces) and len(pieces) in {1, 2}:
             pair = (int(pieces[0]), int(pieces[-1]))
     elif isinstance(value, int):
         pair = (value, value)
@@ -42,7 +43,9 @@ def parse_ports(value: int | tuple[int, int] | str | None) -> range:
         first, last = pair
         if 1 <= first <= last <= 65535:
             return range(first, last + 1)
-    raise ConfigError(f"coordinator_port={value!r}: must be a port from 1 to 65535, a pair (first, last) or 'a-b'.")
+    raise ConfigError(
+        f"coordinator_port={shown(value)}: must be a port from 1 to 65535, a pair (first, last) or 'a-b'."
+    )
 
 
 @final

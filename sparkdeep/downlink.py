@@ -14,6 +14,13 @@ from sparkdeep.parameters import raw_bytes
 __all__ = ["Downlink"]
 
 
+def _unlike(stored: Any, own: Tensor | None) -> bool:
+    """Whether a stored copy cannot be taken over."""
+    if own is None or stored is None:
+        return stored is not own
+    return not isinstance(stored, Tensor) or stored.shape != own.shape
+
+
 @final
 class Downlink:
     """The driver's knowledge of what replicas know.
@@ -65,7 +72,8 @@ class Downlink:
         Raises:
             CheckpointError: it is of other settings.
         """
-        if (state["current"] is None) == self._codec.lossy or (state["previous"] is None) != (self.previous is None):
+        copies = {"current": self.current if self._codec.lossy else None, "previous": self.previous}
+        if any(_unlike(state.get(name), own) for name, own in copies.items()):
             raise CheckpointError("the run's state was kept with another down_codec= or overlap=.")
         with torch.no_grad():
             if self._codec.lossy:

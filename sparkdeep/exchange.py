@@ -11,10 +11,10 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, final
+from typing import Any, Final, final
 
-from sparkdeep.errors import ReplicaLostError
-from sparkdeep.messages import Update, parse, to_header
+from sparkdeep.errors import ProtocolError, ReplicaLostError
+from sparkdeep.messages import Update, field, parse, to_header
 from sparkdeep.orders import Stored, digest_of
 from sparkdeep.state_files import own_files
 from sparkdeep.store import open_store
@@ -47,7 +47,8 @@ class Exchange:
         job: the job's.
 
     Raises (all methods):
-        ReplicaLostError: the storage failed; the round can be repeated.
+        ReplicaLostError: the storage failed, or what lies there is damaged; the round can be repeated.
+        ProtocolError: a header is none.
     """
 
     def __init__(self, uri: str, run: str, job: str) -> None:
@@ -75,9 +76,18 @@ class Exchange:
         deadline = time.monotonic() + timeout_s
         updates, hosts = [], []
         for replica in range(count):
-            header = json.loads(self._await(replica, deadline, timeout_s, check))
-            updates.append(parse(Update, header["update"]))
-            hosts.append(str(header["host"]))
+            data = self._await(replica, deadline, timeout_s, check)
+            try:
+                header = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise ReplicaLostError(
+                    f"the header of replica {replica} in exchange_dir={self._store.uri} is damaged: {error}",
+                    replica=replica,
+                ) from error
+            if not isinstance(header, dict):
+                raise ProtocolError(f"the header of replica {replica} in exchange_dir is a {type(header).__name__}.")
+            updates.append(parse(Update, field(header, "update", dict[str, Any])))
+            hosts.append(field(header, "host", str))
         return updates, hosts
 
     def body(self, replica: int, num_bytes: int) -> bytes:

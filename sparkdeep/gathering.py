@@ -13,9 +13,10 @@ from sparkdeep import seams
 from sparkdeep.admission import Admission, Terms, common_sections
 from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
+from sparkdeep.errors import ProtocolError
 from sparkdeep.line import Line
 from sparkdeep.messages import Saved, Update, parse
-from sparkdeep.parameters import Layout, raw_bytes
+from sparkdeep.parameters import Layout, raw_bytes, unlike
 from sparkdeep.partition import Partition
 from sparkdeep.round_values import Globals, RoundResult, Traffic
 from sparkdeep.schedule import RoundSpec
@@ -204,6 +205,8 @@ class Gathering:
             # Of one that is not finite nothing comes: it has gone back by itself.
             buffers = self._add(frame, update, line) if update.weight > 0 else {}
         if update.weight > 0:
+            if odd := unlike(buffers, self._order.start.buffers):
+                raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
         self._saved[replica] = parse(Saved, line.expect("saved").header)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import CheckpointError, ConfigError
+from sparkdeep.fields import misfit
 from sparkdeep.replica import steps_per_epoch
 from sparkdeep.schedule import Position, Schedule, TimeSchedule
 
@@ -92,20 +93,38 @@ class Generation:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], local: LocalSettings, settings: RunSettings) -> Generation:
-        """Make the generation that `to_json` described; `epochs` may have grown since."""
-        shards = [ShardFacts(rows=dict(one["rows"]), digest=str(one["digest"])) for one in value["shards"]]
-        fresh = cls.over(shards, local, settings)
+        """Make the generation that `to_json` described; `epochs` may have grown since.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if complaint := misfit(_Stored, value):
+            raise CheckpointError(f"a checkpoint is damaged: {complaint}")
+        shards = [ShardFacts(**one) for one in value["shards"]]
+        if not shards or min(_counts(shards)) < 0 or len(value["consumed"]) != len(shards):
+            raise CheckpointError("a checkpoint is damaged: its shards and their rows cannot be.")
+        try:
+            fresh = cls.over(shards, local, settings)
+        except ConfigError as error:
+            raise CheckpointError(f"a checkpoint is damaged: {error}") from error
         schedule = fresh.schedule
         if isinstance(schedule, Schedule) and value["start"] is not None:
-            schedule = Schedule(
-                steps_per_epoch=schedule.steps_per_epoch,
-                epochs=schedule.epochs,
-                sync_every=schedule.sync_every,
-                start=Position(**value["start"]),
-            )
-        return cls(
-            shards=fresh.shards,
-            schedule=schedule,
-            began=int(value["began"]),
-            consumed=tuple(map(int, value["consumed"])),
-        )
+            start = Position(**value["start"])
+            if min(start.round, start.epoch) < 0 or not 0 <= start.step < schedule.steps_per_epoch:
+                raise CheckpointError(f"a checkpoint is damaged: replicas that began at {start}.")
+            schedule = replace(schedule, start=start)
+        return cls(shards=fresh.shards, schedule=schedule, began=value["began"], consumed=tuple(value["consumed"]))
+
+
+def _counts(shards: Sequence[ShardFacts]) -> list[int]:
+    return [shard.rows.get(split, -1) for shard in shards for split in ("train", "validation")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What `Generation.to_json` says."""
+
+    shards: list[ShardFacts]
+    start: Position | None
+    began: int
+    consumed: list[int]

@@ -14,7 +14,7 @@ from sparkdeep.averaging import OrderedSum
 from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
 from sparkdeep.compression import CHUNK, Codec, encoded_bytes
 from sparkdeep.errors import ProtocolError, ReplicaLostError, RoundTimeoutError, SparkdeepError, UserCodeError
-from sparkdeep.messages import Failure, Hello, Update, parse
+from sparkdeep.messages import Failure, Hello, Update, field, parse
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.trees import unpack_tensors
 from sparkdeep.wire import Connection, Frame, SilentError
@@ -96,10 +96,10 @@ class Line:
         """Whether it was one of those frames that may come at any time."""
         replica = self.hello.replica
         if frame.kind == "beat":
-            self._rows = int(frame.header.get("rows", 0))
+            self._rows = field(frame.header, "rows", int)
             self._on_beat(replica, self._rows)
         elif frame.kind == "log":
-            self._on_log(replica, str(frame.header.get("text", "")))
+            self._on_log(replica, field(frame.header, "text", str))
         elif frame.kind == "error":
             raise self._failed(parse(Failure, frame.header))
         else:

@@ -9,11 +9,14 @@ from typing import Final, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError
 from sparkdeep.line import Line
+from sparkdeep.messages import field
 
 __all__ = ["Meeting"]
 
 _MOST_KEYS: Final = 1 << 16
 _LONGEST_VALUE: Final = 1 << 16
+_LONGEST_KEY: Final = 1 << 10
+_MOST_BYTES: Final = 1 << 26
 
 
 @final
@@ -29,6 +32,7 @@ class Meeting:
         self._timeout_s = timeout_s
         self._check = check
         self._values: dict[str, str] = {}
+        self._stored = 0
         self._news = threading.Condition()
 
     def host(self, line: Line, size: int) -> None:
@@ -44,15 +48,17 @@ class Meeting:
             if frame.kind == "formed":
                 line.waiting = True
                 return
-            key = str(frame.header.get("key"))
+            key = field(frame.header, "key", str)
             if frame.kind == "put":
-                self._put(key, str(frame.header.get("value")))
+                self._put(key, field(frame.header, "value", str))
             else:
                 line.connection.send("value", {"value": self._get(key, line.who)})
 
     def _put(self, key: str, value: str) -> None:
         with self._news:
-            if len(self._values) >= _MOST_KEYS or len(value) > _LONGEST_VALUE:
+            self._stored += len(key) + len(value)
+            too_long = len(key) > _LONGEST_KEY or len(value) > _LONGEST_VALUE or self._stored > _MOST_BYTES
+            if too_long or len(self._values) >= _MOST_KEYS:
                 raise ProtocolError(
                     f"a replica wants to store {len(value)} characters beside {len(self._values)} values."
                 )

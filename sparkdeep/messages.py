@@ -17,15 +17,13 @@ and between rounds: evaluate -> scores, state -> state, stop -> bye. Either side
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sparkdeep.errors import ProtocolError
+from sparkdeep.fields import fits, misfit, shown
 
-__all__ = ["Failure", "Hello", "Open", "Opened", "Saved", "Update", "parse", "to_header"]
+__all__ = ["Failure", "Hello", "Open", "Opened", "Saved", "Update", "field", "parse", "to_header"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,30 +146,17 @@ def parse(cls: type[_T], header: dict[str, Any]) -> _T:
     Raises:
         ProtocolError: a field is missing, unknown or of the wrong type; the message names it.
     """
-    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
-    if header.keys() != hints.keys():
-        odd = sorted(header.keys() ^ hints.keys())
-        raise ProtocolError(f"{cls.__name__}: fields {odd} are missing or unknown.")
-    for name, hint in hints.items():
-        if not _fits(header[name], hint):
-            raise ProtocolError(f"{cls.__name__}.{name} is {header[name]!r:.80}; expected {hint}.")
+    if complaint := misfit(cls, header):
+        raise ProtocolError(complaint)
     return cls(**header)
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def field(header: dict[str, Any], name: str, kind: Any) -> Any:
+    """One field of a received header that has no class of its own, of the type `kind`.
 
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is list:
-        (item,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_fits(v, item) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, typing.get_args(hint)[1]) for v in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    Raises:
+        ProtocolError: it is missing or of another type; the message names it.
+    """
+    if name not in header or not fits(header[name], kind):
+        raise ProtocolError(f"the field {name!r} of a header is {shown(header.get(name))}; expected {kind}.")
+    return header[name]

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from sparkdeep.errors import DataError
+from sparkdeep.fields import misfit
+
 __all__ = ["FailureRecord", "ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
 
 
@@ -131,7 +134,13 @@ class RoundRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Read back what `to_dict` gave."""
+        """Read back what `to_dict` gave.
+
+        Raises:
+            DataError: it is no round's record.
+        """
+        if complaint := misfit(cls, values, defaults=True, nan=True):
+            raise DataError(f"this is no round's record: {complaint}")
         parts = [ReplicaRecord(**r) for r in values.get("replicas", [])]
         failures = [FailureRecord(**f) for f in values.get("failures", [])]
         return cls(**{**values, "replicas": parts, "failures": failures})
@@ -168,8 +177,19 @@ def write_jsonl(records: Iterable[RoundRecord], path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[RoundRecord]:
-    """Read the records that `write_jsonl` wrote; null becomes NaN."""
-    return [RoundRecord.from_dict(_numbers(json.loads(line))) for line in path.read_text("utf-8").splitlines()]
+    """Read the records that `write_jsonl` wrote; null becomes NaN.
+
+    Raises:
+        DataError: a line is no round's record.
+        OSError: the file cannot be read.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            records.append(RoundRecord.from_dict(_numbers(json.loads(line))))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {number} of {path} is no round's record: {error}") from error
+    return records
 
 
 def _numbers(value: Any) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, ProtocolError
 
-__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes"]
+__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,17 @@ def float_dtype_of(module: nn.Module) -> torch.dtype:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes; nothing is copied."""
     return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+
+
+def unlike(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that only one side has, or that differ in shape or dtype."""
+    return sorted(
+        name
+        for name in given.keys() | own.keys()
+        if name not in given
+        or name not in own
+        or (given[name].shape, given[name].dtype) != (own[name].shape, own[name].dtype)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +171,15 @@ class Layout:
 
     @torch.no_grad()
     def write_buffers(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        """Copy `buffers` into the module's buffers of the same names."""
+        """Copy `buffers` into the module's buffers of the same names.
+
+        Raises:
+            ProtocolError: the module has none of a name, or one of another shape.
+        """
         own = dict(module.named_buffers())
+        odd = [name for name, value in buffers.items() if name not in own or own[name].shape != value.shape]
+        if odd:
+            raise ProtocolError(f"the buffers {str(odd)[:200]} are not those of {type(module).__name__}.")
         for name, value in buffers.items():
             own[name].copy_(value)
 

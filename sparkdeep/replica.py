@@ -18,16 +18,17 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
+from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError
 from sparkdeep.local_progress import Progress
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, float_dtype_of, named_tensors
+from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, unlike
 from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
+from sparkdeep.trees import pack, pack_tensors, unpack_dict, unpack_tensors
 from sparkdeep.validation import Evaluator
 
 __all__ = ["Replica", "steps_per_epoch"]
@@ -88,11 +89,18 @@ class Replica:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def load_tensors(self, data: bytes) -> None:
-        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none."""
+        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none.
+
+        Raises:
+            ProtocolError: one has another shape than the model's.
+        """
         values = unpack_tensors(data) if data else {}
         with torch.no_grad():
             for name, tensor in named_tensors(self.model):
                 if name in values:
+                    if values[name].shape != tensor.shape:
+                        shape = tuple(values[name].shape)
+                        raise ProtocolError(f"{name!r} came as {shape}; the model's is {tuple(tensor.shape)}.")
                     tensor.copy_(values[name])
 
     def restart(self, scheduler_steps: int) -> None:
@@ -120,16 +128,30 @@ class Replica:
         """Go on from `save_state`'s bytes.
 
         Raises:
-            CheckpointError: the bytes are damaged.
+            CheckpointError: the bytes are damaged, or are of another optimizer, scheduler or model.
         """
-        state = unpack(data)
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-        self._random.load_state_dict(state["random"])
-        self.exchange.load_state_dict(state["exchange"])
-        self._own_buffers = state["buffers"]
-        self._clock = state["clock"]
+        state = unpack_dict(data)
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+            if self._scheduler is not None:
+                self._scheduler.load_state_dict(state["scheduler"])
+            self._random.load_state_dict(state["random"])
+            with self._random.borrowed():
+                """A position that no generator takes shows here, and not in mid-round."""
+            self.exchange.load_state_dict(state["exchange"])
+            self._own_buffers = self._checked_buffers(state["buffers"])
+            self._clock = int(state["clock"])
+        except SparkdeepError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the state of replica {self.number} ({len(data)} bytes) cannot be gone on from: {type(error).__name__}: {error}"
+            ) from error
+
+    def _checked_buffers(self, buffers: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        if buffers is not None and (odd := unlike(buffers, self.layout.read_buffers(self.model))):
+            raise CheckpointError(f"the state of replica {self.number} holds other buffers than its model: {odd}.")
+        return buffers
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)

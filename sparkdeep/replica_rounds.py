@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Final, final
 
 import torch
 
+from sparkdeep.admission import MAX_SECTIONS
+from sparkdeep.aggregation import TRIAL_BYTES
 from sparkdeep.channel import Channel
 from sparkdeep.errors import ProtocolError
 from sparkdeep.local_update import LocalResult
-from sparkdeep.messages import Update
+from sparkdeep.messages import Update, field, parse
 from sparkdeep.overlapping import AbandonedError, Courier, Pace
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.replica import Replica
@@ -23,6 +27,9 @@ from sparkdeep.state_files import StateFiles, own_files
 from sparkdeep.wire import Frame
 
 __all__ = ["ReplicaRounds", "keep_state"]
+
+
+_LARGEST_RING: Final = 1 << 16
 
 
 def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
@@ -61,7 +68,11 @@ class _Rendezvous:
         frame = self._channel.command()
         if frame.kind != "value":
             raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
-        return str(frame.header["value"]).encode("latin-1")
+        value: str = field(frame.header, "value", str)
+        try:
+            return value.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
 
 
 @final
@@ -93,6 +104,8 @@ class ReplicaRounds:
             ReplicaLostError: not all of them can be reached.
         """
         replica = self._replica
+        if not replica.number < size <= _LARGEST_RING or not 0 < timeout_s < threading.TIMEOUT_MAX:
+            raise ProtocolError(f"replica {replica.number} is to join a ring of {size} within {timeout_s} s.")
         if self.ring is not None:
             self.ring.close()
         self.ring = Ring(
@@ -106,19 +119,20 @@ class ReplicaRounds:
 
     def try_ring(self, numel: int) -> None:
         """Add up and hand round a vector of zeros, (numel,) float32, with the other replicas."""
-        assert self.ring is not None, "a ring is formed before it is tried"
+        if self.ring is None or not 0 < 4 * numel <= TRIAL_BYTES:
+            raise ProtocolError(f"the driver wants to try a ring with {numel} elements, or before one was formed.")
         vector = torch.zeros(numel)
         self.ring.gather(self.ring.reduce(vector, numel, [1.0] * self.ring.size), vector)
 
     def run(self, frame: Frame) -> Frame | None:
         """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
-        if self.ring is not None and not frame.header["ring"]:
+        if self.ring is not None and not field(frame.header, "ring", bool):
             self.ring.close()  # it was tried, and the star was faster
             self.ring = None
         order = self._take(frame, None)
         replica = self._replica
-        replica.catch_up(int(frame.header["clock"]))
-        self._before = (order.spec, replica.save_state()) if frame.header["may_undo"] else None
+        replica.catch_up(field(frame.header, "clock", int))
+        self._before = (order.spec, replica.save_state()) if field(frame.header, "may_undo", bool) else None
         replica.begin_round(order.buffers)
         replica.exchange.arrived()
         replica.load_inner_state(order.sections, order.inner)
@@ -242,13 +256,18 @@ class ReplicaRounds:
         frame = self._channel.command()
         if frame.kind != "reduce":
             raise ProtocolError(f"expected 'reduce' after the update's header, got {frame.kind!r}.")
-        weights: list[float] = frame.header["weights"]
+        weights: list[float] = field(frame.header, "weights", list[float])
         if not weights:
             return
-        numel = (1 + int(frame.header["sections"])) * self._replica.layout.numel
+        sections: int = field(frame.header, "sections", int)
+        if len(weights) != self.ring.size or not 0 <= sections <= MAX_SECTIONS or not 0 < sum(weights) < math.inf:
+            raise ProtocolError(
+                f"{len(weights)} weights and {sections} sections are no sum of a ring of {self.ring.size}."
+            )
+        numel = (1 + sections) * self._replica.layout.numel
         part = self.ring.reduce(result.vector, numel, weights)
         self._channel.send_body("part", raw_bytes(part))
-        if frame.header["hold"]:
+        if field(frame.header, "hold", bool):
             # The next round starts from the mean: it is here before the driver could send it.
             self.ring.gather(part, self._replica.exchange.known)
 
@@ -256,26 +275,34 @@ class ReplicaRounds:
         """Read an order's body: parameters, averaged optimizer state, buffers."""
         channel, replica, header = self._channel, self._replica, frame.header
         exchange = replica.exchange
-        if header["previous"]:
+        spec = parse(RoundSpec, field(header, "spec", dict[str, Any]))
+        if min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or (
+            spec.num_steps == 0 and not spec.own_clock
+        ):
+            raise ProtocolError(f"the driver orders {spec}, which is no round.")
+        if field(header, "previous", bool):
             channel.read_vector(exchange.known)
-        if header["held"]:
+        if field(header, "held", bool):
             pass  # the last round's mean, which was handed round
-        elif header["encoded"]:
+        elif field(header, "encoded", bool):
             channel.read_change(exchange, pace)
-        elif header["ring"]:
-            assert self.ring is not None, "a ring is made before its first round"
+        elif field(header, "ring", bool):
+            if self.ring is None:
+                raise ProtocolError("the driver orders a round of a ring that was not formed.")
             start, stop = self.ring.bounds(replica.layout.numel)
             channel.read_vector(exchange.arriving[start:stop])
             self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
         else:
             channel.read_vector(exchange.arriving, pace)
-        sections = [str(name) for name in header["sections"]]
+        sections: list[str] = field(header, "sections", list[str])
+        if len(sections) > MAX_SECTIONS:
+            raise ProtocolError(f"the driver averages {len(sections)} optimizer states; at most {MAX_SECTIONS} exist.")
         inner = replica.layout.empty(len(sections))
         channel.read_vector(inner)
         return _Order(
-            spec=RoundSpec(**header["spec"]),
-            ahead=RoundSpec(**header["ahead"]) if header["ahead"] is not None else None,
+            spec=spec,
+            ahead=None if field(header, "ahead", Any) is None else parse(RoundSpec, header["ahead"]),
             sections=sections,
             inner=inner,
-            buffers=channel.read_bytes(header["buffer_bytes"]),
+            buffers=channel.read_bytes(field(header, "buffer_bytes", int)),
         )

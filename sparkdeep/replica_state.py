@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkdeep.errors import ProtocolError
 from sparkdeep.numpy_stream import Lent, NumpyStream
 
 __all__ = ["RandomState", "read_inner_state", "write_inner_state"]
@@ -139,10 +140,19 @@ def read_inner_state(
 def write_inner_state(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], keys: list[str], values: list[list[Tensor]]
 ) -> None:
-    """Copy averaged state tensors, as `read_inner_state` gave them, into the optimizer."""
+    """Copy averaged state tensors, as `read_inner_state` gave them, into the optimizer.
+
+    Raises:
+        ProtocolError: the optimizer keeps something else under a name.
+    """
     for key, tensors in zip(keys, values, strict=True):
         for parameter, tensor in zip(parameters, tensors, strict=True):
             own = optimizer.state[parameter]
+            kept = own.get(key)
+            if kept is not None and not (isinstance(kept, Tensor) and kept.shape == parameter.shape):
+                raise ProtocolError(
+                    f"the optimizer's state {key!r} is not of its parameters' shapes and is not averaged."
+                )
             if isinstance(own.get(key), Tensor):
                 own[key].copy_(tensor)
             elif own:

@@ -24,7 +24,7 @@ from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import versions
-from sparkdeep.trees import unpack, unpack_tensors
+from sparkdeep.trees import unpack_dict, unpack_tensors
 
 __all__ = ["RoundStages"]
 
@@ -161,7 +161,7 @@ class RoundStages:
         """Score the global parameters as one job; one result a replica, in order."""
         assert self._state is not None
         what = f"sparkdeep fit: validation after round {self._state.committed} of {self._state.schedule.num_rounds}"
-        return [dict(unpack(reply.body)) for reply in self._run(self._order("evaluate", model), what)]
+        return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
 
     def states(self, clocks: Sequence[int]) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job."""

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.downlink import Downlink
+from sparkdeep.errors import CheckpointError, DataError
+from sparkdeep.fields import misfit
 from sparkdeep.generation import AnySchedule, Generation
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.parameters import Layout
+from sparkdeep.parameters import Layout, unlike
 from sparkdeep.round_values import Globals
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.trees import pack, unpack
+from sparkdeep.trees import pack, unpack_dict
 
 __all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
 
@@ -155,24 +157,70 @@ class RunState:
             settings: as the driver knows them; `epochs` may have grown.
 
         Raises:
-            CheckpointError: a file is damaged.
+            CheckpointError: a file is missing or damaged, or of another model; nothing was taken over.
         """
-        weights = unpack(files["parameters.safetensors"])
-        run = unpack(files["run.safetensors"])
+        weights, run, best, records = self._read(layout, files)
+        generation = Generation.from_json(run["generation"], local, settings)
+        if len(run["consumed"]) != generation.num_replicas:
+            raise CheckpointError(
+                f"a checkpoint is damaged: steps of {len(run['consumed'])} replicas, of which there were {generation.num_replicas}"
+            )
         with torch.no_grad():
             for entry, view in zip(layout.entries, layout.views(self.parameters.detach()), strict=True):
                 view.copy_(weights[entry.name])
-        self.generation = Generation.from_json(run["generation"], local, settings)
-        self.consumed = list(run["consumed"])
+        self.generation, self.consumed = generation, list(run["consumed"])
         self.buffers = run["buffers"]
         self.sections, self.inner = run["sections"], run["inner"]
         self.committed, self.stale, self.stopped = run["committed"], run["stale"], run["stopped"]
         self.aggregation = run["aggregation"]
         if self.downlink is not None:
             self.downlink.load_state_dict(run["downlink"] or {"current": None, "previous": None})
-        self.best = Best(**run["best"]) if run["best"] is not None else None
-        self.records = [RoundRecord.from_dict(r) for r in run["records"]]
+        self.best, self.records = best, records
         return dict(run["outer"])
+
+    def _read(
+        self, layout: Layout, files: Mapping[str, bytes]
+    ) -> tuple[dict[str, Tensor], dict[str, Any], Best | None, list[RoundRecord]]:
+        """What the files say, checked."""
+        if missing := [name for name in ("parameters.safetensors", "run.safetensors") if name not in files]:
+            raise CheckpointError(f"a checkpoint without {missing} cannot be resumed from.")
+        weights, run = unpack_dict(files["parameters.safetensors"]), unpack_dict(files["run.safetensors"])
+        complaint = misfit(_Stored, run, nan=True) or (run["best"] is not None and misfit(Best, run["best"], nan=True))
+        own = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
+        if not complaint and not all(isinstance(value, Tensor) for value in weights.values()):
+            complaint = "parameters that are no tensors"
+        if complaint or (odd := unlike(weights, own) or unlike(run["buffers"], self.buffers)):
+            raise CheckpointError(f"a checkpoint is damaged, or of another model: {complaint or odd}")
+        best = Best(**run["best"]) if run["best"] is not None else None
+        averaged = len(run["sections"]) * layout.numel
+        if run["inner"].shape != (averaged,) or (best and best.parameters.shape != self.parameters.shape):
+            raise CheckpointError(
+                f"a checkpoint is damaged: optimizer state of {tuple(run['inner'].shape)} for {averaged}"
+            )
+        try:
+            records = [RoundRecord.from_dict(r) for r in run["records"]]
+        except DataError as error:
+            raise CheckpointError(f"a checkpoint is damaged: {error}") from error
+        return weights, run, best, records
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What `RunState.to_files` says beside the parameters."""
+
+    generation: dict[str, Any]
+    consumed: list[int]
+    committed: int
+    stale: int
+    stopped: str
+    sections: list[str]
+    inner: Tensor
+    buffers: dict[str, Tensor]
+    best: dict[str, Any] | None
+    outer: dict[Any, Any]
+    aggregation: str
+    downlink: dict[str, Any] | None
+    records: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ model.pkl            only where the class has no name that could be resolved; re
 from __future__ import annotations
 
 import inspect
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = ["read_model", "read_reference", "write_model"]
 
 FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 64 << 20
+_SMALL_BYTES = 1 << 22
 
 _WEIGHTS, _METADATA, _PICKLE = "model.safetensors", "metadata.json", "model.pkl"
 _DTYPES = frozenset(
@@ -154,7 +156,7 @@ def _read_model(store: Store, model: Any, allow_modules: Sequence[str], trust_pi
         return cloudpickle.loads(data)
 
     source = _source(store, model, reference, allow_modules, unpickle if trust_pickle and _PICKLE in files else None)
-    module: nn.Module = adopt(_build(source, reference))
+    module: nn.Module = adopt(_build(source, reference, sum(value.nbytes for value in state.values())))
     _fill(module, state)
     return module.cpu().eval(), meta
 
@@ -184,7 +186,7 @@ def _source(
         return unpickle()
 
 
-def _build(source: Any, reference: ModelReference | None) -> nn.Module:
+def _build(source: Any, reference: ModelReference | None, stored_bytes: int) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if not callable(source):
@@ -195,6 +197,8 @@ def _build(source: Any, reference: ModelReference | None) -> nn.Module:
         inspect.signature(source).bind(*args, **kwargs)
     except (TypeError, ValueError):  # the caller's factory is another one, complete in itself
         args, kwargs = (), {}
+    if args or kwargs:
+        _refuse_larger(source, args, kwargs, stored_bytes)
     try:
         with torch.random.fork_rng(devices=[]):  # loading a model leaves the caller's random numbers alone
             module = source(*args, **kwargs)
@@ -207,6 +211,24 @@ def _build(source: Any, reference: ModelReference | None) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelLoadError(f"{name} returned {type(module).__name__}, not an nn.Module; load with model=Net")
     return module
+
+
+def _refuse_larger(source: Callable[..., Any], args: Any, kwargs: Any, stored_bytes: int) -> None:
+    """Refuse stored arguments that ask for a far larger module than the stored tensors fill, before it takes memory."""
+    sizes = [abs(value) for value in [*args, *kwargs.values()] if type(value) is int and value]
+    if math.prod(sizes) <= max(stored_bytes, _SMALL_BYTES):
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            tensors = [*source(*args, **kwargs).state_dict().values()]
+    except Exception:  # noqa: BLE001 - what cannot be made without memory is judged when it is made with it
+        return
+    needed = sum(value.nbytes for value in tensors if isinstance(value, Tensor) and not is_lazy(value))
+    if needed > 4 * stored_bytes + _SMALL_BYTES:
+        raise ModelLoadError(
+            f"the stored arguments {str(kwargs or args)[:200]} make a module of {needed} bytes, but {stored_bytes} are stored: "
+            "they are damaged; load with model=, giving the class and arguments that were trained"
+        )
 
 
 def _stored_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

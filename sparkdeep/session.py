@@ -12,7 +12,7 @@ import torch
 from sparkdeep import seams
 from sparkdeep.channel import Channel
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
-from sparkdeep.messages import Failure, Hello, Open
+from sparkdeep.messages import Failure, Hello, Open, field
 from sparkdeep.replica import Replica
 from sparkdeep.replica_rounds import ReplicaRounds, keep_state
 from sparkdeep.state_files import StateFiles
@@ -53,9 +53,9 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
             frame = frame or channel.command()
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
-                if (committed := frame.header.get("save")) is not None:
-                    replica.catch_up(int(frame.header["clock"]))
-                    keep_state(states, committed, replica.save_state())
+                if frame.header.get("save") is not None:
+                    replica.catch_up(field(frame.header, "clock", int))
+                    keep_state(states, field(frame.header, "save", int), replica.save_state())
                 channel.send("bye")
                 return
             if frame.kind == "train":
@@ -90,20 +90,20 @@ def _obey(channel: Channel, replica: Replica, rounds: ReplicaRounds, frame: Fram
         follows = replica.exchange.overlap or replica.exchange.down.lossy
         parameters = replica.layout.empty() if follows else replica.exchange.known
         channel.read_vector(parameters)
-        replica.load_for_scoring(parameters, channel.read_bytes(header["buffer_bytes"]))
+        replica.load_for_scoring(parameters, channel.read_bytes(field(header, "buffer_bytes", int)))
         channel.send("scores", {}, pack(replica.evaluate()))
     elif kind == "undo":
-        rounds.go_back(int(header["round"]))
+        rounds.go_back(field(header, "round", int))
     elif kind == "state":
-        replica.catch_up(int(header["clock"]))
+        replica.catch_up(field(header, "clock", int))
         channel.send("state", {}, replica.save_state())
     elif kind == "probe":
         channel.send("probed", {}, channel.read_bytes(frame.body_bytes))
     elif kind == "trial":
-        rounds.try_ring(int(header["numel"]))
+        rounds.try_ring(field(header, "numel", int))
         channel.send("tried")
     elif kind == "ring":
-        rounds.join_ring(int(header["size"]), float(header["timeout_s"]))
+        rounds.join_ring(field(header, "size", int), field(header, "timeout_s", float))
         channel.send("formed")
     else:
         raise ProtocolError(f"unknown command {kind!r}.")

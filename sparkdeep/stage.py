@@ -18,7 +18,7 @@ from sparkdeep.messages import Hello, Open, Opened, parse, to_header
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.trees import pack_tensors, unpack
+from sparkdeep.trees import pack_tensors, unpack_dict
 from sparkdeep.wire import Connection, ConnectionLostError, SilentError
 
 __all__ = ["Stage"]
@@ -248,7 +248,7 @@ class Stage:
         def score(replica: int) -> dict[str, Any]:
             line = self._settled(replica)
             line.connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
-            return dict(unpack(line.answer("scores")))
+            return unpack_dict(line.answer("scores"))
 
         return self._all(score)
 

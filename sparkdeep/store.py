@@ -230,10 +230,10 @@ def open_store(uri: str, *, fallback: Callable[[str], Store] | None = None) -> S
         return LocalStore(_file_path(uri))
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeEncodeError) as exc:
         if fallback is not None:
             return fallback(uri)
-        shown, why = shown_uri(uri), shown_uri(str(exc).splitlines()[0])
+        shown, why = shown_uri(uri), shown_uri((str(exc).splitlines() or [type(exc).__name__])[0])
         raise ConfigError(
             f"{shown!r} cannot be opened: pyarrow says {why!r}, and without a Spark session there is no Hadoop file "
             f"system to ask; use a local path (./{shown} if it was meant as one), file:, s3://, gs://, hdfs:// or "

@@ -21,6 +21,7 @@ from torch import nn
 
 from sparkdeep.config import EarlyStopping
 from sparkdeep.errors import ConfigError, ModelLoadError
+from sparkdeep.fields import misfit, shown
 from sparkdeep.parameters import named_tensors
 from sparkdeep.registry import reference_of, resolve
 
@@ -82,9 +83,15 @@ def from_json(stored: Any, name: str, *, allow_modules: Sequence[str] = ()) -> A
     Raises:
         ModelLoadError: a name is not allowed, or the value is damaged.
     """
+    try:
+        return _from_json(stored, name, allow_modules)
+    except RecursionError as error:
+        raise ModelLoadError(f"{name} is stored in more levels than any setting has: it is damaged.") from error
 
+
+def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
     def again(one: Any) -> Any:
-        return from_json(one, name, allow_modules=allow_modules)
+        return _from_json(one, name, allow_modules)
 
     def found(stored_name: str) -> Callable[..., Any]:
         try:
@@ -102,10 +109,9 @@ def from_json(stored: Any, name: str, *, allow_modules: Sequence[str] = ()) -> A
         case {"map": dict(items), **rest} if not rest:
             return {key: again(one) for key, one in items.items()}
         case {"early_stopping": dict(rule), **rest} if not rest:
-            try:
-                return EarlyStopping(**rule)
-            except TypeError as error:
-                raise _damaged(name, stored) from error
+            if complaint := misfit(EarlyStopping, rule, defaults=True):
+                raise ModelLoadError(f"{name} is damaged: {complaint}")
+            return EarlyStopping(**rule)
         case {"name": str(of), **rest} if not rest:
             return found(of)
         case {"partial": str(of), "args": list(args), "kwargs": dict(kwargs), **rest} if not rest:
@@ -114,9 +120,13 @@ def from_json(stored: Any, name: str, *, allow_modules: Sequence[str] = ()) -> A
         case {"module": str(of), "kwargs": dict(kwargs), **rest} if not rest:
             made = found(of)
             if isinstance(made, type) and issubclass(made, nn.Module):
+                keywords = {key: again(one) for key, one in kwargs.items()}
                 try:
-                    return made(**{key: again(one) for key, one in kwargs.items()})
-                except TypeError as error:
+                    with torch.device("meta"):  # one that would take memory is none of those that are stored here
+                        large = any(True for _ in named_tensors(made(**keywords)))
+                    if not large:
+                        return made(**keywords)
+                except Exception as error:  # a constructor may raise anything for arguments that it was never given
                     raise _damaged(name, stored) from error
     raise _damaged(name, stored)
 
@@ -126,7 +136,7 @@ def _resolve(name: str, allow_modules: Sequence[str] = ()) -> Callable[..., Any]
 
 
 def _damaged(name: str, stored: Any) -> ModelLoadError:
-    return ModelLoadError(f"{name} is stored as {str(stored)[:200]}, which this version does not know or is damaged.")
+    return ModelLoadError(f"{name} is stored as {shown(stored)}, which this version does not know or is damaged.")
 
 
 def _stored_name(target: Any, name: str) -> str:

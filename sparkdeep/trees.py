@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparkdeep.errors import CheckpointError
 
-__all__ = ["pack", "pack_tensors", "unpack", "unpack_tensors"]
+__all__ = ["pack", "pack_tensors", "unpack", "unpack_dict", "unpack_tensors"]
 
 _TREE: Final = "__tree__"
 
@@ -38,10 +38,22 @@ def unpack(data: bytes) -> Any:
     """
     try:
         tensors = load(data)
-        outline = json.loads(bytes(tensors[_TREE].numpy()))
+        outline = json.loads(tensors[_TREE].numpy().tobytes())
         return _restore(outline, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"damaged state of {len(data)} bytes: {type(error).__name__}: {error}") from error
+
+
+def unpack_dict(data: bytes) -> dict[str, Any]:
+    """As `unpack`, where a dict with names for keys was packed.
+
+    Raises:
+        CheckpointError: as `unpack`, or it is something else.
+    """
+    tree = unpack(data)
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise CheckpointError(f"a state of {len(data)} bytes is a {type(tree).__name__}; named values were expected.")
+    return tree
 
 
 def pack_tensors(tensors: dict[str, Tensor]) -> bytes:

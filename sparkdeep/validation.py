@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparkdeep.data.batches import Batch
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, ProtocolError
+from sparkdeep.fields import fits, misfit
 from sparkdeep.losses import LossFunction, forward
 from sparkdeep.outputs import logits_of
 
@@ -91,12 +93,40 @@ def _state_of(metric: Any) -> list[tuple[str, Any]]:
     return [(key, getattr(metric, key)) for key in metric._defaults]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """What `Evaluator.scores` gives."""
+
+    sums: dict[str, float]
+    states: dict[str, dict[str, Any]]
+    logged: dict[str, list[float] | tuple[float, ...]]
+
+
+def _check_scores(part: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    complaint = misfit(_Scores, part, nan=True)
+    if complaint is None:
+        functions = {name for name, metric in metrics.items() if not is_torchmetric(metric)}
+        lacking = {_ROWS, _WEIGHT, _LOSS, *functions} - part["sums"].keys() or metrics.keys() - functions - part[
+            "states"
+        ].keys()
+        odd = [name for name, pair in part["logged"].items() if len(pair) != 2 or not pair[1] > 0]
+        odd += [
+            name for name, state in part["states"].items() if not fits(state.get("count"), int) or "state" not in state
+        ]
+        complaint = f"{sorted(lacking)} are missing, or {odd} no means." if lacking or odd else None
+    if complaint:
+        raise ProtocolError(f"a replica sent what are no scores: {complaint}")
+
+
 def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, float]:
     """Merge the replicas' scores, in replica order, into `{"loss": ..., metric: ...}`.
 
     Raises:
         ConfigError: a torchmetrics Metric that gives more than one number.
+        ProtocolError: a replica sent what are no scores.
     """
+    for part in parts:
+        _check_scores(part, metrics)
     sums: dict[str, float] = {}
     for part in parts:
         for name, value in part["sums"].items():

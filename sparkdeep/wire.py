@@ -30,6 +30,8 @@ HEADER_LIMIT_BYTES: Final = 1 << 20
 _PREFIX: Final = struct.Struct(">4s32sIQ")
 _POLL_S: Final = 0.25
 _REQUEST_BYTES: Final = 1 << 20
+# Memory for a body before any of it came in; what came in doubles it.
+_UNSEEN_BYTES: Final = 1 << 24
 # So much a sender can be ahead on a Unix socket, if the system lets it.
 _NEARBY_BYTES: Final = 4 << 20
 # A frame of at most this many bytes goes out in one piece: one packet, and one time that the other end wakes up.
@@ -177,13 +179,18 @@ class Connection:
     def read_body(self, num_bytes: int, *, limit_bytes: int, timeout_s: float) -> bytes:
         """A small body, whole.
 
+        Memory is taken as the bytes come in: a length that is only announced takes none.
+
         Raises:
-            ProtocolError: it is longer than `limit_bytes`; nothing was allocated.
+            ProtocolError: it is longer than `limit_bytes`, or its length makes no sense; nothing was allocated.
         """
-        if num_bytes > limit_bytes:
+        if not 0 <= num_bytes <= limit_bytes:
             raise ProtocolError(f"a body of {num_bytes} bytes from {self.peer} exceeds its limit of {limit_bytes}.")
-        data = bytearray(num_bytes)
+        data = bytearray(min(num_bytes, _UNSEEN_BYTES))
         self._read(memoryview(data), timeout_s)
+        while (have := len(data)) < num_bytes:
+            data.extend(bytes(min(num_bytes - have, have)))
+            self._read(memoryview(data)[have:], timeout_s)
         return bytes(data)
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sparkdeep.fields import misfit
+
 __all__ = ["Owner", "is_dead", "owner_of_this_process"]
 
 _PROC: Final = Path("/proc")
@@ -42,9 +44,11 @@ class Owner:
         Raises:
             TypeError: other keys, or a number that is none.
         """
+        if complaint := misfit(cls, value):
+            raise TypeError(complaint)
         owner = cls(**value)
-        if not all(isinstance(number, int | None) for number in (owner.pid, owner.start)):
-            raise TypeError(f"an owner's pid and start are numbers, not {owner.pid!r} and {owner.start!r}")
+        if owner.pid is not None and not 0 < owner.pid < 1 << 31:
+            raise TypeError(f"{owner.pid} is no process number")
         return owner
 
 

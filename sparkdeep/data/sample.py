@@ -45,6 +45,25 @@ def decode_rows(data: bytes) -> dict[str, FieldValues]:
                 fields[stem] = Ragged(array, arrays[stem + _LENGTHS])
             elif not name.endswith(_LENGTHS):
                 fields[name] = array
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        _check_rows(fields)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"a sample of {len(data)} bytes cannot be read ({error}): ingest the rows again") from error
     return fields
+
+
+def _check_rows(fields: Mapping[str, FieldValues]) -> None:
+    """Refuse fields that are no rows, or not the same number of them."""
+    counts = set()
+    for name, value in fields.items():
+        if isinstance(value, Ragged):
+            values, lengths = value
+            if values.ndim != 1 or lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+                raise ValueError(f"{name} is not made of rows")
+            # As Python numbers: a sum of damaged ones may overflow, and then look right.
+            if min(lengths.tolist(), default=0) < 0 or sum(lengths.tolist()) != len(values):
+                raise ValueError(f"the lengths of {name} do not add up to its {len(values)} values")
+        elif value.ndim == 0:
+            raise ValueError(f"{name} is not made of rows")
+        counts.add(len(value.lengths) if isinstance(value, Ragged) else len(value))
+    if len(counts) > 1:
+        raise ValueError(f"fields of {sorted(counts)} rows")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.fields import misfit
 
 __all__ = [
     "Callables",
@@ -96,18 +99,51 @@ class Schema:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Schema:
-        """Make the schema that `to_json` described."""
-        fields = tuple(
-            Field(
-                **{
-                    **field,
-                    "columns": tuple(field["columns"]),
-                    "shape": None if field["shape"] is None else tuple(field["shape"]),
-                }
-            )
-            for field in value["fields"]
+        """Make the schema that `to_json` described.
+
+        Raises:
+            DataError: it is none, or has a field that no column makes.
+        """
+        if complaint := misfit(_StoredSchema, value):
+            raise DataError(f"a stored schema is damaged: {complaint}")
+        fields = []
+        for stored in value["fields"]:
+            shape = stored.get("shape")
+            field = {
+                **stored,
+                "columns": stored.get("columns"),
+                "shape": tuple(shape) if type(shape) is list else shape,
+            }
+            if type(field["columns"]) is list:
+                field["columns"] = tuple(field["columns"])
+            if complaint := misfit(Field, field):
+                raise DataError(f"a stored schema is damaged: {complaint}")
+            fields.append(_plain(Field(**field)))
+        return cls(fields=tuple(fields), float_dtype=value["float_dtype"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredSchema:
+    """What `Schema.to_json` gives."""
+
+    fields: list[dict[str, Any]]
+    float_dtype: Literal["float32", "float64"]
+
+
+_NUMPY: Final = re.compile(r"decoded|bool|u?int(8|16|32|64)|float(16|32|64|128)")
+_LONGEST_NAME: Final = 200  # of a file is 255
+
+
+def _plain(field: Field) -> Field:
+    """Return a stored field if its name can be a file's, and its dtype and shape an array's."""
+    named = all(part.isidentifier() for part in field.name.split(".")) and len(field.name.encode()) <= _LONGEST_NAME
+    # A row of more bytes than a disk holds is none; so that sizes are computed without overflow.
+    shaped = all(size >= 0 for size in field.shape or ()) and math.prod(field.shape or ()) < 1 << 48
+    if not named or not shaped or not _NUMPY.fullmatch(field.dtype) or len(field.shape or ()) > 32:
+        raise DataError(
+            f"a stored schema is damaged: field {field.name[:200]!r} of {field.dtype[:200]!r} {field.shape}"
         )
-        return cls(fields=fields, float_dtype=value["float_dtype"])
+    return field
 
 
 def _fix(field: Field, seen: tuple[str, tuple[int, ...]] | None) -> Field:

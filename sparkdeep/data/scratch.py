@@ -124,7 +124,7 @@ def _read_owner(path: Path) -> Owner | None:
                 return Owner.from_json(json.loads(file.read(4096)))
         finally:
             os.close(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,12 +15,13 @@ import numpy as np
 
 from sparkdeep.data.arrow import Array, FieldValues, Ragged
 from sparkdeep.data.sample import decode_rows, encode_rows
-from sparkdeep.data.schema import Field, Schema
+from sparkdeep.data.schema import Schema
+from sparkdeep.data.shard_maps import SPLITS, StoredShard, open_field, own_files, will_need
 from sparkdeep.errors import DataError
+from sparkdeep.fields import misfit, shown
 
 __all__ = ["SPLITS", "FieldValues", "Shard", "ShardInfo", "ShardWriter", "decode_rows", "encode_rows"]
 
-SPLITS: Final = ("train", "validation")
 _MANIFEST: Final = "shard.json"
 _FORMAT: Final = 1
 
@@ -45,8 +45,21 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShardInfo:
-        """Make the object that `to_json` described."""
-        seen = {name: (str(dtype), tuple(shape)) for name, (dtype, shape) in value["seen"].items()}
+        """Make the object that `to_json` described.
+
+        Raises:
+            DataError: it is none.
+        """
+        seen: Any = value.get("seen")
+        if isinstance(seen, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in seen.values()):
+            seen = {
+                name: (dtype, tuple(shape) if type(shape) is list else shape) for name, (dtype, shape) in seen.items()
+            }
+        complaint = misfit(cls, {**value, "seen": seen})
+        if complaint is None and (value["rows"].keys() != set(SPLITS) or min(value["rows"].values()) < 0):
+            complaint = f"rows of {shown(value['rows'])}"
+        if complaint:
+            raise DataError(f"what a shard says of itself is damaged: {complaint}")
         return cls(rows=dict(value["rows"]), digest=value["digest"], seen=seen, num_bytes=value["num_bytes"])
 
 
@@ -201,14 +214,18 @@ class Shard:
         remedy = "it must be ingested again"
         try:
             manifest = json.loads((directory / _MANIFEST).read_bytes())
+            if complaint := misfit(StoredShard, manifest):
+                raise DataError(f"shard {directory} has a damaged {_MANIFEST} ({complaint}): {remedy}")
             if manifest["format"] != _FORMAT:
                 raise DataError(f"shard {directory} has format {manifest['format']}, not {_FORMAT}: {remedy}")
             info = ShardInfo.from_json(manifest["info"])
             schema = Schema.from_json(manifest["schema"])
-            sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+            sizes = own_files(manifest["files"], schema)
         except FileNotFoundError:
             raise DataError(f"shard {directory} has no {_MANIFEST}, so it was not finished: {remedy}") from None
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"shard {directory} has a damaged {_MANIFEST} ({error!r}): {remedy}") from error
         for name, size in sizes.items():
             path = directory / name
@@ -219,7 +236,7 @@ class Shard:
         maps: dict[tuple[str, str], FieldValues] = {}
         for split in SPLITS:
             for field in schema.fields:
-                maps[split, field.name] = _open_field(directory, split, field, info.rows[split], sizes)
+                maps[split, field.name] = open_field(directory, split, field, info.rows[split], sizes)
         return cls(info, schema, maps)
 
     def take(self, split: str, indices: Array) -> dict[str, FieldValues]:
@@ -268,11 +285,11 @@ class Shard:
         """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
         for _, column in self._columns[split]:
             if not isinstance(column, Ragged):
-                _will_need(column, start, stop)
+                will_need(column, start, stop)
                 continue
             values, offsets = column
-            _will_need(offsets, start, stop + 1)
-            _will_need(values, int(offsets[start]), int(offsets[stop]))
+            will_need(offsets, start, stop + 1)
+            will_need(values, int(offsets[start]), int(offsets[stop]))
 
     def close(self) -> None:
         """Let go of the maps; arrays that `take` returned stay valid."""
@@ -304,40 +321,3 @@ def _take_ragged(column: Ragged, indices: Array, run: slice | None) -> Ragged:
     starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return Ragged(values[np.repeat(starts, lengths) + within], lengths)
-
-
-def _open_field(directory: Path, split: str, field: Field, rows: int, sizes: Mapping[str, int]) -> FieldValues:
-    dtype = np.dtype("float32" if field.dtype == "decoded" else field.dtype).newbyteorder("<")
-    stem = f"{split}.{field.name}"
-    if not field.ragged:
-        return _map(directory / f"{stem}.bin", dtype, (rows, *(field.shape or ())), sizes)
-    if rows == 0:
-        return Ragged(np.zeros(0, dtype), np.zeros(1, np.int64))
-    offsets = _map(directory / f"{stem}.offsets.bin", np.dtype("<i8"), (rows + 1,), sizes)
-    values = _map(directory / f"{stem}.values.bin", dtype, (int(offsets[-1]),), sizes)
-    return Ragged(values, offsets)
-
-
-def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if size != sizes.get(path.name, 0):
-        raise DataError(
-            f"shard file {path} was written with {sizes.get(path.name, 0)} bytes where {shape} of {dtype} need {size}: "
-            "it must be ingested again"
-        )
-    if size == 0:
-        return np.zeros(shape, dtype)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype).reshape(shape)
-
-
-def _will_need(array: Array, start: int, stop: int) -> None:
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
-        return  # an empty column has no map
-    stride = array.nbytes // len(array)
-    first = start * stride // mmap.PAGESIZE * mmap.PAGESIZE
-    base.madvise(mmap.MADV_WILLNEED, first, stop * stride - first)

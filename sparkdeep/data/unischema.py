@@ -279,7 +279,9 @@ class _Reader:
             return None
         code = value.arguments[0]
         if isinstance(code, Global):
-            return np.dtype(_ALIASES.get(code.name, code.name)) if code.module == "numpy" else None
+            if code.module != "numpy" or code.name not in _SCALARS:
+                return None
+            return np.dtype(_ALIASES.get(code.name, code.name))
         code = code.decode("latin-1") if isinstance(code, bytes) else code
         if type(code) is not str or not _DTYPE_CODE.fullmatch(code):
             return None

@@ -38,6 +38,7 @@ _SECTIONS = (
     "pipeline",
     "spark",
 )
+_MOST_LEVELS = 64
 _REQUIRED = ("data", "model", "optimizer")
 
 
@@ -150,11 +151,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Reads a TOML file as a dictionary; ConfigError names the file and, for bad TOML, the line."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return _checked(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({error}): give a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # beside bad TOML: numbers and levels that no parser takes
         raise ConfigError(f"configuration {str(path)!r} is not TOML: {error}") from error
+
+
+def _checked(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns the document if its numbers are TOML's, of 64 bits, and its tables few enough to be walked and shown."""
+    level: list[Any] = [document]
+    for _ in range(_MOST_LEVELS):
+        for value in level:
+            if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+                raise ConfigError(f"a whole number of {value.bit_length()} bits: TOML's have 64")
+        inner = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+        if not level:
+            return document
+    raise ConfigError(f"more than {_MOST_LEVELS} tables and arrays stand in each other: no setting needs so many")
 
 
 def with_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,15 +192,23 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"--set {text!r}: {rule}")
     try:
         node: Any = tomllib.loads(f"{key} = 0")
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--set {text!r} has no TOML key before '=': {rule}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {text[:200]!r} has no TOML key before '=': {rule}") from error
     keys: list[str] = []
+    if not node:  # a comment
+        raise ConfigError(f"--set {text!r} has no TOML key before '=': {rule}")
     while isinstance(node, dict):
         name, node = next(iter(node.items()))
         keys.append(name)
+    if len(keys) > _MOST_LEVELS:
+        raise ConfigError(
+            f"--set {text[:200]!r} has a key of {len(keys)} parts; no setting has more than {_MOST_LEVELS}"
+        )
     try:
-        return keys, tomllib.loads(f"value = {value_text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        return keys, _checked(tomllib.loads(f"value = {value_text}"))["value"]
+    except ConfigError as error:
+        raise ConfigError(f"--set {text[:200]!r}: {error}") from error
+    except (ValueError, RecursionError) as error:
         # A bare word is a string, for the shell's sake; what opens like another TOML value is a slip.
         if value_text.strip()[:1] in {"[", "{", '"', "'"}:
             raise ConfigError(f"--set {text!r}: the value is not TOML ({error})") from error
@@ -200,7 +227,7 @@ def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any, text:
 
 def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
     """Checks a document's sections, keys and types, and returns it as a JobConfig; ConfigError otherwise."""
-    refuse_unknown(document, _SECTIONS, "section")
+    refuse_unknown(_checked(dict(document)), _SECTIONS, "section")
     for name in _REQUIRED:
         if name not in document:
             raise ConfigError(f"{str(path)!r} has no [{name}]: a job needs {_bracketed(_REQUIRED)}")

@@ -1,0 +1,136 @@
+"""The target on the replica's side: a replica that serves whatever a driver says."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from functools import partial
+
+import torch
+from fuzz_lines import BUFFERS, LAYOUT, SILENCE_S, SPEC, TOKEN, frame_of, hello, net, replaced
+from fuzzing import Target
+from mutating import mutate_frames
+from torch import nn
+from torch.optim import SGD
+from twin import schema_of, write_shards
+
+from sparkdeep import channel as channel_module
+from sparkdeep.channel import Channel
+from sparkdeep.compression import codec_named
+from sparkdeep.config import LocalSettings
+from sparkdeep.data.shards import Shard
+from sparkdeep.gathering import Plane, TrainOrder
+from sparkdeep.messages import Hello
+from sparkdeep.parameters import raw_bytes
+from sparkdeep.program import Program
+from sparkdeep.replica import Replica
+from sparkdeep.round_values import Globals
+from sparkdeep.session import serve
+from sparkdeep.state_files import StateFiles
+from sparkdeep.trees import pack_tensors
+from sparkdeep.wire import Connection
+
+
+class ReplicaEnd:
+    """A replica that serves whatever a driver says."""
+
+    def __init__(self, folder):
+        parts = {"features": torch.rand(4, 2).numpy(), "label": torch.rand(4, 1).numpy()}
+        self._schema = schema_of(parts["features"], parts["label"])
+        rows = {name: values[:2] for name, values in parts.items()}
+        (path,) = write_shards(folder / "replica", [parts], self._schema, [rows])
+        self._shard = Shard.open(path)
+        self._states = StateFiles(folder / "states")
+        self._settings = LocalSettings(batch_size=4)
+        self.state = self._build(None).save_state()
+        channel_module.DRIVER_SILENCE_S = SILENCE_S
+
+    def _build(self, channel):
+        program = Program(model=net(), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.1, momentum=0.9))
+        beat = channel.beat if channel else lambda _rows, _steps: None
+        return Replica(
+            program, self._settings, self._schema, self._shard, number=0, device=torch.device("cpu"), beat=beat
+        )
+
+    def seeds(self):
+        """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
+        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
+        start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
+        order = TrainOrder(spec=SPEC, start=start, ahead=None, fresh=True, held=False)
+        buffers = pack_tensors(BUFFERS)
+        train = frame_of("train", order.header(plane, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
+        tensors = pack_tensors(dict(net().named_parameters()))
+        answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
+        evaluate = {"sections": [], "buffer_bytes": len(buffers)}
+        return [
+            frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1}),
+            b"".join(
+                [
+                    frame_of(
+                        "open",
+                        {**answer, "state": "sent", "tensor_bytes": len(tensors), "committed": 1},
+                        tensors + self.state,
+                    ),
+                    frame_of("probe", None, b"load"),
+                    frame_of("evaluate", evaluate, raw_bytes(start.parameters).tobytes() + buffers),
+                    frame_of("state"),
+                    train,
+                    frame_of("stop", {"save": None}),
+                ]
+            ),
+        ]
+
+    def read(self, script):
+        """Serve a driver that says `script`; what the replica answers is read and dropped."""
+        left, right = socket.socketpair(socket.AF_UNIX)
+        talker = threading.Thread(target=_talk, args=(left, script), daemon=True)
+        channel = Channel(Connection(right, TOKEN), "127.0.0.1")
+        talker.start()
+        try:
+            serve(channel, Hello(**hello()), lambda: self._build(channel), self._states)
+        finally:
+            channel.close()
+            talker.join(timeout=3.0)
+
+    def load(self, data):
+        """A state as it lies on an executor's disk."""
+        self._build(None).load_state(data)
+
+
+def _talk(sock, script):
+    with contextlib.closing(sock), contextlib.suppress(OSError):
+        sock.sendall(script)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(1 << 16):
+            pass
+
+
+def targets(folder):
+    """Those of this file."""
+    torch.set_num_threads(1)
+    replica = ReplicaEnd(folder)
+    fresh, restored = replica.seeds()
+    return [
+        Target(
+            name="replica",
+            seeds=[fresh, restored],
+            cases=[
+                *[replaced(fresh, "train", **{name: None}) for name in ("spec", "held", "encoded", "previous", "ring")],
+                replaced(fresh, "train", spec={"round": 1, "epoch": 0, "first_step": 0}),
+                replaced(fresh, "train", spec={"round": 1, "epoch": "x", "first_step": 0, "num_steps": 1}),
+                replaced(fresh, "train", ahead=7),
+                replaced(fresh, "train", sections=3),
+                replaced(fresh, "train", ring=True),
+                replaced(fresh, "stop", save="x"),
+                fresh.replace(b"running_var", b"runnin'_var"),
+                replaced(restored, "open", tensor_bytes=1 << 33),
+                replaced(restored, "open", tensor_bytes=-1),
+                replaced(restored, "evaluate", buffer_bytes=None),
+            ],
+            mutate=partial(mutate_frames, token=TOKEN),
+            read=replica.read,
+            bound_mib=256,
+            share=3.0,
+        ),
+    ]
