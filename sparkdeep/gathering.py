@@ -209,6 +209,7 @@ class Gathering:
                 raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
         self._saved[replica] = parse(Saved, line.expect("saved").header)
+        line.kept_round = self._order.round
 
     def _prepare(self, updates: list[Update]) -> None:
         seams.reach("average", round_number=self._order.round)

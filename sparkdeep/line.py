@@ -57,6 +57,8 @@ class Line:
         self.buffer_limit_bytes = 0
         """Largest buffers that an update may bring; set before each round."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.kept_round: int | None = None
+        """The last round of this stage after which the replica has said that its state is kept."""
         self._owes: int | None = None
         self._owed_at = 0.0
         self._since = 0.0
@@ -146,7 +148,7 @@ class Line:
                 return False
             frame = self.connection.receive(timeout_s=self._stall_s)
             if frame.kind == "undone" and frame.header.get("round") == self._owes:
-                self._owes = None
+                self.kept_round, self._owes = self._owes, None
             elif frame.kind == "update":
                 self.drain(frame)
             elif frame.kind not in {"saved", "undone"} and not self._passed_on(frame):

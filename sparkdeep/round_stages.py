@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, final
 
@@ -85,9 +85,8 @@ class RoundStages:
         self._snapshot = latest() if self._send_states else None
         return self
 
-    def committed_round(self, round_number: int, dropped: Mapping[int, str]) -> list[int]:
+    def committed_round(self) -> list[int]:
         """The replicas whose state was lost before the last round, told once."""
-        del round_number, dropped
         self._kept_by = self._trained_by
         reset, self._reset = self._reset, []
         return reset

@@ -214,7 +214,7 @@ def _record(run: Run, stage: OpenStage, specs: Sequence[RoundSpec], result: Roun
         sent_bytes=result.traffic.sent_bytes,
         received_bytes=result.traffic.received_bytes,
         aggregation=run.state.aggregation,
-        state_reset=run.stages.committed_round(specs[0].round, result.dropped),
+        state_reset=run.stages.committed_round(),
         num_workers_changed=run.stages.last_change,
         replicas=[
             ReplicaRecord(

@@ -262,6 +262,10 @@ class Stage:
 
         return self._all(ask)
 
+    def kept_rounds(self) -> dict[int, int]:
+        """Replica -> the last round of this stage after which its state is known to be kept."""
+        return {i: line.kept_round for i, line in self._lines.items() if line.kept_round is not None}
+
     def _settled(self, replica: int) -> Line:
         """A replica's line, once it has gone back to where a round that it was too late for began."""
         line = self._lines[replica]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -218,17 +218,12 @@ class Stages:
             "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
         )
 
-    def committed_round(self, round_number: int, dropped: Mapping[int, str]) -> list[int]:
+    def committed_round(self) -> list[int]:
         """Count a round of the open stage; returns the replicas whose state was lost before it, told once."""
         self._rounds += 1
         if self.keep:
             assert self._stage is not None
-            # One that is late keeps the state before the round, or an equal one.
-            self._kept |= {
-                i: (round_number, self._stage.name)
-                for i in range(self.launcher.num_replicas)
-                if dropped.get(i) != "late"
-            }
+            self._kept |= {i: (kept, self._stage.name) for i, kept in self._stage.kept_rounds().items()}
         reset, self._reset = self._reset, []
         return reset
 

@@ -56,8 +56,8 @@ class StageOpener(Protocol):
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> OpenStage:
         """The open stage; opens one if there is none."""
 
-    def committed_round(self, round_number: int, dropped: Mapping[int, str]) -> list[int]:
-        """Count a round, and whom it went on without; returns the replicas whose state was lost before it, told once."""
+    def committed_round(self) -> list[int]:
+        """Count a round; returns the replicas whose state was lost before it, told once."""
 
     def last_planned(self) -> bool:
         """Whether the stage is known to close after the round that is due next."""
