@@ -45,6 +45,8 @@ def settings(**options):
         ({"probability_col": "prediction"}, "probability_col='prediction' is written by another"),
         ({"raw_prediction_col": ""}, "raw_prediction_col=''"),
         ({"coordinator_port": "x"}, "x"),
+        ({"tls": "on"}, r"tls='on': must be 'auto', True or False"),
+        ({"encrypted_disks": "yes"}, "encrypted_disks='yes'"),
     ],
 )
 def test_settings_that_cannot_be_meant_together_are_refused(options, message):
@@ -116,7 +118,7 @@ def test_a_ring_is_refused_where_spark_guards_its_connections_unless_it_is_allow
         transports.guarded(settings(aggregation="ring"), None)
     assert transports.guarded(settings(), None).run.aggregation == "star"
     allowed = settings(aggregation="ring", plain_ring=True)
-    assert transports.guarded(allowed, None) is allowed
+    assert transports.guarded(allowed, None).run.aggregation == "ring"
     monkeypatch.setattr(transports, "access_to", lambda _spark: Access(**{guard: "false"}))
     assert transports.guarded(settings(), None).run.aggregation == "auto"
 
@@ -127,6 +129,7 @@ def test_a_ring_is_refused_where_spark_guards_its_connections_unless_it_is_allow
         ({"aggregation": "ring"}, "no connection stays open"),
         ({"overlap": 1}, "a round ends before the next"),
         ({"down_codec": "int8"}, "built anew for each round"),
+        ({"tls": True}, "no port is opened"),
     ],
 )
 def test_what_needs_an_open_connection_is_refused_where_every_round_is_a_job(monkeypatch, options, reason):

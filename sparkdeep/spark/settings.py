@@ -32,6 +32,7 @@ _PASSING: Final = frozenset(
     | {"device", "exchange_dir", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s"}
     | {"prediction", "prediction_col", "probability_col", "progress", "raw_prediction_col", "replica_state", "resume"}
     | {
+        "encrypted_disks",
         "overlap_fragments",
         "plain_ring",
         "retry_backoff_s",
@@ -39,6 +40,7 @@ _PASSING: Final = frozenset(
         "search",
         "shard_dir",
         "stall_timeout_s",
+        "tls",
         "transport",
         "worker_process",
     }
@@ -79,6 +81,8 @@ class FitSettings:
     gpus_per_worker: int | None = None
     coordinator_host: str | None = None
     coordinator_port: int | tuple[int, int] | str | None = None
+    tls: bool | str = "auto"
+    encrypted_disks: bool = False
     deal: str = "rows"
     shard_dir: str | None = None
     transport: str = "auto"
@@ -132,6 +136,10 @@ class FitSettings:
         check_aggregation(self.local, self.run)
         if self.resume not in ("auto", True, False):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
+        if self.tls not in ("auto", True, False):
+            raise ConfigError(f"tls={self.tls!r}: must be 'auto', True or False.")
+        if not isinstance(self.encrypted_disks, bool):
+            raise ConfigError(f"encrypted_disks={self.encrypted_disks!r}: must be True or False.")
         if self.deal not in ("rows", "partitions"):
             raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
         if self.transport not in ("auto", "socket", "spark"):
