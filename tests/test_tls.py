@@ -1,0 +1,261 @@
+"""TLS on the coordinator's port: one certificate a run, nobody else's is taken, and the key is nowhere but in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import ssl
+import stat
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography import x509
+from torch import nn
+from twin import deal, flat, local_coordinator, make_fit, schema_of
+
+from sparkdeep import coordinator as coordinator_module
+from sparkdeep.channel import Address, Channel
+from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
+from sparkdeep.launch import Ticket
+from sparkdeep.program import Program
+from sparkdeep.tls import check_tls, client_context, server_context
+from sparkdeep.tls_socket import TlsSocket
+from sparkdeep.wire import TOKEN_BYTES
+
+
+@pytest.fixture
+def coordinator():
+    port = local_coordinator(tls=True)
+    yield port
+    port.close()
+
+
+def dial(address, token, timeout_s=2.0):
+    return Channel.dial(address, token, connect_timeout_s=timeout_s, who="replica 0")
+
+
+def stranger(coordinator, context):
+    """A TLS connection of somebody who does not pin anything."""
+    sock = socket.create_connection((coordinator.address.host, coordinator.address.port), timeout=5.0)
+    return context.wrap_socket(sock)
+
+
+def trusting(version=ssl.TLSVersion.TLSv1_3):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = version
+    return context
+
+
+# -- who is on the other end ------------------------------------------------------------------------------------------
+
+
+def test_a_fit_over_tls_has_the_bits_of_one_without_and_nothing_of_it_is_readable_on_the_way(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3)).astype(np.float32)
+    y = x[:, :1].copy()
+
+    def trained(tls):
+        torch.manual_seed(0)
+        program = Program(
+            model=nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.1)
+        )  # fmt: skip
+        port = local_coordinator(tls=tls)
+        tap = Tap(port.address.port)
+        port.address = dataclasses.replace(port.address, port=tap.port, nearby="")
+        try:
+            parts = deal(x, y, [24, 16])
+            fit = make_fit(tmp_path, program, parts, schema_of(x, y), coordinator=port, epochs=3, sync_every=1)
+            records = [(r.loss, r.rows) for r in fit.rounds()]
+        finally:
+            port.close()
+            tap.close()
+        return flat(program.model), records, port.token, bytes(tap.heard)
+
+    (plain, plain_records, plain_token, in_the_clear), (locked, records, token, unreadable) = (
+        trained(False),
+        trained(True),
+    )
+    assert torch.equal(plain, locked)
+    assert plain_records == records
+    assert plain_token in in_the_clear  # the tap hears what there is to hear
+    assert b"hello" in in_the_clear
+    assert len(unreadable) > len(in_the_clear)
+    assert token not in unreadable
+    assert b"hello" not in unreadable
+
+
+class Tap:
+    """Somebody on the network between replicas and driver, who passes everything on and keeps a copy."""
+
+    def __init__(self, target):
+        self.heard = bytearray()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._target = target
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+
+    def _pass_on(self, source, sink):
+        try:
+            while data := source.recv(1 << 16):
+                self.heard += data
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            sink.close()
+
+    def close(self):
+        self._server.close()
+
+
+def test_a_replica_takes_nobody_with_another_certificate_and_says_what_stands_between(coordinator):
+    _, certificate = server_context()
+    assert certificate != coordinator.address.certificate  # the same name, another key
+    wrong = dataclasses.replace(coordinator.address, certificate=certificate)
+    began = time.monotonic()
+    with pytest.raises(
+        ProtocolError, match=r"not this run's coordinator: it showed another certificate.*coordinator_host="
+    ):
+        dial(wrong, coordinator.token, timeout_s=20.0)
+    assert time.monotonic() - began < 2.0  # no use to try again
+    dial(coordinator.address, coordinator.token).close()
+
+
+def test_the_certificate_is_pinned_byte_for_byte_beside_being_trusted(coordinator):
+    # Another certificate for the same key and name would pass OpenSSL's check; the pin is what refuses it.
+    sock = socket.create_connection((coordinator.address.host, coordinator.address.port), timeout=5.0)
+    context = client_context(coordinator.address.certificate)
+    with pytest.raises(ProtocolError, match="another certificate"):
+        TlsSocket.connect(sock, context, certificate=b"another", timeout_s=5.0)
+
+
+def test_nothing_older_than_tls_1_3_is_spoken(coordinator):
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        stranger(coordinator, trusting(ssl.TLSVersion.TLSv1_2))
+    with stranger(coordinator, trusting()) as line:
+        assert line.version() == "TLSv1.3"
+        assert line.getpeercert(binary_form=True) == coordinator.address.certificate
+
+
+def test_with_tls_there_is_no_unix_socket(coordinator):
+    assert coordinator.address.nearby == ""
+    assert len(coordinator._listeners) == 1
+
+
+def test_certificates_and_their_serial_numbers_are_one_a_run(coordinator):
+    known = {server_context()[1] for _ in range(3)} | {coordinator.address.certificate}
+    parsed = [x509.load_der_x509_certificate(one) for one in known]
+    assert len({one.serial_number for one in parsed}) == len(known) == 4
+    assert len({one.public_key().public_numbers() for one in parsed}) == 4
+    for one in parsed:  # a clock that is decades off refuses nobody
+        assert one.not_valid_before_utc < datetime(2001, 1, 1, tzinfo=UTC)
+        assert one.not_valid_after_utc > datetime(2900, 1, 1, tzinfo=UTC)
+        assert not one.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_that_never_answers_the_handshake_meets_the_replicas_deadline():
+    _, certificate = server_context()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = Address(host="127.0.0.1", port=silent.getsockname()[1], certificate=certificate)
+        began = time.monotonic()
+        with pytest.raises(CoordinatorUnreachableError, match="TLS handshake"):
+            dial(address, bytes(TOKEN_BYTES), timeout_s=0.6)
+        assert time.monotonic() - began < 2.0
+
+
+def test_a_port_without_tls_is_no_coordinator_to_a_replica_that_wants_it():
+    plain = local_coordinator()
+    _, certificate = server_context()
+    address = dataclasses.replace(plain.address, nearby="", certificate=certificate)
+    with pytest.raises(CoordinatorUnreachableError):
+        dial(address, plain.token, timeout_s=0.6)
+    plain.close()
+
+
+@pytest.mark.parametrize("piece", [b"", b"\x16\x03\x01"], ids=["silence", "a byte now and then"])
+def test_a_stranger_who_does_not_finish_the_handshake_holds_no_thread_for_long(coordinator, monkeypatch, piece):
+    monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 0.6)
+    with socket.create_connection((coordinator.address.host, coordinator.address.port), timeout=5.0) as sock:
+        began = time.monotonic()
+        for byte in piece:
+            sock.sendall(bytes([byte]))
+            time.sleep(0.1)
+        assert sock.recv(100) == b""
+        assert 0.4 < time.monotonic() - began < 2.0
+    deadline = time.monotonic() + 5.0
+    while any(t.name == "sparkdeep-hello" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [t for t in threading.enumerate() if t.name == "sparkdeep-hello"]
+
+
+def test_one_slow_handshake_does_not_keep_others_waiting(coordinator):
+    met = threading.Event()
+    coordinator.route(lambda _hello, _connection: met.set())
+    with socket.create_connection((coordinator.address.host, coordinator.address.port), timeout=5.0):
+        began = time.monotonic()
+        dial(coordinator.address, coordinator.token).close()
+        assert time.monotonic() - began < 1.0
+
+
+# -- the key and the token ----------------------------------------------------------------------------------------------
+
+
+def test_the_key_lies_on_disk_locked_for_a_moment_in_a_folder_of_ones_own_and_then_nowhere(monkeypatch):
+    seen = []
+    real = ssl.SSLContext.load_cert_chain
+
+    def look(self, path, *rest, **options):
+        path = Path(path)
+        modes = [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path)]
+        seen.append((path, modes, path.read_bytes(), options["password"]))
+        return real(self, path, *rest, **options)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", look)
+    server_context()
+    [(path, modes, content, password)] = seen
+    assert modes == [0o700, 0o600]
+    assert b"BEGIN ENCRYPTED PRIVATE KEY" in content
+    assert content.count(b"PRIVATE KEY") == 2  # begin and end of the locked one, and no other
+    assert password not in content
+    assert not path.parent.exists()
+    server_context()
+    assert seen[1][3] != password
+
+
+def test_without_its_package_the_extra_is_named(monkeypatch):
+    check_tls()
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for need in (check_tls, server_context, lambda: local_coordinator(tls=True)):
+        with pytest.raises(ConfigError, match=r"pip install 'sparkdeep\[tls\]'.*tls=False"):
+            need()
+
+
+def test_what_carries_the_token_does_not_show_it(coordinator):
+    ticket = Ticket(address=coordinator.address, token=coordinator.token, run="run", stage="stage")
+    shown = repr(ticket) + repr([ticket]) + f"{ticket}"
+    assert "run='run'" in shown
+    assert repr(coordinator.token)[2:-1] not in shown
+    assert coordinator.token.hex() not in shown
+    channel = dial(coordinator.address, coordinator.token)
+    assert repr(coordinator.token)[2:-1] not in repr(channel) + repr(channel._connection) + repr(coordinator)
+    channel.close()
