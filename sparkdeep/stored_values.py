@@ -86,9 +86,9 @@ def from_json(stored: Any, name: str, *, allow_modules: Sequence[str] = ()) -> A
     def again(one: Any) -> Any:
         return from_json(one, name, allow_modules=allow_modules)
 
-    def found(stored_name: str) -> Callable[..., Any]:
+    def found(stored_name: str, *arguments: Any) -> Callable[..., Any]:
         try:
-            return _resolve(stored_name, allow_modules)
+            return _resolve(stored_name, allow_modules, arguments)
         except ModelLoadError as error:
             raise ModelLoadError(f"{name}: {error}") from error
 
@@ -109,20 +109,27 @@ def from_json(stored: Any, name: str, *, allow_modules: Sequence[str] = ()) -> A
         case {"name": str(of), **rest} if not rest:
             return found(of)
         case {"partial": str(of), "args": list(args), "kwargs": dict(kwargs), **rest} if not rest:
-            keywords = {key: again(one) for key, one in kwargs.items()}
-            return functools.partial(found(of), *(again(one) for one in args), **keywords)
+            values, keywords = [again(one) for one in args], {key: again(one) for key, one in kwargs.items()}
+            return functools.partial(found(of, *values, *keywords.values()), *values, **keywords)
         case {"module": str(of), "kwargs": dict(kwargs), **rest} if not rest:
-            made = found(of)
+            keywords = {key: again(one) for key, one in kwargs.items()}
+            made = found(of, *keywords.values())
             if isinstance(made, type) and issubclass(made, nn.Module):
                 try:
-                    return made(**{key: again(one) for key, one in kwargs.items()})
+                    return made(**keywords)
                 except TypeError as error:
                     raise _damaged(name, stored) from error
     raise _damaged(name, stored)
 
 
-def _resolve(name: str, allow_modules: Sequence[str] = ()) -> Callable[..., Any]:
-    return resolve(name, allow_modules=[*_MODULES, *allow_modules], kinds=_KINDS)
+def _resolve(name: str, allow_modules: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Callable[..., Any]:
+    found = resolve(name, allow_modules=[*_MODULES, *allow_modules], kinds=_KINDS, arguments=arguments)
+    # Among torch's private functions are some that import whatever module they are told to.
+    if inspect.isfunction(found) and str(found.__module__).startswith("torch.") and "._" in found.__module__:
+        raise ModelLoadError(
+            f"the stored name {name[:200]!r} is refused: it is a function of a private module of torch"
+        )
+    return found
 
 
 def _damaged(name: str, stored: Any) -> ModelLoadError:
