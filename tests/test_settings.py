@@ -71,6 +71,13 @@ def test_a_description_is_json_and_names_what_was_given():
     assert told["epochs"] == 1
 
 
+def test_a_description_shows_no_password():
+    secret = {"checkpoint_dir": "s3://key:hidden@bucket/run", "exchange_dir": "s3://key:hidden@bucket/x"}
+    told = described(settings(**secret, shard_dir="/mnt/shards"))
+    assert "hidden" not in json.dumps(told)
+    assert (told["checkpoint_dir"], told["shard_dir"]) == ("s3://***@bucket/run", "/mnt/shards")
+
+
 def test_what_changes_the_result_changes_the_digest_and_nothing_else_does():
     base = digest_of(settings(), IDENTITY)
     assert len(base) == 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.identity import describe
 from sparkdeep.interop import may_bring_loss, may_bring_optimizer
 from sparkdeep.prediction import check_choice
+from sparkdeep.store_protocol import shown_uri
 
 __all__ = ["FitSettings", "described", "digest_of"]
 
@@ -179,9 +181,11 @@ class FitSettings:
 
 
 def described(settings: FitSettings) -> dict[str, Any]:
-    """Every setting as a JSON value, for a log: callables and classes by name."""
+    """Every setting as a JSON value, for a log: callables and classes by name, and no password of a URI."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model")}
     values |= asdict(settings.local) | asdict(settings.run)
+    for name in ("checkpoint_dir", "exchange_dir", "shard_dir"):
+        values[name] = values[name] and shown_uri(os.fspath(values[name]))
     model = settings.model
     # A module's class: a digest of its weights says nothing to a reader.
     values["model"] = model if isinstance(model, str) or hasattr(model, "__qualname__") else type(model)
