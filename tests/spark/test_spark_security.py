@@ -80,9 +80,8 @@ def test_a_fit_over_tls_has_the_same_bits_one_port_private_files_and_no_secret_t
     real_port, real_key = transports.Coordinator, ec.generate_private_key
     monkeypatch.setattr(transports, "Coordinator", lambda **given: made.append(real_port(**given)) or made[-1])
     monkeypatch.setattr(ec, "generate_private_key", lambda *given: keys.append(real_key(*given)) or keys[-1])
-    folders = [
-        Path(one.getPath()) for one in spark.sparkContext._jsc.sc().env().blockManager().diskBlockManager().localDirs()
-    ]
+    told = spark.sparkContext.parallelize([0], 1).map(lambda _: os.environ["SPARK_LOCAL_DIRS"]).first()
+    folders = [Path(folder) for folder in told.split(",")]
     checkpoints = tmp_path / "checkpoints"
     before = listening()
     frames = []
