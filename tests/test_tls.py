@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import socket
 import ssl
 import stat
@@ -24,9 +25,14 @@ from sparkdeep.channel import Address, Channel
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
 from sparkdeep.launch import Ticket
 from sparkdeep.program import Program
+from sparkdeep.session import versions
+from sparkdeep.spark import probes
 from sparkdeep.tls import check_tls, client_context, server_context
 from sparkdeep.tls_socket import TlsSocket
 from sparkdeep.wire import TOKEN_BYTES
+
+# Not `from sparkdeep.spark import doctor`, which may be the function.
+doctor_module = importlib.import_module("sparkdeep.spark.doctor")
 
 
 @pytest.fixture
@@ -168,6 +174,30 @@ def test_certificates_and_their_serial_numbers_are_one_a_run(coordinator):
         assert one.not_valid_before_utc < datetime(2001, 1, 1, tzinfo=UTC)
         assert one.not_valid_after_utc > datetime(2900, 1, 1, tzinfo=UTC)
         assert not one.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+@pytest.mark.parametrize("key", ["spark.ssl.enabled", "spark.network.crypto.enabled", None])
+def test_the_doctor_dials_as_a_fit_would(key):
+    conf = {"spark.driver.host": "127.0.0.1"} | ({key: "true"} if key else {})
+    with doctor_module._listening(conf, "sparkdeep-doctor", None, range(1)) as (job, findings):
+        assert bool(job.certificate) == bool(key)
+        seconds, problem = probes._dial(job, 0, versions())
+        assert not findings
+        assert problem == ""
+        assert 0 < seconds < 3.0
+        if key:
+            stranger = dataclasses.replace(job, certificate=server_context()[1])
+            assert "another certificate" in probes._dial(stranger, 0, versions())[1]
+            assert repr(job.token)[2:-1] not in repr(job)
+
+
+def test_the_doctor_names_the_extra_that_a_fit_would_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    conf = {"spark.driver.host": "127.0.0.1", "spark.ssl.enabled": "true"}
+    with doctor_module._listening(conf, "sparkdeep-doctor", None, range(1)) as (job, [finding]):
+        assert job.host == ""
+        assert finding.level == "fail"
+        assert "pip install 'sparkdeep[tls]'" in finding.seen
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
