@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import socket
@@ -24,6 +25,7 @@ from sparkdeep import coordinator as coordinator_module
 from sparkdeep.channel import Address, Channel
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
 from sparkdeep.launch import Ticket
+from sparkdeep.messages import Hello, to_header
 from sparkdeep.program import Program
 from sparkdeep.session import versions
 from sparkdeep.spark import probes
@@ -40,6 +42,18 @@ def coordinator():
     port = local_coordinator(tls=True)
     yield port
     port.close()
+
+
+HELLO = Hello(
+    run="run", stage="stage", replica=0, host="h", pid=1, device="cpu", versions={}, rows={}, digest="", shard=""
+)  # fmt: skip
+
+
+def until(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
 
 
 def dial(address, token, timeout_s=2.0):
@@ -62,31 +76,29 @@ def trusting(version=ssl.TLSVersion.TLSv1_3):
 # -- who is on the other end ------------------------------------------------------------------------------------------
 
 
-def test_a_fit_over_tls_has_the_bits_of_one_without_and_nothing_of_it_is_readable_on_the_way(tmp_path):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 3)).astype(np.float32)
+def trained(tmp_path, *, tls, change_at=None):
+    """Parameters, records, the token, and what somebody on the network heard."""
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     y = x[:, :1].copy()
+    torch.manual_seed(0)
+    program = Program(model=nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.1))
+    port = local_coordinator(tls=tls)
+    tap = Tap(port.address.port, change_at)
+    port.address = dataclasses.replace(port.address, port=tap.port, nearby="")
+    options = {"epochs": 3, "batch_size": 8, "sync_every": 1, "max_retries": 2, "rounds_per_stage": 100}
+    try:
+        fit = make_fit(tmp_path, program, deal(x, y, [24, 16]), schema_of(x, y), coordinator=port, **options)
+        records = [(r.round, r.loss, r.rows) for r in fit.rounds()]
+    finally:
+        port.close()
+        tap.close()
+    assert tap.changed == (change_at is not None)
+    return flat(program.model), records, port.token, bytes(tap.heard)
 
-    def trained(tls):
-        torch.manual_seed(0)
-        program = Program(
-            model=nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.1)
-        )  # fmt: skip
-        port = local_coordinator(tls=tls)
-        tap = Tap(port.address.port)
-        port.address = dataclasses.replace(port.address, port=tap.port, nearby="")
-        try:
-            parts = deal(x, y, [24, 16])
-            fit = make_fit(tmp_path, program, parts, schema_of(x, y), coordinator=port, epochs=3, sync_every=1)
-            records = [(r.loss, r.rows) for r in fit.rounds()]
-        finally:
-            port.close()
-            tap.close()
-        return flat(program.model), records, port.token, bytes(tap.heard)
 
+def test_a_fit_over_tls_has_the_bits_of_one_without_and_nothing_of_it_is_readable_on_the_way(tmp_path):
     (plain, plain_records, plain_token, in_the_clear), (locked, records, token, unreadable) = (
-        trained(False),
-        trained(True),
+        trained(tmp_path, tls=tls) for tls in (False, True)
     )
     assert torch.equal(plain, locked)
     assert plain_records == records
@@ -97,11 +109,50 @@ def test_a_fit_over_tls_has_the_bits_of_one_without_and_nothing_of_it_is_readabl
     assert b"hello" not in unreadable
 
 
-class Tap:
-    """Somebody on the network between replicas and driver, who passes everything on and keeps a copy."""
+def test_a_byte_that_is_changed_on_the_way_breaks_the_line_and_the_round_is_repeated_to_the_same_bits(tmp_path):
+    (parameters, records, _, _), (expected, undisturbed, _, _) = (
+        trained(tmp_path, tls=True, change_at=change_at) for change_at in (6000, None)
+    )
+    assert torch.equal(parameters, expected)
+    assert records == undisturbed
 
-    def __init__(self, target):
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_what_was_heard_and_is_said_again_admits_nobody_over_tls(tls):
+    """Without TLS it would, to a place that is free: whoever hears the wire has the token."""
+    port = local_coordinator(tls=tls)
+    admitted = []
+    port.route(lambda hello, connection: (admitted.append(hello.replica), connection.close()))
+    tap = Tap(port.address.port)
+    try:
+        channel = dial(dataclasses.replace(port.address, port=tap.port, nearby=""), port.token)
+        channel.send("hello", to_header(HELLO))
+        until(lambda: admitted == [0])
+        channel.close()
+        with socket.create_connection(("127.0.0.1", port.address.port), timeout=5.0) as sock:
+            sock.sendall(bytes(tap.upwards))
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(1 << 16):
+                    continue
+    finally:
+        tap.close()
+        port.close()
+    assert admitted == ([0] if tls else [0, 0])
+
+
+class Tap:
+    """Somebody on the network between replicas and driver, who passes everything on and keeps a copy.
+
+    Args:
+        target: the driver's port.
+        change_at: the first byte that is passed on after so many is changed; None for none.
+    """
+
+    def __init__(self, target, change_at=None):
         self.heard = bytearray()
+        self.upwards = bytearray()
+        self.changed = False
+        self._change_at = change_at
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         self._target = target
@@ -114,13 +165,17 @@ class Tap:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._target))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+            for source, sink, copy in ((near, far, self.upwards), (far, near, bytearray())):
+                threading.Thread(target=self._pass_on, args=(source, sink, copy), daemon=True).start()
 
-    def _pass_on(self, source, sink):
+    def _pass_on(self, source, sink, copy):
         try:
             while data := source.recv(1 << 16):
                 self.heard += data
+                copy += data
+                if self._change_at is not None and len(self.heard) > self._change_at and not self.changed:
+                    self.changed = True
+                    data = data[:-1] + bytes([data[-1] ^ 1])
                 sink.sendall(data)
         except OSError:
             pass
@@ -232,10 +287,7 @@ def test_a_stranger_who_does_not_finish_the_handshake_holds_no_thread_for_long(c
             time.sleep(0.1)
         assert sock.recv(100) == b""
         assert 0.4 < time.monotonic() - began < 2.0
-    deadline = time.monotonic() + 5.0
-    while any(t.name == "sparkdeep-hello" for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not [t for t in threading.enumerate() if t.name == "sparkdeep-hello"]
+    until(lambda: not [t for t in threading.enumerate() if t.name == "sparkdeep-hello"])
 
 
 def test_one_slow_handshake_does_not_keep_others_waiting(coordinator):
@@ -270,6 +322,11 @@ def test_the_key_lies_on_disk_locked_for_a_moment_in_a_folder_of_ones_own_and_th
     assert not path.parent.exists()
     server_context()
     assert seen[1][3] != password
+
+
+def test_replicas_need_no_package_for_it(coordinator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    dial(coordinator.address, coordinator.token).close()
 
 
 def test_without_its_package_the_extra_is_named(monkeypatch):
