@@ -9,7 +9,7 @@ readonly budget_s=480
 readonly started_s=$SECONDS
 readonly lts_timeout_s="${LTS_TIMEOUT_S:-900}"
 readonly lts_packages=(
-    -e ".[digits,metrics]" torch==2.13.0
+    -e ".[digits,metrics,tls]" torch==2.13.0
     pytest pytest-timeout hypothesis psutil scipy
     opencv-python-headless
     dill diskcache future packaging pyzmq six fsspec   # what petastorm needs

@@ -19,6 +19,8 @@ from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.messages import Failure, Hello, Open, Opened, parse, to_header
 from sparkdeep.overlapping import Pace
 from sparkdeep.parameters import raw_bytes
+from sparkdeep.tls import client_context
+from sparkdeep.tls_socket import TlsSocket
 from sparkdeep.wire import Buffer, Connection, ConnectionLostError, Frame
 
 __all__ = ["Address", "Channel", "LogStream"]
@@ -37,6 +39,8 @@ class Address:
     port: int
     nearby: str = ""
     """Name of its Unix socket, for replicas on the driver's own host; "" where there is none."""
+    certificate: bytes = b""
+    """The only one that a replica takes (DER); empty where the port speaks no TLS."""
 
 
 @final
@@ -59,12 +63,13 @@ class Channel:
 
         Raises:
             CoordinatorUnreachableError: naming the settings that change the address.
+            ProtocolError: something else than this run's coordinator answers there.
         """
         deadline = time.monotonic() + connect_timeout_s
         while True:
             try:
                 left = max(0.1, deadline - time.monotonic())
-                sock = _dial_nearby(address) or socket.create_connection((address.host, address.port), timeout=left)
+                sock = _dial_nearby(address) or _dial_port(address, left)
             except OSError as error:
                 if time.monotonic() < deadline:
                     time.sleep(0.2)
@@ -211,6 +216,19 @@ def _dial_nearby(address: Address) -> socket.socket | None:
         sock.close()
         return None
     return sock
+
+
+def _dial_port(address: Address, timeout_s: float) -> socket.socket | TlsSocket:
+    deadline = time.monotonic() + timeout_s
+    sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
+    if not address.certificate:
+        return sock
+    return TlsSocket.connect(
+        sock,
+        client_context(address.certificate),
+        certificate=address.certificate,
+        timeout_s=max(0.1, deadline - time.monotonic()),
+    )
 
 
 class LogStream(io.TextIOBase):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sparkdeep.conf_values import MIB, TORCH_WORKER_BYTES, Conf, sharing
+from sparkdeep.conf_values import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, MIB, TORCH_WORKER_BYTES, Conf, sharing
 from sparkdeep.errors import ConfigError
 from sparkdeep.findings import Finding, Level
 
@@ -239,18 +239,25 @@ def _engine(conf: Conf) -> Finding:
 
 
 def _encryption(conf: Conf) -> Finding:
-    asked = [
-        k for k in ("spark.io.encryption.enabled", "spark.network.crypto.enabled", "spark.ssl.enabled") if conf.true(k)
-    ]
+    name = "encryption"
+    if conf.true(ENCRYPTED_DISKS):
+        return Finding(
+            name=name,
+            level="fail",
+            seen=f"{ENCRYPTED_DISKS}=true covers what Spark itself writes. Shards and replica states would lie in the clear on "
+            "the executors' disks: a fit is refused.",
+            change="have the system encrypt the volumes under spark.local.dir (and shard_dir), and say so to the estimator: "
+            "encrypted_disks=True.",
+        )
+    asked = [key for key in ENCRYPTED_CONNECTIONS if conf.true(key)]
     if not asked:
-        return Finding(name="encryption", level="ok", seen="Spark encrypts neither disks nor connections.")
+        seen = "Spark encrypts neither disks nor connections; tls=True would encrypt the coordinator's port alone."
+        return Finding(name=name, level="ok", seen=seen)
     return Finding(
-        name="encryption",
-        level="warn",
-        seen=f"{', '.join(f'{key}=true' for key in asked)} covers what Spark itself writes and sends. It does not cover "
-        "shards on the executors' local disks, nor parameters between replicas and driver.",
-        change="where that is required: encrypt the volumes under spark.local.dir, keep the network private, and narrow "
-        "coordinator_port.",
+        name=name,
+        level="ok",
+        seen=f"{', '.join(f'{key}=true' for key in asked)}: the coordinator's port speaks TLS 1.3 too (package 'cryptography' "
+        "on the driver), and no ring is formed, whose connections would be in the clear.",
     )
 
 
@@ -310,7 +317,7 @@ _CHECKS: Final[tuple[tuple[str, tuple[str, ...], Callable[[Conf], Finding]], ...
     ("Python memory limit", ("spark.executor.pyspark.memory",), _address_space),
     ("barrier settings", ("spark.scheduler.barrier.maxConcurrentTasksCheck.interval",), _barrier_settings),
     ("native engine", ("spark.plugins", "spark.sql.extensions"), _engine),
-    ("encryption", ("spark.io.encryption.enabled", "spark.network.crypto.enabled", "spark.ssl.enabled"), _encryption),
+    ("encryption", (ENCRYPTED_DISKS, *ENCRYPTED_CONNECTIONS), _encryption),
     ("driver address", ("spark.driver.host",), _driver_host),
     ("tmpfs", ("spark.kubernetes.local.dirs.tmpfs",), _tmpfs),
 )

@@ -10,7 +10,17 @@ from typing import Final, final
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["MIB", "TORCH_WORKER_BYTES", "Conf", "expected_slots", "memory_bytes", "sharing", "slots_per_executor"]
+__all__ = [
+    "ENCRYPTED_CONNECTIONS",
+    "ENCRYPTED_DISKS",
+    "MIB",
+    "TORCH_WORKER_BYTES",
+    "Conf",
+    "expected_slots",
+    "memory_bytes",
+    "sharing",
+    "slots_per_executor",
+]
 
 MIB: Final = 1 << 20
 TORCH_WORKER_BYTES: Final = 350 * MIB
@@ -18,6 +28,17 @@ TORCH_WORKER_BYTES: Final = 350 * MIB
 
 _LEAST: Final = 1e-9
 _MOST: Final = 1e15
+ENCRYPTED_DISKS: Final = "spark.io.encryption.enabled"
+"""By which Spark encrypts what it writes to executors' disks; what is ours there it does not reach."""
+
+ENCRYPTED_CONNECTIONS: Final = (
+    "spark.ssl.enabled",
+    "spark.ssl.rpc.enabled",
+    "spark.network.crypto.enabled",
+    "spark.authenticate.enableSaslEncryption",
+)
+"""Each of which says that Spark encrypts connections, and that ours have to be encrypted too."""
+
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import secrets
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from sparkdeep.channel import Address
 from sparkdeep.errors import ConfigError, ProtocolError
 from sparkdeep.fields import shown
 from sparkdeep.messages import Hello, parse
+from sparkdeep.tls import server_context
+from sparkdeep.tls_socket import TlsSocket
 from sparkdeep.wire import TOKEN_BYTES, Connection
 
 __all__ = ["Coordinator", "parse_ports"]
@@ -53,25 +56,31 @@ class Coordinator:
     """Listens on the driver for the whole of a fit; stages come and go behind it.
 
     On Linux, replicas on the driver's own host come in by a Unix socket without a file, which is cheaper than TCP; it is
-    gone with the process, and whoever dials it needs the token as on the port.
+    gone with the process, and whoever dials it needs the token as on the port. With TLS they too come by the port.
 
     Args:
         bind_host: the address to listen on.
         advertised_host: what replicas are told to dial.
         ports: tried in order; `range(1)` means any free port.
+        tls: whether the port speaks TLS, with a certificate of its own that `address` tells.
 
     Raises:
-        ConfigError: no port of the range is free, or the address is not this machine's.
+        ConfigError: no port of the range is free, the address is not this machine's, or a package for TLS is missing.
     """
 
-    def __init__(self, *, bind_host: str, advertised_host: str, ports: range) -> None:
+    def __init__(self, *, bind_host: str, advertised_host: str, ports: range, tls: bool = False) -> None:
         self.token: Final = secrets.token_bytes(TOKEN_BYTES)
+        self._tls: ssl.SSLContext | None = None
+        certificate = b""
+        if tls:
+            self._tls, certificate = server_context()
         self._listener = _listen(bind_host, ports)
-        self._nearby = _listen_nearby()
+        self._nearby = _listen_nearby() if not tls else None
         self.address = Address(
             host=advertised_host,
             port=self._listener.getsockname()[1],
             nearby=self._nearby.getsockname()[1:].decode() if self._nearby is not None else "",
+            certificate=certificate,
         )
         self._admit: Callable[[Hello, Connection], None] | None = None
         self._lock = threading.Lock()
@@ -125,7 +134,12 @@ class Coordinator:
         authenticated = False
         try:
             deadline = time.monotonic() + _HANDSHAKE_S
-            connection = Connection(sock, self.token, check=lambda: self._give_up(deadline))
+
+            def give_up() -> None:
+                self._give_up(deadline)
+
+            line = sock if self._tls is None else TlsSocket.accept(sock, self._tls, check=give_up)
+            connection = Connection(line, self.token, check=give_up)
             frame = connection.receive(timeout_s=_HANDSHAKE_S)
             authenticated = True
             if frame.kind != "hello" or frame.body_bytes:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, final
 
@@ -34,7 +34,7 @@ class Ticket:
     """What a replica needs to join one opening of the stage."""
 
     address: Address
-    token: bytes
+    token: bytes = field(repr=False)
     run: str
     stage: str
     """Unique to this opening; what names a zombie."""

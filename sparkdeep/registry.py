@@ -8,8 +8,9 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -24,6 +25,8 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 _SCALARS = (str, int, float, bool, type(None))
 _SPEC = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 _registered: dict[str, Callable[..., Any]] = {}
 
@@ -114,13 +117,25 @@ def reference_of(model: object, model_args: Mapping[str, Any] | None) -> ModelRe
 
 
 def resolve(
-    name: str, *, allow_modules: Sequence[str] = (), kinds: tuple[type, ...] = (nn.Module,)
+    name: str,
+    *,
+    allow_modules: Sequence[str] = (),
+    kinds: tuple[type, ...] = (nn.Module,),
+    arguments: Iterable[Any] = (),
 ) -> Callable[..., Any]:
     """Return the factory that a stored `name` stands for. Nothing of it is called here.
 
     Registered names come first. Otherwise the name's module must already be imported, or be listed in
     `allow_modules` (itself or a package above it), in which case it is imported; and what it names there must be a
     subclass of one of `kinds` or a registered factory. A function is accepted only if it is defined in a listed module.
+    A class whose constructor is that of an installed package other than torch gets no text from a file unless its module
+    is listed: there are some that load whatever a path or a repository's name says, its code included.
+
+    Args:
+        name: as stored.
+        allow_modules: modules and packages that may be imported, and whose functions may be named.
+        kinds: what a class may be.
+        arguments: that the file gives beside the name.
 
     Raises:
         ModelLoadError: the rules refuse the name.
@@ -147,6 +162,12 @@ def resolve(
     if any(target is factory for factory in _registered.values()):
         return target
     if isinstance(target, type) and issubclass(target, kinds):
+        if _has_text(arguments) and _is_installed(target) and not _is_listed(target.__module__, allow_modules):
+            raise _refusal(
+                name,
+                f"the file gives it texts, and {target.__qualname__} comes from an installed package, where a constructor may "
+                "load whatever a text says",
+            )
         return target
     # Where it is defined counts, as a listed module may well import subprocess.run.
     if inspect.isfunction(target) and _is_listed(target.__module__, allow_modules):
@@ -213,6 +234,22 @@ _MISSING = object()
 
 def _is_listed(module_name: str | None, allow_modules: Sequence[str]) -> bool:
     return any(module_name == listed or str(module_name).startswith(f"{listed}.") for listed in allow_modules)
+
+
+def _has_text(values: Iterable[Any]) -> bool:
+    return any(
+        isinstance(value, str)
+        or (isinstance(value, list | tuple) and _has_text(value))
+        or (isinstance(value, Mapping) and _has_text(value.values()))
+        for value in values
+    )
+
+
+def _is_installed(cls: type) -> bool:
+    """Whether its constructor was written by somebody else than the user and torch."""
+    module = next(one for one in cls.__mro__ if "__init__" in vars(one)).__module__
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return module.partition(".")[0] not in {"torch", "sparkdeep"} and not _INSTALLED.isdisjoint(file.parts)
 
 
 def _are_scalars(values: Any) -> bool:

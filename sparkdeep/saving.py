@@ -179,7 +179,8 @@ def _source(
             )
         return unpickle()
     try:
-        return resolve(reference.name, allow_modules=allow_modules)
+        arguments = [*reference.args, *reference.kwargs.values()]
+        return resolve(reference.name, allow_modules=allow_modules, arguments=arguments)
     except ModelLoadError:
         if unpickle is None:
             raise

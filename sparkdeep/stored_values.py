@@ -93,9 +93,9 @@ def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
     def again(one: Any) -> Any:
         return _from_json(one, name, allow_modules)
 
-    def found(stored_name: str) -> Callable[..., Any]:
+    def found(stored_name: str, *arguments: Any) -> Callable[..., Any]:
         try:
-            return _resolve(stored_name, allow_modules)
+            return _resolve(stored_name, allow_modules, arguments)
         except ModelLoadError as error:
             raise ModelLoadError(f"{name}: {error}") from error
 
@@ -115,12 +115,12 @@ def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
         case {"name": str(of), **rest} if not rest:
             return found(of)
         case {"partial": str(of), "args": list(args), "kwargs": dict(kwargs), **rest} if not rest:
-            keywords = {key: again(one) for key, one in kwargs.items()}
-            return functools.partial(found(of), *(again(one) for one in args), **keywords)
+            values, keywords = [again(one) for one in args], {key: again(one) for key, one in kwargs.items()}
+            return functools.partial(found(of, *values, *keywords.values()), *values, **keywords)
         case {"module": str(of), "kwargs": dict(kwargs), **rest} if not rest:
-            made = found(of)
+            keywords = {key: again(one) for key, one in kwargs.items()}
+            made = found(of, *keywords.values())
             if isinstance(made, type) and issubclass(made, nn.Module):
-                keywords = {key: again(one) for key, one in kwargs.items()}
                 try:
                     with torch.device("meta"):  # one that would take memory is none of those that are stored here
                         large = any(True for _ in named_tensors(made(**keywords)))
@@ -131,8 +131,14 @@ def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
     raise _damaged(name, stored)
 
 
-def _resolve(name: str, allow_modules: Sequence[str] = ()) -> Callable[..., Any]:
-    return resolve(name, allow_modules=[*_MODULES, *allow_modules], kinds=_KINDS)
+def _resolve(name: str, allow_modules: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Callable[..., Any]:
+    found = resolve(name, allow_modules=[*_MODULES, *allow_modules], kinds=_KINDS, arguments=arguments)
+    # Among torch's private functions are some that import whatever module they are told to.
+    if inspect.isfunction(found) and str(found.__module__).startswith("torch.") and "._" in found.__module__:
+        raise ModelLoadError(
+            f"the stored name {name[:200]!r} is refused: it is a function of a private module of torch"
+        )
+    return found
 
 
 def _damaged(name: str, stored: Any) -> ModelLoadError:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sparkdeep.errors import ProtocolError
+from sparkdeep.tls_socket import TlsSocket
 
 __all__ = ["HEADER_LIMIT_BYTES", "TOKEN_BYTES", "Connection", "ConnectionLostError", "Frame", "SilentError"]
 
@@ -68,7 +69,9 @@ class Connection:
         check: called about four times a second while waiting; raises to give up.
     """
 
-    def __init__(self, sock: socket.socket, token: bytes, *, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, sock: socket.socket | TlsSocket, token: bytes, *, check: Callable[[], None] = lambda: None
+    ) -> None:
         assert len(token) == TOKEN_BYTES
         self._nearby = sock.family == getattr(socket, "AF_UNIX", None)
         if self._nearby:  # whose buffers do not grow by themselves, as TCP's do
@@ -93,6 +96,8 @@ class Connection:
 
     def readable(self, wait_s: float = 0.0) -> bool:
         """Whether a frame, or the end of the connection, can be read, now or within `wait_s`."""
+        if isinstance(self._socket, TlsSocket) and self._socket.pending():
+            return True
         return bool(select.select([self._socket], [], [], wait_s)[0])
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer, timeout_s: float = 60.0) -> None:

@@ -28,6 +28,18 @@ UNPICKLERS = {
     ("spark/scoring.py", "cloudpickle.loads"): "the user's own callables, sent inside Spark's task closure",
     ("spark/tasks.py", "cloudpickle.loads"): "the user's own decoder, sent inside Spark's task closure",
     ("saving.py", "cloudpickle.loads"): "only with trust_pickle=True, which the caller writes out",
+    ("keras_network.py", "deserialize_keras_object"): "the config of the user's own network, inside the same pickle",
+}
+
+# Where a module is imported by a name that is not written there, and whose name that is. (file, function) -> reason.
+IMPORTERS = {
+    ("__init__.py", "__getattr__"): "our own modules, by a table",
+    ("export.py", "_check_onnx"): "two packages that the line above names",
+    ("registry.py", "import_factory"): "what the user's own configuration names",
+    ("registry.py", "resolve"): "a stored name, only if its module is in allow_modules, which the caller writes out",
+    ("spark/daemon.py", "main"): "packages that a table names",
+    ("spark/probes.py", "package_versions"): "packages that a table names",
+    ("tracking/mlflow.py", "mlflow_module"): "parts of mlflow",
 }
 _LOADERS = {
     "pickle": {"load", "loads", "Unpickler"},
@@ -37,9 +49,31 @@ _LOADERS = {
     "marshal": {"load", "loads"},
     "shelve": {"open"},
     "torch": {"load"},
-    "yaml": {"load", "unsafe_load", "full_load"},
+    "yaml": {"load", "unsafe_load", "full_load", "load_all", "unsafe_load_all"},
+    "numpy": {"load"},  # whatever allow_pickle says: the wire and the disk hold other formats
+    "pandas": {"read_pickle"},
+    "torch.jit": {"load"},
+    "torch.export": {"load"},
+    "torch.hub": {"load", "load_state_dict_from_url"},
+    "torch.package": {"PackageImporter"},
+    "torch.serialization": {"load"},
+    "torch.distributed": {"broadcast_object_list", "all_gather_object", "gather_object", "recv_object_list"},
+    "torch.distributed.checkpoint": {"load", "load_state_dict"},  # its metadata is a pickle
+    "runpy": {"run_path", "run_module"},
+    "code": {"InteractiveInterpreter", "InteractiveConsole"},
+    "multiprocessing.connection": {"Client", "Listener"},  # its recv unpickles
+    "pyspark.serializers": {"CPickleSerializer", "PickleSerializer", "CloudPickleSerializer"},
+    "pyspark.ml.util.DefaultParamsReader": {"loadParamsInstance"},  # imports the class that a file names
 }
-_BUILTIN_LOADERS = {"eval", "exec"}
+_BUILTIN_LOADERS = {"eval", "exec", "compile"}
+# By whatever module: what they are called is enough.
+_LOADING_WORDS = {
+    "deserialize_keras_object",
+    "load_model",
+    "from_pretrained",
+    "allow_pickle",
+}
+_IMPORTING = {"importlib.import_module", "__import__", "importlib.__import__", "builtins.__import__"}
 
 
 def parse(path: Path) -> ast.Module:
@@ -129,8 +163,31 @@ def loader_calls(tree: ast.AST) -> set[str]:
             module, _, attribute = name.rpartition(".")
             if attribute in _LOADERS.get(module, set()):
                 found.add(name)
+            if attribute in _LOADING_WORDS and isinstance(node, ast.Attribute):
+                found.add(attribute)
+        if isinstance(node, ast.keyword) and node.arg in _LOADING_WORDS:
+            found.add(node.arg)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BUILTIN_LOADERS:
             found.add(node.func.id)
+    return found
+
+
+def free_imports(tree: ast.AST) -> set[str]:
+    """The functions in which a module is imported by a name that is computed; "" for the module's own level."""
+    table = names_of_imports(tree)
+    found: set[str] = set()
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and full_name(node.func, table) in _IMPORTING:
+            fixed = bool(node.args) and isinstance(node.args[0], ast.Constant)
+            if not fixed:
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(tree, "")
     return found
 
 
@@ -191,6 +248,12 @@ def test_stored_code_is_run_only_where_the_list_says_why():
     assert not set(UNPICKLERS) - used, "remove from UNPICKLERS what is no longer there"
 
 
+def test_modules_are_imported_by_computed_names_only_where_the_list_says_whose_they_are():
+    used = {(path.relative_to(PACKAGE).as_posix(), name) for path in FILES for name in free_imports(parse(path))}
+    assert not used - set(IMPORTERS), "write the name out, or add the place to IMPORTERS with its reason"
+    assert not set(IMPORTERS) - used, "remove from IMPORTERS what is no longer there"
+
+
 def test_constructors_take_few_arguments():
     long = {name for path in FILES for name in long_constructors(parse(path))}
     assert not long - MANY_ARGUMENTS, "take a frozen settings dataclass"
@@ -241,6 +304,17 @@ def test_environment_check_sees(code):
         ("import yaml\nyaml.load(f)", "yaml.load"),
         ("import cloudpickle\ncloudpickle.loads(b)", "cloudpickle.loads"),
         ("eval('1')", "eval"),
+        ("compile(text, 'f', 'exec')", "compile"),
+        ("import numpy as np\nnp.load(f)", "numpy.load"),
+        ("from numpy import load\nload(f)", "numpy.load"),
+        ("import torch\ntorch.jit.load(f)", "torch.jit.load"),
+        ("from torch.package import PackageImporter\nPackageImporter(f)", "torch.package.PackageImporter"),
+        ("import joblib\njoblib.load(f)", "joblib.load"),
+        ("import runpy\nrunpy.run_path(p)", "runpy.run_path"),
+        ("import pandas\npandas.read_pickle(f)", "pandas.read_pickle"),
+        ("keras().saving.deserialize_keras_object(c)", "deserialize_keras_object"),
+        ("from transformers import AutoModel\nAutoModel.from_pretrained(n)", "from_pretrained"),
+        ("read(f, allow_pickle=True)", "allow_pickle"),
     ],
 )
 def test_stored_code_check_sees(code, call):
@@ -249,6 +323,24 @@ def test_stored_code_check_sees(code, call):
 
 def test_stored_code_check_lets_eval_mode_and_json_pass():
     assert not loader_calls(ast.parse("import json\nmodel.eval()\njson.loads(s)"))
+    assert not loader_calls(ast.parse("import re, safetensors.numpy\nre.compile(s)\nsafetensors.numpy.load(b)"))
+
+
+@pytest.mark.parametrize(
+    ("code", "where"),
+    [
+        ("import importlib\ndef f(n):\n    return importlib.import_module(n)", "f"),
+        ("from importlib import import_module as load\ndef f(n):\n    def g():\n        load(f'a.{n}')", "g"),
+        ("class A:\n    def m(self, n):\n        __import__(n)", "m"),
+        ("import importlib\nimportlib.import_module(name='x')", ""),
+    ],
+)
+def test_import_check_sees(code, where):
+    assert free_imports(ast.parse(code)) == {where}
+
+
+def test_import_check_lets_written_names_pass():
+    assert not free_imports(ast.parse("import importlib\nimportlib.import_module('petastorm')\n__import__('x')"))
 
 
 def test_cycle_check_sees_a_cycle_and_ignores_imports_in_functions():

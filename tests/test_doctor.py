@@ -94,8 +94,7 @@ def test_good_properties_have_no_finding():
             "warn",
             "spark.sql.extensions",
         ),
-        ({"spark.io.encryption.enabled": "true"}, "encryption", "warn", "encrypt the volumes"),
-        ({"spark.network.crypto.enabled": "true"}, "encryption", "warn", "coordinator_port"),
+        ({"spark.io.encryption.enabled": "true"}, "encryption", "fail", "encrypted_disks=True"),
         ({"spark.locality.wait.legacyResetOnTaskLaunch": "true"}, "barrier settings", "fail", "unset"),
         ({"spark.driver.host": "localhost"}, "driver address", "fail", "spark.driver.host"),
         ({"spark.driver.host": "127.0.1.1"}, "driver address", "fail", "spark.driver.host"),
@@ -109,6 +108,16 @@ def test_a_broken_property_is_found_with_what_to_change(broken, name, level, cha
     assert found.level == level
     assert change in found.change
     assert the(check_conf(YARN), name).level == "ok"
+
+
+@pytest.mark.parametrize("key", ["spark.network.crypto.enabled", "spark.ssl.enabled", "spark.ssl.rpc.enabled"])
+def test_what_spark_encrypts_on_the_network_a_fit_encrypts_too(key):
+    plain, encrypted = (the(check_conf(YARN | extra), "encryption") for extra in ({}, {key: "true"}))
+    assert plain.level == encrypted.level == "ok"
+    assert "tls=True" in plain.seen
+    assert f"{key}=true: the coordinator's port speaks TLS 1.3 too" in encrypted.seen
+    both = the(check_conf(YARN | {key: "true", "spark.io.encryption.enabled": "true"}), "encryption")
+    assert both.level == "fail"
 
 
 def test_the_default_interval_of_slot_checks_is_worth_a_word_on_clusters_only():

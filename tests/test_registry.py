@@ -1,5 +1,6 @@
 import enum
 import functools
+import importlib
 import sys
 import types
 
@@ -378,6 +379,45 @@ def test_a_notebook_class_resolves_while_it_is_defined(monkeypatch):
         resolve("__main__:Cell")
     notebook.Cell = type("Cell", (nn.Module,), {"__module__": "__main__"})
     assert resolve("__main__:Cell") is notebook.Cell
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package as pip would install it, whose network runs what a text says; imported by the session already."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "downloader.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, repository=None, size=2):\n"
+        "        super().__init__()\n"
+        "        if repository: exec(open(repository).read())\n"
+        "class Own(Net):\n"
+        "    def __init__(self, activation='relu'):\n"
+        "        super().__init__()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module("downloader")
+    del sys.modules["downloader"]
+
+
+def test_a_file_gives_no_text_to_a_constructor_of_an_installed_package(installed, monkeypatch):
+    inherited = type("Inherited", (installed.Net,), {"__module__": HERE, "__qualname__": "Inherited"})
+    monkeypatch.setattr(sys.modules[HERE], "Inherited", inherited, raising=False)
+    for name, arguments in [
+        ("downloader:Net", ["evil.py"]),
+        ("downloader:Net", [["a", ("evil.py",)]]),
+        ("downloader:Net", [{"path": "evil.py"}]),
+        (f"{HERE}:Inherited", ["evil.py"]),  # its constructor is still theirs
+    ]:
+        with pytest.raises(ModelLoadError, match=r"the file gives it texts.*register\(Net\)"):
+            resolve(name, arguments=arguments)
+        assert resolve(name, arguments=[4, 0.5, True, None])
+    assert resolve("downloader:Net", arguments=["x"], allow_modules=["downloader"]) is installed.Net
+    assert resolve(f"{HERE}:Net", arguments=["relu"]) is Net
+    assert resolve("torch.nn:Conv2d", arguments=["zeros"]) is nn.Conv2d
+    register(installed.Net)
+    assert resolve("downloader:Net", arguments=["x"]) is installed.Net
 
 
 def test_allow_modules_must_be_a_list():

@@ -1,10 +1,12 @@
 import copy
 import functools
 import hashlib
+import importlib
 import json
 import pickle
 import random
 import struct
+import sys
 from pathlib import Path
 
 import cloudpickle
@@ -539,6 +541,24 @@ def test_a_stored_name_runs_nothing(store, canary, tmp_path, monkeypatch, name, 
         with pytest.raises(ModelLoadError, match="is refused"):
             read_model(store, **options)
     assert not canary.exists()
+
+
+def test_a_network_of_an_installed_package_is_not_told_what_to_load(store, canary, tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "hub_of_networks.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, repository):\n"
+        "        super().__init__(1, 1)\n        open(repository, 'w').close()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.import_module("hub_of_networks")  # the session uses it, for whatever purpose
+    forge(store, reference={"name": "hub_of_networks:Net", "args": [str(canary)], "kwargs": {}})
+    with pytest.raises(ModelLoadError, match="the file gives it texts"):
+        read_model(store)
+    assert not canary.exists()
+    read_model(store, allow_modules=["hub_of_networks"])
+    assert canary.exists()
+    del sys.modules["hub_of_networks"]
 
 
 def test_the_canary_would_sing(store, canary, tmp_path, monkeypatch):

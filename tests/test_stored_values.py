@@ -142,6 +142,8 @@ def test_a_function_in_a_class_of_the_same_name_is_not_mistaken_for_it():
         {"partial": "os:system", "args": ["touch /nowhere"], "kwargs": {}},
         {"partial": "subprocess:run", "args": [["id"]], "kwargs": {}},
         {"name": "builtins:exec"},
+        {"partial": "torch.nn.attention._fa3:_fa3_import_module", "args": ["antigravity"], "kwargs": {}},
+        {"name": "torch.nn.utils._deprecation_utils:_deprecation_warning"},
         {"module": "torch.optim:SGD", "kwargs": {}},
         {"name": "test_stored_values:unregistered_loss"},
         {"name": "never_imported:Net"},

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from sparkdeep.errors import ProtocolError
 from sparkdeep.messages import Failure, Hello, Update, parse, to_header
+from sparkdeep.tls import client_context, server_context
+from sparkdeep.tls_socket import TlsSocket
 from sparkdeep.wire import HEADER_LIMIT_BYTES, TOKEN_BYTES, Connection, ConnectionLostError
 
 TOKEN = bytes(range(TOKEN_BYTES))
@@ -28,9 +30,21 @@ def ends():
     return left, right
 
 
-@pytest.fixture
-def pair():
+def tls_ends():
+    """The same, encrypted; the driver's end second."""
     left, right = ends()
+    serving, certificate = server_context()
+    opened = []
+    driver = threading.Thread(target=lambda: opened.append(TlsSocket.accept(right, serving, check=lambda: None)))
+    driver.start()
+    replica = TlsSocket.connect(left, client_context(certificate), certificate=certificate, timeout_s=5.0)
+    driver.join(timeout=5.0)
+    return replica, opened[0]
+
+
+@pytest.fixture(params=[ends, tls_ends], ids=["plain", "tls"])
+def pair(request):
+    left, right = request.param()
     connections = Connection(left, TOKEN), Connection(right, TOKEN)
     yield connections
     for connection in connections:
@@ -202,6 +216,78 @@ def test_a_sign_of_life_never_interrupts_a_frame_on_its_way(pair):
     sender.join(timeout=5.0)
     a.try_send("alive")
     assert b.receive(timeout_s=5.0).kind == "alive"
+
+
+def test_both_ends_read_and_write_at_once_and_beat_beside(pair):
+    """As a replica does: a round's update goes out and the parameters come in, and a beat is tried now and then."""
+    rounds, size = 12, 1 << 20
+    got, done = {}, threading.Event()
+
+    bodies = {name: [bytes([i, j]) * (size // 2) for j in range(rounds)] for i, name in enumerate("ab")}
+    ends_by_name = dict(zip("ab", pair, strict=True))
+
+    def write(name):
+        for body in bodies[name]:
+            ends_by_name[name].send("body", {}, body, timeout_s=10.0)
+        ends_by_name[name].send("end")
+
+    def receive(name):
+        got[name] = []
+        while (frame := ends_by_name[name].receive(timeout_s=10.0)).kind != "end":
+            if frame.kind == "body":
+                got[name].append(ends_by_name[name].read_body(size, limit_bytes=size, timeout_s=10.0))
+
+    def beat(name):
+        while not done.wait(0.001):
+            ends_by_name[name].try_send("beat", {"rows": 1})
+
+    workers = [threading.Thread(target=task, args=(name,)) for task in (write, receive) for name in "ab"]
+    beats = [threading.Thread(target=beat, args=(name,), daemon=True) for name in "ab"]
+    for thread in [*beats, *workers]:
+        thread.start()
+    for thread in workers:
+        thread.join(timeout=30.0)
+    done.set()
+    for thread in beats:
+        thread.join(timeout=5.0)
+    assert got == {"a": bodies["b"], "b": bodies["a"]}
+
+
+def test_closing_wakes_the_thread_that_reads(pair):
+    caught = []
+
+    def read():
+        try:
+            pair[0].receive(timeout_s=30.0)
+        except ConnectionLostError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    pair[0].close()
+    thread.join(timeout=5.0)
+    assert len(caught) == 1
+    assert time.monotonic() - began < 0.2
+    with pytest.raises(ConnectionLostError):
+        pair[0].send("late")
+
+
+def test_what_has_come_already_is_readable_though_the_socket_is_silent(pair):
+    a, b = pair
+    assert not b.readable()
+    two = frame(b'{"kind": "first"}') + frame(b'{"kind": "second"}')
+    assert a._socket.send(memoryview(two)) == len(two)  # one record of TLS
+    assert b.receive(timeout_s=5.0).kind == "first"
+    assert b.readable()
+    assert b.receive(timeout_s=5.0).kind == "second"
+    assert not b.readable()
+    a.close()
+    deadline = time.monotonic() + 5.0
+    while not b.readable() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert b.readable()  # the end
 
 
 # -- typed headers ----------------------------------------------------------------------------------------------------

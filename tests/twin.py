@@ -109,8 +109,8 @@ def make_fit_on(tmp_path, program, paths, schema, *, coordinator, wrap=None, **o
     )
 
 
-def local_coordinator():
-    return Coordinator(bind_host="127.0.0.1", advertised_host="127.0.0.1", ports=range(1))
+def local_coordinator(*, tls=False):
+    return Coordinator(bind_host="127.0.0.1", advertised_host="127.0.0.1", ports=range(1), tls=tls)
 
 
 def run(tmp_path, program, parts, schema, **options):

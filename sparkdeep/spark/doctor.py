@@ -15,7 +15,7 @@ import pyspark
 from pyspark.sql import SparkSession
 
 from sparkdeep.conf_checks import KEYS, check_conf
-from sparkdeep.conf_values import TORCH_WORKER_BYTES, expected_slots
+from sparkdeep.conf_values import ENCRYPTED_CONNECTIONS, TORCH_WORKER_BYTES, Conf, expected_slots
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.errors import ConfigError, PreflightError, ReplicaLostError, SparkdeepError
 from sparkdeep.executor_checks import Sight, check_sights
@@ -146,7 +146,10 @@ def _listening(
     host = conf.get("spark.driver.host", "localhost")
     try:
         coordinator = Coordinator(
-            bind_host=conf.get("spark.driver.bindAddress", host), advertised_host=coordinator_host or host, ports=ports
+            bind_host=conf.get("spark.driver.bindAddress", host),
+            advertised_host=coordinator_host or host,
+            ports=ports,
+            tls=any(Conf(conf).true(key) for key in ENCRYPTED_CONNECTIONS),
         )
     except ConfigError as error:
         yield Look(tag=tag, host="", port=0, token=b""), [_failed("driver's port", error)]
@@ -158,7 +161,11 @@ def _listening(
 
     coordinator.route(answer)
     try:
-        yield Look(tag=tag, host=coordinator.address.host, port=coordinator.address.port, token=coordinator.token), []
+        address = coordinator.address
+        job = Look(
+            tag=tag, host=address.host, port=address.port, token=coordinator.token, certificate=address.certificate
+        )
+        yield job, []
     finally:
         coordinator.close()
 

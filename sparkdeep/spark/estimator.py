@@ -67,6 +67,10 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
         coordinator_host: the driver's name as executors reach it; default spark.driver.host.
         coordinator_port: a port, or a range (first, last), for the coordinator; default any free one.
+        tls: True encrypts the coordinator's port, with a certificate of this fit that replicas pin (extra `tls`); "auto"
+            where Spark encrypts its own connections; False never, with a warning there.
+        encrypted_disks: True says that the system encrypts the executors' disks: where spark.io.encryption.enabled, a fit is
+            refused without it, as Spark does not encrypt shards and replica states.
         deal: "rows" deals each row to a replica by a hash of it; "partitions" leaves the DataFrame's partitions, of which
             there must be `num_workers`, as they are, one to a replica.
         shard_dir: shared storage for shards, in place of the executors' local disks.
@@ -118,6 +122,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         gpus_per_worker: int | None = None,
         coordinator_host: str | None = None,
         coordinator_port: int | tuple[int, int] | str | None = None,
+        tls: bool | str = "auto",
+        encrypted_disks: bool = False,
         deal: str = "rows",
         shard_dir: str | None = None,
         transport: str = "auto",

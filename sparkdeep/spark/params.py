@@ -92,6 +92,8 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "divergence_factor": "a round whose loss exceeds the lowest so far times this ends the fit",
     "coordinator_host": "the driver's name as executors reach it",
     "coordinator_port": "a port or a range (first, last) for the coordinator",
+    "tls": "whether the coordinator's port is encrypted; 'auto': where Spark encrypts its connections",
+    "encrypted_disks": "says that the system encrypts the executors' disks, where spark.io.encryption.enabled asks for it",
     "deal": "'rows': each row goes to a replica by its hash; 'partitions': each partition goes to a replica as it is",
     "shard_dir": "shared storage for shards in place of local disks",
     "transport": "how parameters travel: 'socket' to the driver's port, 'spark' in Spark's own jobs, 'auto' by the session",

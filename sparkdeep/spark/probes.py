@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +42,9 @@ class Look:
     host: str
     """Of the driver's port that is dialled; "" for none."""
     port: int
-    token: bytes
+    token: bytes = field(repr=False)
+    certificate: bytes = b""
+    """See `channel.Address`."""
 
 
 def is_connect(spark: SparkSession) -> bool:
@@ -190,7 +192,10 @@ def _dial(job: Look, task: int, versions: dict[str, str]) -> tuple[float | None,
     began = time.perf_counter()
     try:
         channel = Channel.dial(
-            Address(host=job.host, port=job.port), job.token, connect_timeout_s=_DIAL_TIMEOUT_S, who=f"task {task}"
+            Address(host=job.host, port=job.port, certificate=job.certificate),
+            job.token,
+            connect_timeout_s=_DIAL_TIMEOUT_S,
+            who=f"task {task}",
         )
         try:
             hello = Hello(

@@ -201,12 +201,12 @@ def _see_others(exchange: str, run: str, number: int, count: int) -> None:
         try:
             store.write(f"{run_folder(run)}/probe/{number}", b"")
         except OSError as error:
-            raise PreflightError(f"exchange_dir={exchange!r} cannot be written by executors: {error}.") from error
+            raise PreflightError(f"exchange_dir={store.uri!r} cannot be written by executors: {error}.") from error
         deadline = time.monotonic() + _SEEN_TIMEOUT_S
         while len(store.list(f"{run_folder(run)}/probe")) < count:
             if time.monotonic() > deadline:
                 raise PreflightError(
-                    f"exchange_dir={exchange!r}: executors do not see each other's files there. Give a folder of storage "
+                    f"exchange_dir={store.uri!r}: executors do not see each other's files there. Give a folder of storage "
                     "that all of them share: a mounted path, or a URI that pyarrow opens (s3://, gs://, abfs://, hdfs://)."
                 )
             time.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.identity import describe
 from sparkdeep.interop import may_bring_loss, may_bring_optimizer
 from sparkdeep.prediction import check_choice
+from sparkdeep.store_protocol import shown_uri
 
 __all__ = ["FitSettings", "described", "digest_of"]
 
@@ -34,6 +36,7 @@ _PASSING: Final = frozenset(
     | {"prediction", "prediction_col", "probability_col", "progress", "raw_prediction_col", "replica_state", "resume"}
     | {
         "divergence_factor",
+        "encrypted_disks",
         "min_round_timeout_s",
         "min_workers",
         "overlap_fragments",
@@ -46,6 +49,7 @@ _PASSING: Final = frozenset(
         "search",
         "shard_dir",
         "stall_timeout_s",
+        "tls",
         "transport",
         "worker_process",
     }
@@ -86,6 +90,8 @@ class FitSettings:
     gpus_per_worker: int | None = None
     coordinator_host: str | None = None
     coordinator_port: int | tuple[int, int] | str | None = None
+    tls: bool | str = "auto"
+    encrypted_disks: bool = False
     deal: str = "rows"
     shard_dir: str | None = None
     transport: str = "auto"
@@ -139,6 +145,10 @@ class FitSettings:
         check_together(self.local, self.run)
         if self.resume not in ("auto", True, False):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
+        if self.tls not in ("auto", True, False):
+            raise ConfigError(f"tls={self.tls!r}: must be 'auto', True or False.")
+        if not isinstance(self.encrypted_disks, bool):
+            raise ConfigError(f"encrypted_disks={self.encrypted_disks!r}: must be True or False.")
         if self.deal not in ("rows", "partitions"):
             raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
         if self.deal == "partitions" and self.run.min_workers is not None:
@@ -183,9 +193,11 @@ class FitSettings:
 
 
 def described(settings: FitSettings) -> dict[str, Any]:
-    """Every setting as a JSON value, for a log: callables and classes by name."""
+    """Every setting as a JSON value, for a log: callables and classes by name, and no password of a URI."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model")}
     values |= asdict(settings.local) | asdict(settings.run)
+    for name in ("checkpoint_dir", "exchange_dir", "shard_dir"):
+        values[name] = values[name] and shown_uri(os.fspath(values[name]))
     model = settings.model
     # A module's class: a digest of its weights says nothing to a reader.
     values["model"] = model if isinstance(model, str) or hasattr(model, "__qualname__") else type(model)

@@ -161,7 +161,7 @@ def _assemble(
     if fit.state.committed:
         _LOG.warning(
             "going on with the run in %s after round %d of %s%s",
-            settings.checkpoint_dir,
+            described(settings)["checkpoint_dir"],
             fit.state.committed,
             fit.num_rounds,
             ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"

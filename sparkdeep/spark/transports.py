@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 from pyspark.sql import SparkSession
 
+from sparkdeep.conf_values import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.fitting import Fit
@@ -19,6 +21,7 @@ from sparkdeep.spark.barrier import BarrierLauncher, Shards
 from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
 from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.spark.settings import FitSettings
+from sparkdeep.tls import check_tls
 
 __all__ = ["Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
 
@@ -26,7 +29,8 @@ Transport: TypeAlias = BarrierLauncher | SparkRunner
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
 _PROBE_TIMEOUT_S: Final = 60.0
-_GUARDS: Final = ("spark.authenticate", "spark.network.crypto.enabled", "spark.ssl.enabled", "spark.ssl.rpc.enabled")
+_GUARDS: Final = ("spark.authenticate", *ENCRYPTED_CONNECTIONS)
+_LOG: Final = logging.getLogger("sparkdeep")
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
@@ -63,6 +67,7 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
         ),
         "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
         "coordinator_port": (settings.coordinator_port, "no port is opened"),
+        "tls": (settings.tls if settings.tls is True else None, "no port is opened, and Spark's own encryption holds"),
         "aggregation": (
             "ring" if settings.run.aggregation == "ring" else None,
             "no connection stays open between rounds",
@@ -91,22 +96,46 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
 
 
 def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
-    """The settings, without the choice of a ring where Spark's connections are guarded: gloo's cannot be.
+    """The settings as they hold where Spark guards disks and connections: with TLS or without, and without a ring.
 
     Raises:
-        PreflightError: a ring is asked for where Spark's own connections know them.
+        PreflightError: shards would lie in the clear where Spark encrypts disks, or a ring is asked for where connections
+            are guarded: gloo's cannot be.
+        ConfigError: TLS is needed, and its package is not installed.
     """
-    if settings.run.plain_ring or settings.run.aggregation == "star" or is_connect(spark):
-        return settings
     access = access_to(spark)
-    guards = [name for name in _GUARDS if str(access.conf(name) or "false").lower() == "true"]
-    if guards and settings.run.aggregation == "ring":
+
+    def on(*names: str) -> list[str]:
+        return [f"{name}=true" for name in names if str(access.conf(name) or "false").strip().lower() == "true"]
+
+    if on(ENCRYPTED_DISKS) and not settings.encrypted_disks:
         raise PreflightError(
-            f"aggregation='ring' with {', '.join(f'{name}=true' for name in guards)}: replicas would exchange parameters over "
-            "connections that are neither encrypted nor authenticated. Use aggregation='star', or allow it by "
-            "plain_ring=True where the network between executors is trusted."
+            f"{ENCRYPTED_DISKS}=true covers what Spark itself writes: shards and replica states would lie in the clear on the "
+            "executors' disks. Have the system encrypt the volumes under spark.local.dir (and shard_dir, exchange_dir), and "
+            "say so by encrypted_disks=True."
         )
-    return replace(settings, run=replace(settings.run, aggregation="star")) if guards else settings
+    if chosen(settings, spark) == "spark":
+        return replace(settings, tls=False)
+    encrypting = on(*ENCRYPTED_CONNECTIONS)
+    tls = bool(encrypting) if settings.tls == "auto" else bool(settings.tls)
+    if tls:
+        check_tls()
+    elif encrypting:
+        _LOG.warning(
+            "tls=False with %s: parameters and the run's token travel in the clear between replicas and driver.",
+            ", ".join(encrypting),
+        )
+    settings = replace(settings, tls=tls)
+    guards = on(*_GUARDS) or (["tls=True"] if tls else [])
+    if not guards or settings.run.plain_ring or settings.run.aggregation == "star":
+        return settings
+    if settings.run.aggregation == "ring":
+        raise PreflightError(
+            f"aggregation='ring' with {', '.join(guards)}: replicas would exchange parameters over connections that are "
+            "neither encrypted nor authenticated. Use aggregation='star', or allow it by plain_ring=True where the network "
+            "between executors is trusted."
+        )
+    return replace(settings, run=replace(settings.run, aggregation="star"))
 
 
 def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
@@ -173,6 +202,7 @@ def ends_of(
         bind_host=access.conf("spark.driver.bindAddress") or host,
         advertised_host=settings.coordinator_host or host,
         ports=parse_ports(settings.coordinator_port),
+        tls=settings.tls is True,
     )
     stack.callback(coordinator.close)
     return {"launcher": transport, "coordinator": coordinator}

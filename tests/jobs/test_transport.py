@@ -50,9 +50,11 @@ def test_no_port_is_opened(blobs):
     estimator(callbacks=[lambda _: seen.append(ports())]).fit(blobs)
     assert seen
     assert all(now == before for now in seen)
+    assert ports() == before
     # Negative control: with sockets there is one.
     estimator(transport="socket", callbacks=[lambda _: seen.append(ports())]).fit(blobs)
     assert len(seen[-1] - before) == 1
+    assert ports() == before  # and it went with the fit
 
 
 def test_an_exchange_without_its_transport_is_refused(blobs, tmp_path):
