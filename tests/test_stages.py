@@ -128,6 +128,9 @@ class Nobody:
     def cancel(self):
         self.cancelled += 1
 
+    def slots(self):
+        return None
+
 
 def test_replicas_that_do_not_come_in_time_are_named_and_cancelled(fit_of):
     nobody = Nobody()
