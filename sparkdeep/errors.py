@@ -7,6 +7,8 @@ __all__ = [
     "ConfigError",
     "CoordinatorUnreachableError",
     "DataError",
+    "DiskFullError",
+    "FencedError",
     "ModelLoadError",
     "NonFiniteError",
     "PreflightError",
@@ -54,6 +56,14 @@ class ProtocolError(SparkdeepError):
 
 class CheckpointError(SparkdeepError):
     """A checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
+class FencedError(CheckpointError):
+    """Another driver has taken over this run's checkpoint folder; what this one would still write does not count."""
+
+
+class DiskFullError(SparkdeepError):
+    """A volume has no room for what a run must write there; repeating it there would fail again."""
 
 
 class ModelLoadError(SparkdeepError, ValueError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from sparkdeep.config import RunSettings
-from sparkdeep.errors import ReplicaLostError
+from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
 from sparkdeep.messages import Update
 from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.outer import OuterOptimizer
@@ -61,7 +61,7 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
     `max_retries` times in a row. Closing the generator ends the open stage.
 
     Raises:
-        UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError: not repeated.
+        UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError, CheckpointError: not repeated.
         ReplicaLostError: more failures in a row than `max_retries`.
     """
     try:
@@ -236,12 +236,20 @@ def _keep(run: Run, stage: OpenStage) -> None:
     assert run.snapshots is not None
     began = time.perf_counter()
     files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states())
-    run.snapshots.save(Snapshot(round=run.state.committed, files=files))
+    problem = ""
+    try:
+        run.snapshots.save(Snapshot(round=run.state.committed, files=files))
+    except CheckpointError as error:
+        if run.settings.on_checkpoint_error == "raise" or isinstance(error, FencedError):
+            raise
+        _LOG.warning("%s", error)
+        problem = str(error)
     seconds = time.perf_counter() - began
     run.pending = dataclasses.replace(
         run.pending,
         checkpoint_seconds=seconds,
-        checkpoint_bytes=sum(len(data) for data in files.values()),
+        checkpoint_bytes=0 if problem else sum(len(data) for data in files.values()),
+        checkpoint_error=problem,
         seconds=run.pending.seconds + seconds,
     )
 

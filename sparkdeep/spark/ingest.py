@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from pyspark.sql import types as T
 from sparkdeep.data.columns import Faults
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.data.shards import ShardInfo, decode_rows
+from sparkdeep.disks import Volume
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
@@ -23,6 +25,7 @@ from sparkdeep.stages import ShardFacts
 
 __all__ = ["Ingested", "dealt", "read_manifests", "shards_of"]
 
+_LOG = logging.getLogger("sparkdeep")
 _BUCKETS = 1_000_000
 
 
@@ -152,6 +155,7 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, val
     """
     manifests = sorted((json.loads(row["manifest"]) for row in rows), key=lambda m: m["replica"])
     infos = [ShardInfo.from_json(m["info"]) for m in manifests]
+    _warn_of_memory(manifests)
     faults = Faults()
     for manifest in manifests:
         faults.merge(Faults.from_json(manifest["faults"]))
@@ -181,3 +185,13 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, val
         sample=decode_rows(samples[first]),
         num_bytes=sum(info.num_bytes for info in infos),
     )
+
+
+def _warn_of_memory(manifests: Sequence[dict[str, Any]]) -> None:
+    volumes = [Volume(**m["volume"]) for m in manifests]
+    if in_memory := [f"replica {i}: {v.described()}" for i, v in enumerate(volumes) if v.in_memory]:
+        _LOG.warning(
+            "shards lie in memory and count against it: %s%s. Set spark.local.dir to a disk, or give shard_dir=",
+            "; ".join(in_memory[:4]),
+            ", ..." if len(in_memory) > 4 else "",
+        )

@@ -32,6 +32,7 @@ _PASSING: Final = frozenset(
     | {"device", "exchange_dir", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s"}
     | {"prediction", "prediction_col", "probability_col", "progress", "raw_prediction_col", "replica_state", "resume"}
     | {
+        "on_checkpoint_error",
         "overlap_fragments",
         "plain_ring",
         "retry_backoff_s",

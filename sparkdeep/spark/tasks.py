@@ -23,7 +23,8 @@ from sparkdeep.channel import Channel, LogStream
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.scratch import claim, release, sweep
-from sparkdeep.data.shards import Shard, ShardWriter, encode_rows
+from sparkdeep.data.shards import Shard, ShardInfo, ShardWriter, encode_rows
+from sparkdeep.disks import room_for_shards, volume_of
 from sparkdeep.errors import DataError, PreflightError
 from sparkdeep.exchange import run_folder
 from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
@@ -114,23 +115,9 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         context = barrier_context("ingest")
         root = _root(job.run, job.shard_dir)
         number = context.partitionId()
-        faults = Faults()
         directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
-        decode = cloudpickle.loads(job.decode)
-        writer = ShardWriter(directory, job.schema)
-        weight = 0.0
-        names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
-        for batch in batches:
-            # (RecordBatch.rename_columns came with pyarrow 15)
-            named = pa.RecordBatch.from_arrays(batch.columns, [names.get(name, name) for name in batch.schema.names])
-            for split, part in _splits(named):
-                fields = read_fields(part, job.schema, faults, decode)
-                if split == "train":
-                    weights = fields.get("weight")
-                    weight += float(weights.sum()) if isinstance(weights, np.ndarray) else part.num_rows
-                if not faults.found:  # what follows a fault is counted, not kept
-                    writer.append(split, fields)
-        info = writer.close()
+        with room_for_shards(directory):
+            info, faults, weight = _written(job, directory, batches)
         shard = Shard.open(directory)
         sample = encode_rows(shard.head(SAMPLE_ROWS))
         shard.close()
@@ -142,6 +129,7 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
             "info": info.to_json(),
             "faults": faults.to_json(),
             "weight": weight,
+            "volume": volume_of(root).to_json(),
             "versions": versions(),
         }
     yield pa.RecordBatch.from_pydict(
@@ -151,6 +139,25 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
             "sample": pa.array([sample], pa.binary()),
         }
     )
+
+
+def _written(job: IngestJob, directory: Path, batches: Iterator[pa.RecordBatch]) -> tuple[ShardInfo, Faults, float]:
+    """Write the shard; what it holds, what was wrong with the rows, and the sum of the training rows' weights."""
+    faults, weight = Faults(), 0.0
+    decode = cloudpickle.loads(job.decode)
+    names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
+    with ShardWriter(directory, job.schema) as writer:
+        for batch in batches:
+            # (RecordBatch.rename_columns came with pyarrow 15)
+            named = pa.RecordBatch.from_arrays(batch.columns, [names.get(name, name) for name in batch.schema.names])
+            for split, part in _splits(named):
+                fields = read_fields(part, job.schema, faults, decode)
+                if split == "train":
+                    weights = fields.get("weight")
+                    weight += float(weights.sum()) if isinstance(weights, np.ndarray) else part.num_rows
+                if not faults.found:  # what follows a fault is counted, not kept
+                    writer.append(split, fields)
+        return writer.close(), faults, weight
 
 
 def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
