@@ -28,7 +28,7 @@ from sparkdeep.manifest import (
     plain_json,
     read_bounded,
 )
-from sparkdeep.store_protocol import JSON, Bytes, Store
+from sparkdeep.store_protocol import JSON, Bytes, Store, check_name
 
 __all__ = ["CheckpointDirectory", "Loaded"]
 
@@ -121,6 +121,8 @@ class CheckpointDirectory:
         """
         if round_number < 0:
             raise ConfigError(f"round {round_number} cannot be committed: rounds are numbered from 0")
+        entries = {check_name(name): FileEntry.of(data) for name, data in files.items()}
+        told = plain_json("state", state)
         try:
             lease = self._held(round_number)
             check_lease(self._store, lease)
@@ -129,8 +131,8 @@ class CheckpointDirectory:
                 round_number=round_number,
                 epoch=lease.epoch,
                 prefix=prefix,
-                entries={name: FileEntry.of(data) for name, data in files.items()},
-                state=plain_json("state", state),
+                entries=entries,
+                state=told,
                 identity=self._identity,
             ).to_bytes()
             self._write_files(prefix, files)

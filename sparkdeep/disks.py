@@ -22,7 +22,9 @@ LEAST_SHARD_BYTES: Final = 16 << 20
 MEMORY_KINDS: Final = frozenset({"tmpfs", "ramfs"})
 """File systems that are memory."""
 
-_NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs"})
+_NETWORK: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs"}
+)
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MIB: Final = 1 << 20
 
