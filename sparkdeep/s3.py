@@ -144,8 +144,9 @@ class S3Store:
         with _named_errors(prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=start):
                 names += [str(item["Key"])[len(self._root) :] for item in page.get("Contents", [])]
-        # As other programs may have put them there.
-        return sorted(n for n in names if not n.endswith("/") and not n.rpartition("/")[2].startswith(TEMPORARY))
+        # As other programs may have put them there; that of the folder itself has no name here.
+        files = (name for name in names if name and not name.endswith("/"))
+        return sorted(name for name in files if not name.rpartition("/")[2].startswith(TEMPORARY))
 
     def delete(self, prefix: str) -> None:
         """Remove an object, and everything below the name."""

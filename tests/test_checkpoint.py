@@ -102,7 +102,13 @@ def test_the_newest_keep_rounds_stay_and_the_folders_of_others_go(store, keep):
 
 def test_what_this_run_did_not_write_is_not_deleted(store):
     CheckpointDirectory(store, identity={"model": "Other"}).save(1, {"a": b"other"}, {})
-    strangers = ["rounds/000002.ffffffffffffffff/left", "notes.txt", "commits/README", "commits/7.json", "leases/7.json"]
+    strangers = [
+        "rounds/000002.ffffffffffffffff/left",
+        "notes.txt",
+        "commits/README",
+        "commits/7.json",
+        "leases/7.json",
+    ]
     for name in strangers:
         store.write(name, b"mine")
     before = [name for name in store.list("") if not name.startswith("leases/")]
@@ -218,7 +224,9 @@ def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path
         assert_is_round(directory(store).latest(), 5)
         assert directory(store).rounds() == [4, 5]
         assert len(store.list("leases")) == 1
-        assert len({name.split("/")[1] for name in store.list("rounds")}) <= 3  # a crash may leave one that is not named
+        assert (
+            len({name.split("/")[1] for name in store.list("rounds")}) <= 3
+        )  # a crash may leave one that is not named
     # The lease, and where it starts; three files, the commit; then the removal of round 1's commit, the old lease and
     # round 1's folder.
     assert outcomes == ([2] * 5 + [3] * 4 if moment == "after" else [2] * 6 + [3] * 3)

@@ -151,7 +151,12 @@ def test_a_folder_of_another_run_is_refused_and_its_writer_left_alone(store):
     [
         ("write", "rounds", False, False),  # before its files
         ("create", "commits", False, False),  # between the look at the leases and the commit
-        ("create", "commits", True, True),  # between the commit and the look that follows: the other one goes on from it
+        (
+            "create",
+            "commits",
+            True,
+            True,
+        ),  # between the commit and the look that follows: the other one goes on from it
     ],
 )
 def test_an_earlier_driver_that_stalls_at_any_place_never_mixes_with_the_later(store, method, name, after, counts):
@@ -174,7 +179,7 @@ def test_an_earlier_driver_that_stalls_at_any_place_never_mixes_with_the_later(s
         save(second, 2, by=b"second")
     save(second, 3, by=b"second")
     assert model(directory(store).latest()) == b"3 by second"
-    models = {number: by for number, by in ((1, b"before"), (2, b"first" if counts else b"second"), (3, b"second"))}
+    models = {1: b"before", 2: b"first" if counts else b"second", 3: b"second"}
     found = {store.read(name) for name in store.list("rounds")}
     assert found == {b"%d by %s" % pair for pair in models.items()}
 

@@ -298,7 +298,9 @@ def test_of_two_fits_on_one_folder_the_later_ends_with_the_undisturbed_result(tm
 
 
 def test_warnings_in_place_of_durable_states_are_refused():
-    with pytest.raises(ConfigError, match=r"on_checkpoint_error='warn' with replica_state='durable'.*Use replica_state"):
+    with pytest.raises(
+        ConfigError, match=r"on_checkpoint_error='warn' with replica_state='durable'.*Use replica_state"
+    ):
         RunSettings(replica_state="durable", on_checkpoint_error="warn")
     with pytest.raises(ConfigError, match="on_checkpoint_error='ignore'"):
         RunSettings(on_checkpoint_error="ignore")

@@ -74,7 +74,9 @@ class Watch:
         self.points: list[Point] = []
         self.unsynced: list[Point] = []
         self.returned = returned
-        self._entries: dict[str, tuple[str, bytes | None]] = {}  # folder -> its last new name, and what was there before
+        self._entries: dict[
+            str, tuple[str, bytes | None]
+        ] = {}  # folder -> its last new name, and what was there before
         self._real = {name: getattr(os, name) for name in self.CALLS}
         self._busy = False
 
