@@ -101,9 +101,11 @@ def test_too_little_room_is_refused_with_the_volume_and_the_remedy():
 
 def test_a_shard_is_not_begun_where_there_is_next_to_no_room(monkeypatch, tmp_path):
     small(monkeypatch, (16 << 20) - 1)
-    with pytest.raises(PreflightError, match=r"a shard needs about 16.0 MiB.*spark.local.dir .*shard_dir="):
-        with room_for_shards(tmp_path):
-            pytest.fail("it was begun")
+    with (
+        pytest.raises(PreflightError, match=r"a shard needs about 16.0 MiB.*spark.local.dir .*shard_dir="),
+        room_for_shards(tmp_path),
+    ):
+        pytest.fail("it was begun")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -111,9 +113,9 @@ def test_a_disk_that_fills_up_is_named_and_the_unfinished_shard_removed(tmp_path
     folder = tmp_path / "shard"
     folder.mkdir()
     (folder / "column").write_bytes(b"x")
-    with pytest.raises(DiskFullError, match=rf"{os.strerror(number)} in {folder} \(on .*MiB free\).*spark.local.dir"):
-        with room_for_shards(folder):
-            raise OSError(number, os.strerror(number))
+    said = rf"{os.strerror(number)} in {folder} \(on .*MiB free\).*spark.local.dir"
+    with pytest.raises(DiskFullError, match=said), room_for_shards(folder):
+        raise OSError(number, os.strerror(number))
     assert not folder.exists()
 
 
