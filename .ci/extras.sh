@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packages that stand beside ours, each set in an environment of its own: .venv-extras (transformers, Lightning, Keras,
-# MLflow, TensorBoard, ONNX, Chromium through Selenium) and .venv-airflow (Apache Airflow, which cannot live with them).
+# MLflow, TensorBoard, ONNX, boto3, Chromium through Selenium) and .venv-airflow (Apache Airflow, which cannot live with them).
 # Run it by `make test-extras`, after .ci/setup.sh has set Java and .venv; `build` as its argument only makes the
 # environments. Settings: EXTRAS_TIMEOUT_S (pip and apt-get, each; default 900).
 set -euo pipefail
@@ -10,12 +10,13 @@ readonly budget_s=600
 readonly started_s=$SECONDS
 readonly extras_timeout_s="${EXTRAS_TIMEOUT_S:-900}"
 readonly extras_packages=(
-    -e ".[digits,metrics]" torch==2.13.0
+    -e ".[digits,metrics,s3]" torch==2.13.0
     pytest pytest-timeout hypothesis psutil scipy
     transformers lightning keras
     mlflow tensorboard
     onnx onnxscript onnxruntime
     opencv-python-headless pillow jinja2 selenium kubernetes-validate
+    moto flask flask-cors xmltodict py-partiql-parser   # an S3 server; of moto[server] only what S3 needs
 )
 readonly airflow_packages=(apache-airflow-core apache-airflow-providers-standard pytest pytest-timeout)
 

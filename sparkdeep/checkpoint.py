@@ -1,24 +1,26 @@
 """Checkpoints: a round is written whole under a name of its own, then one small commit file makes it count.
 
     rounds/<round>.<nonce>/NAME      the files; no reader looks here by itself
-    commits/<round>.json             the manifest, made by one create-if-absent: it names the folder above
+    commits/<round>.<epoch>.json     the manifest, made by one create-if-absent: it names the folder above
+    leases/<epoch>.json              which driver writes here, and from which round on (see `lease`)
 
-A crash at any point leaves either the old newest commit or the new one, never a mixture.
+A crash at any point leaves either the old newest commit or the new one, never a mixture. Of two drivers on one folder
+the later one goes on; the earlier is stopped at its next save, and what it wrote in between does not count.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from sparkdeep import seams
-from sparkdeep.commit import Commit, CommittedFiles, commit_name
-from sparkdeep.errors import CheckpointError, ConfigError
+from sparkdeep.commit import Commit, CommittedFiles, Key, commit_keys, commit_name
+from sparkdeep.errors import CheckpointError, ConfigError, FencedError
+from sparkdeep.lease import Fences, Lease, check_lease, epochs, lease_name, newest_lease, state_start, take_lease
 from sparkdeep.manifest import (
     MAX_MANIFEST_BYTES,
     DamagedError,
@@ -27,11 +29,9 @@ from sparkdeep.manifest import (
     plain_json,
     read_bounded,
 )
-from sparkdeep.store_protocol import JSON, Bytes, Store
+from sparkdeep.store_protocol import JSON, Bytes, Store, check_name
 
 __all__ = ["CheckpointDirectory", "Loaded"]
-
-_COMMIT = re.compile(r"commits/(\d{6,18})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class CheckpointDirectory:
     """The committed rounds of one run in one folder.
 
     The last `keep` rounds are kept. What this run did not write is never deleted, except by `discard`, and except
-    a commit file that `latest` found damaged, when its round is committed anew (the damaged files stay).
+    commits that a takeover made void.
 
     Args:
         store: the folder.
@@ -73,52 +73,77 @@ class CheckpointDirectory:
         self._store = store
         self._identity = plain_json("identity", identity)
         self._keep = keep
-        self._damaged: dict[int, bytes | None] = {}  # round -> its commit's bytes when it was found damaged
+        self._lease: Lease | None = None
+        self._newest: int | None = None  # the round that this driver has read or written last, -1 for none
         self._leavings: list[str] = []  # folders of ours that no commit names (any more)
 
     def rounds(self) -> list[int]:
-        """Return the committed rounds, oldest first, unverified."""
-        names = self._store.list("commits")
-        numbers = (int(match[1]) for match in map(_COMMIT.fullmatch, names) if match)
-        return sorted(number for number in numbers if commit_name(number) in names)
+        """Return the committed rounds that count, oldest first, unverified."""
+        return sorted({round_number for round_number, _ in self._keys(warn=False)})
+
+    def begin(self) -> Loaded | None:
+        """Take the folder over and return its newest round; an earlier driver commits nothing more from here on.
+
+        A folder that cannot be gone on with is refused first, and its writer left alone.
+
+        Raises:
+            CheckpointError: as `latest`, or the folder cannot be written.
+        """
+        loaded, seen = self._find()
+        with self._failing("taken over"):
+            self._lease = take_lease(self._store, least=self._last_epoch())
+        if self._keys(warn=False) != seen:  # the driver before committed once more
+            loaded, _ = self._find()
+        self._start(-1 if loaded is None else loaded.round_number)
+        return loaded
+
+    def discard(self) -> None:
+        """Take the folder over and forget every committed round, whoever wrote it: starting over on purpose.
+
+        Raises:
+            CheckpointError: the store refused. Once the lease says so no round counts, whether or not its files are
+                still there.
+        """
+        with self._failing("emptied"):
+            self._lease = take_lease(self._store, least=self._last_epoch())
+            self._start(-1)
+            for key in reversed(commit_keys(self._store.list("commits"))):
+                self._remove(key, any_identity=True)
+            self._sweep()
 
     def save(self, round_number: int, files: Mapping[str, Bytes], state: Mapping[str, JSON]) -> None:
         """Commit a round: durable and complete on return. Old rounds beyond `keep` are removed afterwards.
 
         Raises:
-            CheckpointError: it could not be written, or another writer has committed this round or a later one.
-                The rounds committed before are as they were.
+            FencedError: another driver has taken over.
+            CheckpointError: it could not be written, or this round or a later one is committed already. The rounds
+                committed before are as they were.
             ConfigError: a name or the state cannot be stored.
         """
         if round_number < 0:
             raise ConfigError(f"round {round_number} cannot be committed: rounds are numbered from 0")
+        entries = {check_name(name): FileEntry.of(data) for name, data in files.items()}
+        told = plain_json("state", state)
         try:
-            ahead = [number for number in self.rounds() if number >= round_number and number not in self._damaged]
-            if ahead:
-                raise self._another_writer(ahead[-1], round_number)
+            lease = self._held(round_number)
+            check_lease(self._store, lease)
             prefix = f"rounds/{round_number:06d}.{secrets.token_hex(8)}"
             commit = Commit(
                 round_number=round_number,
+                epoch=lease.epoch,
                 prefix=prefix,
-                entries={name: FileEntry.of(data) for name, data in files.items()},
-                state=plain_json("state", state),
+                entries=entries,
+                state=told,
                 identity=self._identity,
             ).to_bytes()
             self._write_files(prefix, files)
-            self._clear_damaged(round_number)
-            seams.reach("commit", round_number=round_number)
-            created = self._store.create(commit_name(round_number), commit)
+            self._commit(lease, round_number, prefix, commit)
         except OSError as exc:
             raise CheckpointError(
                 f"round {round_number} could not be written to {self._store.uri}: {exc}; the rounds committed before "
                 "are untouched. Make room or restore access there, then run again: the run resumes"
             ) from exc
-        if not created:
-            self._leavings.append(prefix)
-            self._try_sweep()
-            raise self._another_writer(round_number, round_number)
-        self._damaged.pop(round_number, None)
-        self._prune(round_number)
+        self._prune(lease, round_number)
 
     def latest(self) -> Loaded | None:
         """Return the newest committed round whose every file verifies, or None if nothing was ever committed.
@@ -126,46 +151,96 @@ class CheckpointDirectory:
         A damaged newer commit is named in a warning and in `Loaded.skipped`.
 
         Raises:
-            CheckpointError: every commit is damaged, one is of another run or a newer format, or the store cannot
-                be read.
+            FencedError: another driver has taken over from this one.
+            CheckpointError: every commit is damaged, one is of another run or another format, or the store cannot be
+                read.
         """
+        if self._lease is not None:
+            with self._failing("read"):
+                check_lease(self._store, self._lease)
+        return self._find()[0]
+
+    def _find(self) -> tuple[Loaded | None, list[Key]]:
+        """The newest round that verifies, and the commits that counted when it was looked for."""
         skipped: list[str] = []
-        try:
-            for round_number in reversed(self.rounds()):
+        with self._failing("read"):
+            keys = self._keys(warn=True)
+            for key in reversed(keys):
                 try:
-                    return self._load(round_number, skipped)
+                    loaded = self._load(key, skipped)
+                    self._newest = loaded.round_number
+                    return loaded, keys
                 except DamagedError as exc:
-                    skipped.append(f"{commit_name(round_number)}: {exc}")
+                    skipped.append(f"{commit_name(key)}: {exc}")
                     warnings.warn(
-                        f"checkpoint of round {round_number} in {self._store.uri} is damaged ({exc}); "
+                        f"checkpoint of round {key[0]} in {self._store.uri} is damaged ({exc}); "
                         "the round before it is tried",
                         RuntimeWarning,
-                        stacklevel=2,
+                        stacklevel=3,
                     )
-        except OSError as exc:
-            raise CheckpointError(
-                f"the checkpoints in {self._store.uri} could not be read: {exc}; restore access and run again"
-            ) from exc
         if skipped:
             raise CheckpointError(
                 f"no checkpoint in {self._store.uri} is intact: {'; '.join(skipped)}. Restore the folder from a copy, "
                 "or start over on purpose with resume=False or another checkpoint_dir"
             )
-        return None
+        self._newest = -1
+        return None, keys
 
-    def discard(self) -> None:
-        """Forget every committed round, newest first, whoever wrote it: what starting over on purpose means.
+    def _keys(self, *, warn: bool) -> list[Key]:
+        """The commits that count, oldest first."""
+        # Leases first: who takes over in between makes the epoch that would be next impossible to take.
+        lease = newest_lease(self._store, warn=warn)
+        fences = lease.all_fences() if lease is not None else Fences()
+        return [key for key in commit_keys(self._store.list("commits")) if not fences.void(key[1], key[0])]
 
-        Raises:
-            CheckpointError: the store refused; the older rounds may still be there.
-        """
+    def _last_epoch(self) -> int:
+        return max([0, *(epoch for _, epoch in commit_keys(self._store.list("commits")))])
+
+    def _held(self, round_number: int) -> Lease:
+        """The lease; a driver that has not begun takes it now, and goes on after the round that it knows of."""
+        newest = self._newest
+        if newest is None:
+            newest = max(self.rounds(), default=-1)
+        if round_number <= newest:
+            raise CheckpointError(
+                f"round {newest} is already committed in {self._store.uri} where round {round_number} should be next: "
+                "this run began without resuming. Resume from this folder, or use another"
+            )
+        if self._lease is None:
+            self._lease = take_lease(self._store, least=self._last_epoch())
+            return self._start(newest)
+        return self._lease
+
+    def _start(self, after: int) -> Lease:
+        assert self._lease is not None
+        with self._failing("taken over"):
+            check_lease(self._store, self._lease)
+            self._lease = state_start(self._store, self._lease, after)
+        self._newest = after
+        return self._lease
+
+    def _commit(self, lease: Lease, round_number: int, prefix: str, commit: bytes) -> None:
+        """Make the round count; if another driver has taken over, before or while it was made, it is taken back."""
+        key = (round_number, lease.epoch)
+        created = False
         try:
-            for round_number in reversed(self.rounds()):
-                self._remove(round_number, any_identity=True)
-            self._damaged.clear()
-            self._sweep()
-        except OSError as exc:
-            raise CheckpointError(f"the checkpoints in {self._store.uri} could not be removed: {exc}") from exc
+            check_lease(self._store, lease)
+            seams.reach("commit", round_number=round_number)
+            created = self._store.create(commit_name(key), commit)
+            if not created:
+                raise FencedError(
+                    f"round {round_number} of epoch {lease.epoch} is committed in {self._store.uri} by another driver: this "
+                    "store cannot tell two that take over at the same moment apart. One run, one checkpoint_dir: stop one"
+                )
+            check_lease(self._store, lease)
+        except FencedError:
+            if not created or key not in self._keys(warn=False):
+                if created:
+                    self._store.delete(commit_name(key))
+                self._leavings.append(prefix)
+                self._try_sweep()
+            raise
+        self._newest = round_number
 
     def _write_files(self, prefix: str, files: Mapping[str, Bytes]) -> None:
         try:
@@ -177,19 +252,13 @@ class CheckpointDirectory:
                 self._try_sweep()  # at once, as the disk may be full
             raise
 
-    def _load(self, round_number: int, skipped: list[str]) -> Loaded:
-        raw = None
-        try:
-            raw = read_bounded(self._store, commit_name(round_number), MAX_MANIFEST_BYTES)
-            commit = Commit.from_bytes(raw, round_number)
-            self._refuse_another_run(commit)
-            for name in commit.entries:
-                commit.read(self._store, name)
-        except DamagedError:
-            self._damaged[round_number] = raw
-            raise
+    def _load(self, key: Key, skipped: list[str]) -> Loaded:
+        commit = Commit.from_bytes(read_bounded(self._store, commit_name(key), MAX_MANIFEST_BYTES), key)
+        self._refuse_another_run(commit)
+        for name in commit.entries:
+            commit.read(self._store, name)
         return Loaded(
-            round_number=round_number,
+            round_number=commit.round_number,
             state=dict(commit.state),
             files=CommittedFiles(self._store, commit),
             skipped=tuple(skipped),
@@ -204,24 +273,17 @@ class CheckpointDirectory:
                 "this one"
             )
 
-    def _clear_damaged(self, round_number: int) -> None:
-        """Make room for a round whose commit was found damaged, unless someone has replaced that commit since."""
-        if round_number not in self._damaged:
-            return
-        name = commit_name(round_number)
-        seen = self._damaged[round_number]
+    def _prune(self, lease: Lease, newest: int) -> None:
+        fences = lease.all_fences()
         try:
-            replaced = seen is not None and self._store.read(name, max_bytes=MAX_MANIFEST_BYTES) != seen
-        except FileNotFoundError:
-            return
-        if not replaced:
-            self._store.delete(name)
-
-    def _prune(self, newest: int) -> None:
-        try:
-            older = [number for number in self.rounds() if number < newest and number not in self._damaged]
-            for round_number in older[: max(0, len(older) - (self._keep - 1))]:
-                self._remove(round_number, any_identity=False)
+            keys = commit_keys(self._store.list("commits"))
+            void = [(number, epoch) for number, epoch in keys if fences.void(epoch, number)]
+            older = [key for key in keys if key[0] < newest and key not in void]
+            for key in [*void, *older[: max(0, len(older) - (self._keep - 1))]]:
+                self._remove(key, any_identity=False, unreadable=key in void)
+            for epoch in epochs(self._store):
+                if epoch < lease.epoch:  # the newest lease repeats what the older ones say
+                    self._store.delete(lease_name(epoch))
             self._sweep()
         except OSError as exc:
             warnings.warn(
@@ -231,13 +293,13 @@ class CheckpointDirectory:
                 stacklevel=3,
             )
 
-    def _remove(self, round_number: int, *, any_identity: bool) -> None:
+    def _remove(self, key: Key, *, any_identity: bool, unreadable: bool = False) -> None:
         """Delete a commit, and only then leave its folder to the sweep: no commit ever names missing files."""
-        name = commit_name(round_number)
+        name = commit_name(key)
         try:
-            commit = Commit.from_bytes(read_bounded(self._store, name, MAX_MANIFEST_BYTES), round_number)
+            commit = Commit.from_bytes(read_bounded(self._store, name, MAX_MANIFEST_BYTES), key)
         except (DamagedError, CheckpointError):
-            if any_identity:  # which folder it stood for is not known, so that stays
+            if any_identity or unreadable:  # which folder it stood for is not known, so that stays
                 self._store.delete(name)
             return
         if any_identity or not flat_differences(commit.identity, self._identity):
@@ -254,9 +316,11 @@ class CheckpointDirectory:
         with contextlib.suppress(OSError):
             self._sweep()
 
-    def _another_writer(self, found: int, wanted: int) -> CheckpointError:
-        return CheckpointError(
-            f"round {found} is already committed in {self._store.uri} where round {wanted} should be next: another "
-            "writer is at work there, or this run began without resuming. One run, one checkpoint_dir: stop the other "
-            "run, resume from this folder, or use another"
-        )
+    @contextlib.contextmanager
+    def _failing(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise CheckpointError(
+                f"the checkpoints in {self._store.uri} could not be {done}: {exc}; restore access and run again"
+            ) from exc

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.manifest import MAX_MANIFEST_BYTES, DamagedError, FileEntry, decode, encode, stamp
 from sparkdeep.store_protocol import Store, check_name
 
-__all__ = ["Commit", "CommittedFiles", "commit_name"]
+__all__ = ["Commit", "CommittedFiles", "Key", "commit_keys", "commit_name"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+Key: TypeAlias = tuple[int, int]
+"""(round, epoch): which commit. Of one round the commit of the higher epoch counts."""
+
+_NAME = re.compile(r"commits/(\d{6,18})(?:\.(\d{6,18}))?\.json")
 
 
-def commit_name(round_number: int) -> str:
-    """Return the name of a round's commit file."""
-    return f"commits/{round_number:06d}.json"
+def commit_name(key: Key) -> str:
+    """Return the name of a commit file; without its epoch, -1, that of format 1."""
+    round_number, epoch = key
+    return f"commits/{round_number:06d}.json" if epoch < 0 else f"commits/{round_number:06d}.{epoch:06d}.json"
+
+
+def commit_keys(names: Iterable[str]) -> list[Key]:
+    """Return which commits there are, ascending; those of format 1 have the epoch -1."""
+    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    keys = [(int(match[1]), -1 if match[2] is None else int(match[2])) for match in matches]
+    return sorted(key for key, match in zip(keys, matches, strict=True) if commit_name(key) == match[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +40,9 @@ class Commit:
 
     round_number: int
     """The round that it commits; part of its name too."""
+
+    epoch: int
+    """Of the lease under which it was made; part of its name too."""
 
     prefix: str
     """The folder of this round's files, `rounds/<round>.<nonce>`: a name that no other attempt has."""
@@ -46,6 +62,7 @@ class Commit:
             {
                 "format_version": FORMAT_VERSION,
                 "round": self.round_number,
+                "epoch": self.epoch,
                 "prefix": self.prefix,
                 "files": {check_name(name): entry.to_json() for name, entry in self.entries.items()},
                 "state": self.state,
@@ -61,13 +78,14 @@ class Commit:
         return data
 
     @classmethod
-    def from_bytes(cls, data: bytes, round_number: int) -> Commit:
-        """Check and read the commit file of `round_number`.
+    def from_bytes(cls, data: bytes, key: Key) -> Commit:
+        """Check and read the commit file of `key`.
 
         Raises:
             DamagedError: it is not as it was written, is of another round, or reaches out of its own folder.
             CheckpointError: it is whole, and of a format that this version does not read.
         """
+        round_number, epoch = key
         body = decode(data)
         if body.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -76,8 +94,10 @@ class Commit:
                 f"{str(body.get('versions'))[:200]}"
             )
         prefix, files, state, identity = (body.get(key) for key in ("prefix", "files", "state", "identity"))
-        if body.get("round") != round_number:
-            raise DamagedError(f"it says it is round {str(body.get('round'))[:40]}")
+        if body.get("round") != round_number or body.get("epoch") != epoch:
+            raise DamagedError(
+                f"it says it is round {str(body.get('round'))[:40]} of epoch {str(body.get('epoch'))[:40]}"
+            )
         if not isinstance(prefix, str) or not re.fullmatch(rf"rounds/{round_number:06d}\.[0-9a-f]{{16}}", prefix):
             raise DamagedError(f"its files are said to lie under {str(prefix)[:100]!r}, not in a folder of this round")
         if not isinstance(files, dict) or not isinstance(state, dict) or not isinstance(identity, dict):
@@ -86,7 +106,9 @@ class Commit:
             entries = {check_name(name): FileEntry.from_json(name, value) for name, value in files.items()}
         except ConfigError as exc:
             raise DamagedError(str(exc)) from exc
-        return cls(round_number=round_number, prefix=prefix, entries=entries, state=state, identity=identity)
+        return cls(
+            round_number=round_number, epoch=epoch, prefix=prefix, entries=entries, state=state, identity=identity
+        )
 
     def read(self, store: Store, name: str) -> bytes:
         """Return the file `name`, verified; DamagedError if it is not what was committed."""

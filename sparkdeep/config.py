@@ -225,6 +225,9 @@ class RunSettings:
     """"local": state lies on the executor's disk after every round; "durable": with the driver or the checkpoint."""
     checkpoint_every: int = 10
     """Rounds between checkpoints (with `checkpoint_dir`) or durable snapshots (`replica_state="durable"`)."""
+    on_checkpoint_error: Literal["raise", "warn"] = "raise"
+    """When a checkpoint cannot be written (disk full, access lost): fail, or warn, go on, and say so in the round's record.
+    Either way the checkpoints before stay whole. A driver that was superseded in its folder always fails."""
     max_retries: int = 3
     """Attempts to repeat a failed round before the fit fails."""
     retry_backoff_s: float = 1.0
@@ -258,6 +261,13 @@ class RunSettings:
         self._check_closing()
         _one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
         _one_of("replica_state", self.replica_state, ("local", "durable"))
+        _one_of("on_checkpoint_error", self.on_checkpoint_error, ("raise", "warn"))
+        if self.replica_state == "durable" and self.on_checkpoint_error == "warn":
+            raise ConfigError(
+                "on_checkpoint_error='warn' with replica_state='durable': rounds would count whose replica state is nowhere "
+                "but with the replicas, and a lost one would take the run back further than checkpoint_every rounds. Use "
+                "replica_state='local', or on_checkpoint_error='raise'."
+            )
 
     def _check_closing(self) -> None:
         for name in ("quorum", "min_workers"):

@@ -7,7 +7,9 @@ __all__ = [
     "ConfigError",
     "CoordinatorUnreachableError",
     "DataError",
+    "DiskFullError",
     "DivergedError",
+    "FencedError",
     "ModelLoadError",
     "NonFiniteError",
     "PreflightError",
@@ -58,6 +60,14 @@ class ProtocolError(SparkdeepError):
 
 class CheckpointError(SparkdeepError):
     """A checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
+class FencedError(CheckpointError):
+    """Another driver has taken over this run's checkpoint folder; what this one would still write does not count."""
+
+
+class DiskFullError(SparkdeepError):
+    """A volume has no room for what a run must write there; repeating it there would fail again."""
 
 
 class ModelLoadError(SparkdeepError, ValueError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, final
 
+from sparkdeep.disks import MEMORY_KINDS
 from sparkdeep.findings import Finding, Level
 
 __all__ = ["LocalDir", "Sight", "check_sights", "sight_from_json", "sight_to_json"]
@@ -16,7 +17,6 @@ __all__ = ["LocalDir", "Sight", "check_sights", "sight_from_json", "sight_to_jso
 _GIB: Final = 1 << 30
 _LEAST_FREE_BYTES: Final = _GIB
 _COMFORTABLE_BYTES: Final = 10 * _GIB
-_IN_MEMORY: Final = {"tmpfs", "ramfs"}
 _MUST_AGREE: Final = ("python", "torch", "sparkdeep")
 _SHOULD_AGREE: Final = ("numpy", "pyarrow", "pyspark")
 
@@ -193,7 +193,7 @@ def _local_dirs(sights: Sequence[Sight]) -> Finding:
     seen += f", the least of {len(roomiest)} host(s)"
     level: Level = "ok"
     change = ""
-    if in_memory := sorted(h for h, d in roomiest.items() if d.kind in _IN_MEMORY):
+    if in_memory := sorted(h for h, d in roomiest.items() if d.kind in MEMORY_KINDS):
         level = "warn"
         seen += f"; on {', '.join(in_memory)} it is memory ({roomiest[in_memory[0]].kind}), and shards count against it"
         change = "set spark.local.dir (SPARK_LOCAL_DIRS on YARN and standalone workers) to a disk."

@@ -12,7 +12,7 @@ import torch
 
 from sparkdeep import seams
 from sparkdeep.admission import Terms
-from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.checkpoint import CheckpointDirectory, Loaded
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.contradictions import check_together
@@ -50,14 +50,24 @@ class CheckpointSnapshots:
     def __init__(self, directory: CheckpointDirectory) -> None:
         self._directory = directory
 
+    def begin(self, *, resume: bool) -> Snapshot | None:
+        """Become the directory's writer; its newest checkpoint, or None where there is none or it is forgotten."""
+        if not resume:
+            self._directory.discard()
+            return None
+        return _snapshot(self._directory.begin())
+
     def save(self, snapshot: Snapshot) -> None:
         """Commit a checkpoint."""
         self._directory.save(snapshot.round, snapshot.files, {"round": snapshot.round})
 
     def latest(self) -> Snapshot | None:
         """The newest checkpoint that verifies."""
-        loaded = self._directory.latest()
-        return None if loaded is None else Snapshot(round=loaded.round_number, files=loaded.files)
+        return _snapshot(self._directory.latest())
+
+
+def _snapshot(loaded: Loaded | None) -> Snapshot | None:
+    return None if loaded is None else Snapshot(round=loaded.round_number, files=loaded.files)
 
 
 @final
@@ -123,9 +133,7 @@ class Fit:
     def _begin(self) -> int:
         """Go on from the newest checkpoint, or keep the start as snapshot 0; returns the committed rounds."""
         seams.reach("resume")
-        if self.checkpoints is not None and not self.resume:
-            self.checkpoints.discard()
-        latest = self.snapshots.latest() if self.snapshots is not None else None
+        latest = self.snapshots.begin(resume=self.resume) if isinstance(self.snapshots, CheckpointSnapshots) else None
         if latest is not None:
             self.outer.load_state_dict(self.state.restore(self.layout, latest.files, self.local, self.settings))
         elif self.snapshots is not None and self.settings.replica_state == "durable":

@@ -91,6 +91,8 @@ class RoundRecord:
     """Collecting replica states and writing the checkpoint or snapshot."""
     checkpoint_bytes: int = 0
     """What that moved."""
+    checkpoint_error: str = ""
+    """Why this round's checkpoint could not be written, with `on_checkpoint_error="warn"`; else ""."""
     sent_bytes: int = 0
     """What the driver sent to replicas, frames included."""
     received_bytes: int = 0

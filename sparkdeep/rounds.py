@@ -15,7 +15,7 @@ from sparkdeep.admission import not_finite
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.divergence import check_divergence
-from sparkdeep.errors import ReplicaLostError
+from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
 from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.messages import Update
 from sparkdeep.metrics import ReplicaRecord, RoundRecord
@@ -77,7 +77,7 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
     `max_retries` times in a row. Closing the generator ends the open stage.
 
     Raises:
-        UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError: not repeated.
+        UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError, CheckpointError: not repeated.
         ReplicaLostError: more failures in a row than `max_retries`.
         ReplicaDiedRepeatedlyError: the same replica died twice running.
         DivergedError: the loss grew beyond `divergence_factor`.
@@ -303,12 +303,20 @@ def _keep(run: Run, stage: OpenStage) -> None:
     began = time.perf_counter()
     seams.reach("checkpoint", round_number=run.state.committed)
     files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states(run.state.clocks()))
-    run.snapshots.save(Snapshot(round=run.state.committed, files=files))
+    problem = ""
+    try:
+        run.snapshots.save(Snapshot(round=run.state.committed, files=files))
+    except CheckpointError as error:
+        if run.settings.on_checkpoint_error == "raise" or isinstance(error, FencedError):
+            raise
+        _LOG.warning("%s", error)
+        problem = str(error)
     seconds = time.perf_counter() - began
     run.pending = dataclasses.replace(
         run.pending,
         checkpoint_seconds=seconds,
-        checkpoint_bytes=sum(len(data) for data in files.values()),
+        checkpoint_bytes=0 if problem else sum(len(data) for data in files.values()),
+        checkpoint_error=problem,
         seconds=run.pending.seconds + seconds,
     )
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from sparkdeep.errors import ConfigError
+from sparkdeep.s3 import boto3_at_hand, open_s3
 from sparkdeep.store_protocol import JSON, TEMPORARY, Bytes, Store, check_name, shown_uri, too_long
 
 __all__ = ["JSON", "ArrowStore", "Bytes", "LocalStore", "Store", "check_name", "open_store"]
@@ -214,9 +215,9 @@ class ArrowStore:
 
 
 def open_store(uri: str, *, fallback: Callable[[str], Store] | None = None) -> Store:
-    """Return the store at `uri`: a local path, file:, or what pyarrow opens (s3, gs, hdfs, abfs ...).
+    """Return the store at `uri`: a local path, file:, s3: over boto3, or what pyarrow opens (s3, gs, hdfs, abfs ...).
 
-    A URI that pyarrow cannot open goes to `fallback` (Spark's Hadoop file systems, where there is a session).
+    Without boto3 (`pip install sparkdeep[s3]`) pyarrow opens s3: too, but has no conditional put to offer. A URI that pyarrow cannot open goes to `fallback` (Spark's Hadoop file systems, where there is a session).
 
     Raises:
         ConfigError: pyarrow cannot open it and there is no fallback.
@@ -228,6 +229,8 @@ def open_store(uri: str, *, fallback: Callable[[str], Store] | None = None) -> S
         return LocalStore(uri)
     if scheme[1].lower() == "file":
         return LocalStore(_file_path(uri))
+    if scheme[1].lower() == "s3" and boto3_at_hand():
+        return open_s3(uri)
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, UnicodeEncodeError) as exc:

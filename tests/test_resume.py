@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from functools import partial
 
 import pytest
@@ -13,8 +15,8 @@ from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
 
 from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.config import EarlyStopping
-from sparkdeep.errors import CheckpointError
+from sparkdeep.config import EarlyStopping, RunSettings
+from sparkdeep.errors import CheckpointError, ConfigError, FencedError
 from sparkdeep.program import Program
 from sparkdeep.store import LocalStore
 from sparkdeep.trees import pack, unpack
@@ -100,8 +102,13 @@ class Forgetful:
     def __init__(self, inner, lose):
         self.save, self._inner, self._lose = inner.save, inner, lose
 
+    def begin(self):
+        return self._lost(self._inner.begin())
+
     def latest(self):
-        loaded = self._inner.latest()
+        return self._lost(self._inner.latest())
+
+    def _lost(self, loaded):
         files = dict(loaded.files)
         self._lose(files)
         return dataclasses.replace(loaded, files=files)
@@ -182,3 +189,130 @@ def test_a_resumed_run_survives_the_loss_of_a_replica(tmp_path):
     values, _, _ = go(tmp_path, directory(tmp_path / "c"), checkpoint_every=3, wrap=fail_first)
     assert plan.launches >= 1
     assert torch.equal(values, expected)
+
+
+# --- a checkpoint that cannot be written
+
+
+class Failing:
+    """A store whose writes fail from a given moment on, until it is mended."""
+
+    def __init__(self, inner, error):
+        self.inner, self.error, self.broken = inner, error, False
+        self.uri, self.conditional = inner.uri, inner.conditional
+
+    def __getattr__(self, name):
+        real = getattr(self.inner, name)
+
+        def call(*args, **kwargs):
+            if self.broken and name in {"write", "create"}:
+                raise self.error
+            return real(*args, **kwargs)
+
+        return call
+
+
+ERRORS = [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EIO, errno.EACCES)]
+
+
+def breaking(tmp_path, error, **options):
+    """A run of 6 rounds whose store is broken while rounds 3 and 4 are kept; returns what `go` does, and the store."""
+    store = Failing(LocalStore(tmp_path / "c"), error)
+    checkpoints = CheckpointDirectory(store, identity={})
+    real = checkpoints.save
+
+    def save(number, files, state):
+        store.broken = number in {3, 4}
+        real(number, files, state)
+
+    checkpoints.save = save
+    return go(tmp_path, checkpoints, checkpoint_every=1, **options), store
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error.errno])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_is_whole(tmp_path, error):
+    expected, records, _ = go(tmp_path, None)
+    with pytest.raises(CheckpointError, match=rf"round 3 could not be written to .*{error.strerror}.*the run resumes"):
+        breaking(tmp_path, error)
+    values, resumed, fit = go(tmp_path, directory(tmp_path / "c"), checkpoint_every=1)
+    assert fit.resumed_from == 2
+    assert torch.equal(values, expected)
+    assert essence(resumed) == essence(records)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error.errno])
+def test_or_it_is_only_warned_of_and_the_rounds_record_says_so(tmp_path, error, caplog):
+    expected, records, _ = go(tmp_path, None)
+    (values, got, _), store = breaking(tmp_path, error, on_checkpoint_error="warn")
+    assert torch.equal(values, expected)
+    assert essence(got) == essence(records)
+    assert [r.round for r in got if r.checkpoint_error] == [3, 4]
+    assert all(f"round {r.round} could not be written" in r.checkpoint_error for r in got[2:4])
+    assert [r.checkpoint_bytes > 0 for r in got] == [True, True, False, False, True, True]
+    assert sum("could not be written" in line for line in caplog.messages) == 2
+    assert directory(tmp_path / "c").rounds() == [2, 5, 6]
+    assert len({name.split("/")[1] for name in store.list("rounds")}) == 3  # nothing of what failed is left
+
+
+def test_while_checkpoints_fail_the_last_one_that_was_written_can_be_resumed_from(tmp_path):
+    expected, _, _ = go(tmp_path, None)
+    breaking(tmp_path, ERRORS[0], on_checkpoint_error="warn", stop_after=4)
+    values, records, fit = go(tmp_path, directory(tmp_path / "c"), checkpoint_every=1)
+    assert fit.resumed_from == 2
+    assert torch.equal(values, expected)
+    assert not any(r.checkpoint_error for r in records)
+
+
+def test_a_driver_that_was_superseded_ends_though_failures_are_only_warned_of(tmp_path):
+    checkpoints = directory(tmp_path / "c")
+    real = checkpoints.save
+
+    def save(number, files, state):
+        if number == 3:
+            directory(tmp_path / "c").begin()
+        real(number, files, state)
+
+    checkpoints.save = save
+    with pytest.raises(FencedError, match="is now written by process"):
+        go(tmp_path, checkpoints, checkpoint_every=1, on_checkpoint_error="warn")
+    assert directory(tmp_path / "c").rounds() == [1, 2]
+
+
+def test_of_two_fits_on_one_folder_the_later_ends_with_the_undisturbed_result(tmp_path):
+    expected, records, _ = go(tmp_path, None)
+    first = directory(tmp_path / "c")
+    real, second = first.save, []
+
+    def save(number, files, state):
+        if number == 3:
+            second.append(go(tmp_path, directory(tmp_path / "c"), checkpoint_every=1))
+        real(number, files, state)
+
+    first.save = save
+    with pytest.raises(FencedError):
+        go(tmp_path, first, checkpoint_every=1)
+    ((values, resumed, fit),) = second
+    assert fit.resumed_from == 2
+    assert torch.equal(values, expected)
+    assert essence(resumed) == essence(records)
+
+
+def test_warnings_in_place_of_durable_states_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"on_checkpoint_error='warn' with replica_state='durable'.*Use replica_state"
+    ):
+        RunSettings(replica_state="durable", on_checkpoint_error="warn")
+    with pytest.raises(ConfigError, match="on_checkpoint_error='ignore'"):
+        RunSettings(on_checkpoint_error="ignore")
+
+
+def test_error_feedback_and_random_streams_are_part_of_what_resumes(tmp_path):
+    options = {"checkpoint_every": 1, "codec": "int8", "error_feedback": True, "replica_state": "durable"}
+    expected, records, _ = go(tmp_path, None, **options)
+    go(tmp_path, directory(tmp_path / "c"), stop_after=3, **options)
+    values, resumed, fit = go(tmp_path, directory(tmp_path / "c"), **options)
+    assert fit.resumed_from == 3
+    assert torch.equal(values, expected)
+    assert essence(resumed) == essence(records)
+    without = {**options, "error_feedback": False}  # the control: it does matter here
+    assert not torch.equal(go(tmp_path, None, **without)[0], expected)

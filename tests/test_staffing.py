@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from twin import deal, facts_of, local_coordinator, schema_of, write_shards
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.fitting import CheckpointSnapshots, Fit, new_run_id, plan_of
+from sparkdeep.fitting import Fit, new_run_id, plan_of
 from sparkdeep.launch import InProcessLauncher
 from sparkdeep.program import Program
 from sparkdeep.store import LocalStore
@@ -151,10 +152,10 @@ def test_a_run_that_shrank_resumes_from_its_checkpoint_with_all_workers(tmp_path
     directory = CheckpointDirectory(LocalStore(tmp_path / "kept"), identity={})
     options = {"min_workers": 1, "checkpoint_every": 1, "checkpoints": directory}
     fit, launcher = fit_of(tmp_path, coordinator, **options)
-    for record in fit.rounds():
+    rounds = fit.rounds()
+    for record in itertools.islice(rounds, 6):
         launcher.available = 2 if record.round >= 3 else 3
-        if record.round == 6:
-            break
+    rounds.close()
     assert fit.state.generation.num_replicas == 2
     again, launcher = fit_of(
         tmp_path,
@@ -166,7 +167,7 @@ def test_a_run_that_shrank_resumes_from_its_checkpoint_with_all_workers(tmp_path
     assert records[0].num_workers_changed == "2 -> 3"
     assert records[0].round == 7
     assert again.state.schedule.num_rounds == again.state.committed
-    assert CheckpointSnapshots(directory).latest().round == again.state.committed
+    assert again.snapshots.latest().round == again.state.committed
 
 
 def test_by_seconds_a_run_shrinks_as_well(tmp_path, coordinator):

@@ -108,7 +108,11 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for column in self._columns.values():
-            column.file.close()
+            try:
+                column.file.close()
+            except OSError:
+                if kind is None:
+                    raise  # else the disk that is full already ended the shard
 
     def append(self, split: str, fields: Mapping[str, FieldValues]) -> None:
         """Add rows at the end of a split.

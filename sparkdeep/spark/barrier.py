@@ -13,9 +13,10 @@ from pyspark.sql import DataFrame, SparkSession
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import ReplicaPlan, RunningStage, Ticket
+from sparkdeep.spark.cleaning import clean_task
 from sparkdeep.spark.failures import translate
 from sparkdeep.spark.session import access_to
-from sparkdeep.spark.tasks import ReplicaJob, clean_task, replica_task
+from sparkdeep.spark.tasks import ReplicaJob, replica_task
 
 __all__ = ["BarrierLauncher", "Shards", "SparkJob", "clean_executors"]
 

@@ -7,13 +7,14 @@ import os
 from pyspark.sql import SparkSession
 
 from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.checkpoint_size import check_checkpoint_room, least_checkpoint_bytes
 from sparkdeep.identity import run_identity
 from sparkdeep.program import Program
 from sparkdeep.spark.hadoop import HadoopStore
 from sparkdeep.spark.ingest import Ingested
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.settings import FitSettings, digest_of
-from sparkdeep.store import Store, open_store
+from sparkdeep.store import LocalStore, Store, open_store
 
 __all__ = ["checkpoints_of", "open_folder"]
 
@@ -33,7 +34,11 @@ def open_folder(settings: FitSettings, spark: SparkSession, below: str = "") -> 
 def checkpoints_of(
     settings: FitSettings, spark: SparkSession, program: Program, ingested: Ingested, warm_start: TorchModel | None
 ) -> CheckpointDirectory | None:
-    """The checkpoints of this fit, which no fit with other rows or settings goes on with; None without `checkpoint_dir`."""
+    """The checkpoints of this fit, which no fit with other rows or settings goes on with; None without `checkpoint_dir`.
+
+    Raises:
+        PreflightError: a local folder without room for them.
+    """
     if settings.checkpoint_dir is None:
         return None
     identity = run_identity(
@@ -47,4 +52,9 @@ def checkpoints_of(
     )
     # The models of a grid and of folds are fitted with one checkpoint_dir, in any order, perhaps at the same time.
     store = open_folder(settings, spark, f"search/{digest_of(settings, identity)}" if settings.search else "")
-    return None if store is None else CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)
+    if store is None:
+        return None
+    if isinstance(store, LocalStore):
+        size = least_checkpoint_bytes(program, settings.local, settings.run)
+        check_checkpoint_room(store.uri, size, settings.keep_checkpoints)
+    return CheckpointDirectory(store, identity=identity, keep=settings.keep_checkpoints)

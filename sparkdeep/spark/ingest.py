@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import cloudpickle
 from pyspark.sql import Column, DataFrame
@@ -16,14 +17,18 @@ from pyspark.sql import types as T
 from sparkdeep.data.columns import Faults
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.data.shards import ShardInfo, decode_rows
+from sparkdeep.disks import Volume
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.generation import ShardFacts
 from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
 
-__all__ = ["Ingested", "dealt", "read_manifests", "shards_of"]
+__all__ = ["MANIFEST_COLUMNS", "Ingested", "dealt", "paths_of", "read_manifests", "shards_of"]
 
+_LOG = logging.getLogger("sparkdeep")
 _BUCKETS = 1_000_000
+MANIFEST_COLUMNS: Final = "replica int, manifest string, sample binary"
+"""What a task that writes a shard yields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +137,8 @@ def shards_of(
     """
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
     extra = {"profile": profile} if profile is not None else {}
-    manifest = "replica int, manifest string, sample binary"
     # The hash has done its work: it is not to travel.
-    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), manifest, barrier=True, **extra).persist()
+    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:
@@ -152,6 +156,7 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, val
     """
     manifests = sorted((json.loads(row["manifest"]) for row in rows), key=lambda m: m["replica"])
     infos = [ShardInfo.from_json(m["info"]) for m in manifests]
+    _warn_of_memory(manifests)
     faults = Faults()
     for manifest in manifests:
         faults.merge(Faults.from_json(manifest["faults"]))
@@ -181,3 +186,19 @@ def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, val
         sample=decode_rows(samples[first]),
         num_bytes=sum(info.num_bytes for info in infos),
     )
+
+
+def paths_of(rows: Sequence[Any]) -> tuple[tuple[str, dict[str, int]], ...]:
+    """Folder and rows by split of every shard, in order."""
+    manifests = sorted((json.loads(row["manifest"]) for row in rows), key=lambda m: m["replica"])
+    return tuple((m["path"], dict(ShardInfo.from_json(m["info"]).rows)) for m in manifests)
+
+
+def _warn_of_memory(manifests: Sequence[dict[str, Any]]) -> None:
+    volumes = [Volume(**m["volume"]) for m in manifests]
+    if in_memory := [f"replica {i}: {v.described()}" for i, v in enumerate(volumes) if v.in_memory]:
+        _LOG.warning(
+            "shards lie in memory and count against it: %s%s. Set spark.local.dir to a disk, or give shard_dir=",
+            "; ".join(in_memory[:4]),
+            ", ..." if len(in_memory) > 4 else "",
+        )

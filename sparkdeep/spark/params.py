@@ -58,6 +58,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "checkpoint_dir": "a path or URI; a fit that was killed goes on from its newest checkpoint",
     "checkpoint_every": "rounds between checkpoints",
     "keep_checkpoints": "checkpoints that are kept",
+    "on_checkpoint_error": "'raise' or 'warn': whether a checkpoint that cannot be written ends the fit",
     "resume": "'auto' goes on with a run that checkpoint_dir holds; False starts over",
     "seed": "of row order, random numbers and fresh parameters",
     "block_rows": "contiguous rows read together from a shard larger than window_rows",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ import pyarrow as pa
 from pyspark import BarrierTaskContext, TaskContext
 from pyspark.sql import SparkSession
 
+from sparkdeep.disks import volume_of
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ReplicaLostError, SparkdeepError
 from sparkdeep.executor_checks import LocalDir, Sight, sight_from_json, sight_to_json
 from sparkdeep.spark.failures import named_failures, translate
@@ -239,20 +239,5 @@ def _address_limit_bytes() -> int | None:
 
 
 def _local_dir(path: Path) -> LocalDir:
-    return LocalDir(path=str(path), free_bytes=shutil.disk_usage(path).free, kind=_file_system(path))
-
-
-def _file_system(path: Path) -> str:
-    """The kind of file system on which `path` lies: that of the longest mount point above it."""
-    try:
-        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    resolved = path.resolve()
-    best, kind = -1, ""
-    for line in mounts:
-        _, point, name, *_ = line.split(" ")
-        mount = Path(point.replace("\\040", " "))
-        if len(mount.parts) >= best and (resolved == mount or mount in resolved.parents):
-            best, kind = len(mount.parts), name
-    return kind
+    volume = volume_of(path)
+    return LocalDir(path=str(path), free_bytes=volume.free_bytes, kind=volume.kind)

@@ -39,6 +39,7 @@ _PASSING: Final = frozenset(
         "encrypted_disks",
         "min_round_timeout_s",
         "min_workers",
+        "on_checkpoint_error",
         "overlap_fragments",
         "plain_ring",
         "quorum",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, final
 
 from pyspark.sql import DataFrame, SparkSession
@@ -13,8 +14,9 @@ from sparkdeep.errors import ReplicaLostError
 from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.generation import ShardFacts
 from sparkdeep.spark.barrier import SparkJob
-from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
+from sparkdeep.spark.ingest import MANIFEST_COLUMNS, Ingested, dealt, paths_of, read_manifests, shards_of
 from sparkdeep.spark.programs import validation_of
+from sparkdeep.spark.redealing import RedealJob, redeal_task
 from sparkdeep.spark.settings import FitSettings
 
 __all__ = ["ShardSource"]
@@ -54,6 +56,8 @@ class ShardSource:
         self._profile = profile
         self._on_busy = on_busy
         self._jobs = 0
+        self._shared: tuple[Ingested, tuple[tuple[str, dict[str, int]], ...]] | None = None
+        """With `shard_dir`: what the first ingest learned, and where its shards lie for all executors to read."""
         self.num_workers = settings.run.num_workers
         """Shards."""
         self.frame = self._made()
@@ -61,6 +65,8 @@ class ShardSource:
 
     def _made(self) -> DataFrame:
         settings = self._settings
+        if self._shared is not None and self.num_workers != len(self._shared[1]):
+            return self._redealt(self._shared[0].schema, self._shared[1])
         rows = dealt(
             self._dataset,
             self._schema,
@@ -78,6 +84,16 @@ class ShardSource:
             profile=self._profile,
         )
 
+    def _redealt(self, schema: Schema, shards: tuple[tuple[str, dict[str, int]], ...]) -> DataFrame:
+        """The rows of the shards that there are, in another number of them: the source is not read again."""
+        assert self._settings.shard_dir is not None
+        job = RedealJob(
+            run=self._run, schema=schema, shard_dir=self._settings.shard_dir, shards=shards, count=self.num_workers
+        )
+        extra = {"profile": self._profile} if self._profile is not None else {}
+        rows = self._spark.range(0, self.num_workers, 1, self.num_workers)
+        return rows.mapInArrow(partial(redeal_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
+
     def ingest(self) -> Ingested:
         """Write the shards.
 
@@ -94,7 +110,10 @@ class ShardSource:
             try:
                 rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
                 validated = self._settings.validation is not None
-                return read_manifests(rows, self._schema, self.num_workers, validated=validated)
+                ingested = read_manifests(rows, self._schema, self.num_workers, validated=validated)
+                if self._shared is None and self._settings.shard_dir is not None:
+                    self._shared = (ingested, paths_of(rows))
+                return ingested
             except ReplicaLostError as error:
                 ledger.add(error, 0)
                 attempts = run.max_retries + 1
@@ -110,7 +129,7 @@ class ShardSource:
         self.frame = self._made()
 
     def resize(self, num_workers: int) -> Sequence[ShardFacts]:
-        """Ingest anew, into so many shards; what they hold."""
+        """Make so many shards, of those on shared storage or by another ingest; what they hold."""
         self.frame.unpersist()
         self.num_workers = num_workers
         self.frame = self._made()

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from pyspark import BarrierTaskContext, TaskContext
 from sparkdeep.channel import Channel, LogStream
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
-from sparkdeep.data.scratch import claim, release, sweep
-from sparkdeep.data.shards import Shard, ShardWriter, encode_rows
+from sparkdeep.data.scratch import claim, sweep
+from sparkdeep.data.shards import Shard, ShardInfo, ShardWriter, encode_rows
+from sparkdeep.disks import room_for_shards, volume_of
 from sparkdeep.errors import DataError, PreflightError
-from sparkdeep.exchange import run_folder
 from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
 from sparkdeep.messages import Hello
 from sparkdeep.replica import Replica
@@ -33,7 +32,6 @@ from sparkdeep.session import serve, versions
 from sparkdeep.spark.failures import missing_module, named_failures
 from sparkdeep.spark.placement import resolve_device
 from sparkdeep.state_files import StateFiles
-from sparkdeep.store import open_store
 
 __all__ = [
     "FLAG",
@@ -43,20 +41,19 @@ __all__ = [
     "ReplicaJob",
     "ReplicaTask",
     "barrier_context",
-    "clean_task",
     "ingest_task",
+    "local_dirs",
+    "manifest_batch",
     "numbered",
     "placed",
     "ready_device",
     "replica_task",
+    "run_root",
 ]
 
 FLAG: Final = "__sparkdeep_validation"
 HASH: Final = "__sparkdeep_hash"
 SAMPLE_ROWS: Final = 7  # odd, and a width that few layers have: rows are not taken for features
-# A clean-up task stays this long in its slot, so that every executor gets one.
-_SPREAD_S: Final = 0.2
-_RELEASE_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +109,48 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
     """Write this partition's rows as one shard; yields one manifest row."""
     with named_failures():
         context = barrier_context("ingest")
-        root = _root(job.run, job.shard_dir)
+        root = run_root(job.run, job.shard_dir)
         number = context.partitionId()
-        faults = Faults()
         directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
-        decode = cloudpickle.loads(job.decode)
-        writer = ShardWriter(directory, job.schema)
-        weight = 0.0
-        names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
+        with room_for_shards(directory):
+            info, faults, weight = _written(job, directory, batches)
+        batch = manifest_batch(context, directory, info, faults, weight)
+    yield batch
+
+
+def manifest_batch(
+    context: BarrierTaskContext, directory: Path, info: ShardInfo, faults: Faults, weight: float
+) -> pa.RecordBatch:
+    """The manifest row of a shard that was just written."""
+    with contextlib.closing(Shard.open(directory)) as shard:
+        sample = encode_rows(shard.head(SAMPLE_ROWS))
+    number = context.partitionId()
+    manifest = {
+        "replica": number,
+        "host": _host(context),
+        "path": str(directory),
+        "root": str(directory.parent),
+        "info": info.to_json(),
+        "faults": faults.to_json(),
+        "weight": weight,
+        "volume": volume_of(directory.parent).to_json(),
+        "versions": versions(),
+    }
+    return pa.RecordBatch.from_pydict(
+        {
+            "replica": pa.array([number], pa.int32()),
+            "manifest": pa.array([json.dumps(manifest)], pa.string()),
+            "sample": pa.array([sample], pa.binary()),
+        }
+    )
+
+
+def _written(job: IngestJob, directory: Path, batches: Iterator[pa.RecordBatch]) -> tuple[ShardInfo, Faults, float]:
+    """Write the shard; what it holds, what was wrong with the rows, and the sum of the training rows' weights."""
+    faults, weight = Faults(), 0.0
+    decode = cloudpickle.loads(job.decode)
+    names = {numbered(i): name for i, name in enumerate(job.schema.columns())}
+    with ShardWriter(directory, job.schema) as writer:
         for batch in batches:
             # (RecordBatch.rename_columns came with pyarrow 15)
             named = pa.RecordBatch.from_arrays(batch.columns, [names.get(name, name) for name in batch.schema.names])
@@ -130,27 +161,7 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
                     weight += float(weights.sum()) if isinstance(weights, np.ndarray) else part.num_rows
                 if not faults.found:  # what follows a fault is counted, not kept
                     writer.append(split, fields)
-        info = writer.close()
-        shard = Shard.open(directory)
-        sample = encode_rows(shard.head(SAMPLE_ROWS))
-        shard.close()
-        manifest = {
-            "replica": number,
-            "host": _host(context),
-            "path": str(directory),
-            "root": str(root),
-            "info": info.to_json(),
-            "faults": faults.to_json(),
-            "weight": weight,
-            "versions": versions(),
-        }
-    yield pa.RecordBatch.from_pydict(
-        {
-            "replica": pa.array([number], pa.int32()),
-            "manifest": pa.array([json.dumps(manifest)], pa.string()),
-            "sample": pa.array([sample], pa.binary()),
-        }
-    )
+        return writer.close(), faults, weight
 
 
 def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -182,7 +193,7 @@ def placed(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.Re
     if len(rows) != 1:
         raise DataError(f"the training task was given {len(rows)} shards; each replica has exactly one.")
     manifest = json.loads(rows[0])
-    root = _root(run, shard_dir)
+    root = run_root(run, shard_dir)
     path = Path(manifest["path"])
     gpus = context.resources().get("gpu")
     return Placed(
@@ -254,30 +265,6 @@ def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.devi
         raise missing_module(error.name or str(error), str(error)) from error
 
 
-def clean_task(
-    run: str, shard_dir: str | None, exchange: str | None, batches: Iterator[pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
-    """Remove what a run left on this executor, and its shared folders.
-
-    Yields one row: which executor this is, by its local directories.
-    """
-    for _ in batches:
-        pass  # a Python worker whose input is not read to its end is not used again, and the next one imports torch anew
-    folders = _local_dirs()
-    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    for folder in [*folders, *([shard_dir] if shard_dir is not None else [])]:
-        for path in Path(folder).glob(f"sparkdeep-{run}*"):
-            release(path)
-            while path.exists() and time.monotonic() < deadline:  # a failed stage's task may still be dying in there
-                time.sleep(0.1)
-                release(path)
-    if exchange is not None:
-        with contextlib.suppress(OSError):  # another task of this clean-up may be at it
-            open_store(exchange).delete(run_folder(run))
-    time.sleep(_SPREAD_S)
-    yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
-
-
 def barrier_context(what: str) -> BarrierTaskContext:
     """This barrier task's context.
 
@@ -298,13 +285,14 @@ def _host(context: BarrierTaskContext) -> str:
     return str(address).rsplit(":", 1)[0] or socket.gethostname()
 
 
-def _local_dirs() -> list[str]:
+def local_dirs() -> list[str]:
+    """The executor's local directories."""
     return [folder for folder in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if folder]
 
 
-def _root(run: str, shard_dir: str | None) -> Path:
+def run_root(run: str, shard_dir: str | None) -> Path:
     """This executor's folder for the run, after sweeping what dead ones left beside it."""
-    folders = _local_dirs()
+    folders = local_dirs()
     if shard_dir is not None:
         Path(shard_dir).mkdir(parents=True, exist_ok=True)
         folders = [shard_dir]
