@@ -16,7 +16,7 @@ from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
 from sparkdeep.compression import CHUNK, chunks_of
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
 from sparkdeep.local_update import LocalResult, LocalUpdate
-from sparkdeep.messages import Failure, Hello, Open, Opened, parse, to_header
+from sparkdeep.messages import Failure, Hello, Open, Opened, field, parse, to_header
 from sparkdeep.overlapping import Pace
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.tls import client_context
@@ -173,8 +173,9 @@ class Channel:
         while self._connection.readable():
             frame = self._connection.receive(timeout_s=DRIVER_SILENCE_S)
             if frame.kind == "undo":
-                self._undo = int(frame.header["round"])
-            elif frame.kind != "alive":
+                self._undo = field(frame.header, "round", int)
+                return  # what follows is of another round
+            if frame.kind != "alive":
                 raise ProtocolError(f"the driver sent {frame.kind!r} while an update was on its way.")
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:

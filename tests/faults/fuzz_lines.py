@@ -206,16 +206,18 @@ class Driver:
         running = Talkers(self._coordinator.address, scripts, silent=given["silent"])
         try:
             stage.gather(running, timeout_s=2 * SILENCE_S, waiting_for=lambda: "")
-            answer = Open(committed=0, scheduler_steps=0, state="fresh", tensor_bytes=0, keep=False)
+            answer = Open(
+                committed=0, scheduler_steps=0, state="fresh", kept_round=0, kept_by="", tensor_bytes=0, keep=False
+            )
             stage.open([(answer, b"", b"")] * count, timeout_s=SILENCE_S)
             start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
             if self._ring:
                 stage.form_ring(timeout_s=SILENCE_S)
-            stage.train(SPEC, start)
+            stage.train([SPEC] * count, start, clocks=[0] * count, rows=[2] * count, deadline_s=2 * SILENCE_S)
             if not self._ring:
                 merge_scores(stage.evaluate(start), {})
-                stage.states()
-            stage.close(save=None, timeout_s=SILENCE_S)
+                stage.states([0] * count)
+            stage.close(save=None, clocks=[0] * count, timeout_s=SILENCE_S)
         finally:
             stage.abort()
             running.finish(2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import threading
 from functools import partial
@@ -16,6 +17,7 @@ from torch.optim import SGD
 from twin import schema_of, write_shards
 
 from sparkdeep import channel as channel_module
+from sparkdeep.admission import Terms
 from sparkdeep.channel import Channel
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings
@@ -41,7 +43,7 @@ class ReplicaEnd:
         rows = {name: values[:2] for name, values in parts.items()}
         (path,) = write_shards(folder / "replica", [parts], self._schema, [rows])
         self._shard = Shard.open(path)
-        self._states = StateFiles(folder / "states")
+        self._states = StateFiles(folder / "states", "stage")
         self._settings = LocalSettings(batch_size=4)
         self.state = self._build(None).save_state()
         channel_module.DRIVER_SILENCE_S = SILENCE_S
@@ -57,14 +59,18 @@ class ReplicaEnd:
         """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
         plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
         start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
-        order = TrainOrder(spec=SPEC, start=start, ahead=None, fresh=True, held=False)
+        order = TrainOrder(specs=[SPEC], clocks=[0], rows=[2], start=start, ahead=None, fresh=True, held=False)
         buffers = pack_tensors(BUFFERS)
-        train = frame_of("train", order.header(plane, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
+        train = frame_of("train", order.header(plane, 0, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
+        terms = Terms(quorum=1)
+        header = order.header(dataclasses.replace(plane, terms=terms), 0, buffers)
+        undoable = frame_of("train", header, b"".join(order.bodies(plane, 0, 1, buffers)))
         tensors = pack_tensors(dict(net().named_parameters()))
         answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
+        answer |= {"kept_round": 0, "kept_by": ""}
         evaluate = {"sections": [], "buffer_bytes": len(buffers)}
         return [
-            frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1}),
+            frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1, "clock": 1}),
             b"".join(
                 [
                     frame_of(
@@ -74,7 +80,9 @@ class ReplicaEnd:
                     ),
                     frame_of("probe", None, b"load"),
                     frame_of("evaluate", evaluate, raw_bytes(start.parameters).tobytes() + buffers),
-                    frame_of("state"),
+                    frame_of("state", {"clock": 0}),
+                    undoable,
+                    frame_of("undo", {"round": SPEC.round}),
                     train,
                     frame_of("stop", {"save": None}),
                 ]

@@ -15,7 +15,8 @@ from safetensors.torch import save
 from torch import nn
 
 from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.config import EarlyStopping
+from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
+from sparkdeep.generation import Generation, ShardFacts
 from sparkdeep.manifest import FileEntry, decode, encode
 from sparkdeep.messages import Failure, Hello, Open, Opened, Saved, Update, parse
 from sparkdeep.registry import ModelReference
@@ -35,7 +36,24 @@ def run_state():
 
     parameters = LAYOUT.empty().zero_()
     best = Best(round=1, score=0.5, parameters=parameters.clone(), buffers=BUFFERS)
-    return RunState(parameters=parameters, buffers=BUFFERS, committed=2, best=best, records=records())
+    return RunState(
+        parameters=parameters,
+        buffers=BUFFERS,
+        generation=generation(),
+        consumed=[0],
+        committed=2,
+        best=best,
+        records=records(),
+    )
+
+
+LOCAL, SETTINGS = LocalSettings(), RunSettings(num_workers=1)
+
+
+def generation():
+    """One replica of two rows."""
+    facts = ShardFacts(rows={"train": 2, "validation": 0}, digest="0" * 32)
+    return Generation.over([facts], LOCAL, SETTINGS)
 
 
 def checkpoint_files(folder, replica_state):
@@ -58,8 +76,8 @@ def read_checkpoint(folder, files):
         loaded = directory.latest()
     if loaded is None:
         return
-    state = RunState(parameters=LAYOUT.empty(), buffers=BUFFERS)
-    state.restore(LAYOUT, loaded.files)
+    state = RunState(parameters=LAYOUT.empty(), buffers=BUFFERS, generation=generation(), consumed=[0])
+    state.restore(LAYOUT, loaded.files, LOCAL, SETTINGS)
     Snapshot(round=loaded.round_number, files=loaded.files).replica(0)
     state.to_files(LAYOUT, {}, [])
 
@@ -82,7 +100,7 @@ def mutate_checkpoint(rng, files):
         body["files"][name] = FileEntry.of(changed).to_json()
     files[commit] = encode(body)
     if rng.random() < 0.7:  # so that the changed one is the newest
-        other = "commits/000002.json"
+        other = max(name for name in files if name.startswith("commits/"))
         if commit != other:
             del files[other]
     return files
@@ -104,7 +122,8 @@ def checkpoint_cases(folder):
         {"parameters.safetensors": pack({name: torch.zeros(9) for name in ("0.weight", "0.bias")})},
         {"parameters.safetensors": None},
     ):
-        body = decode(files["commits/000002.json"])
+        newest = max(name for name in files if name.startswith("commits/"))
+        body = decode(files[newest])
         whole = dict(files)
         for name, data in changed.items():
             if data is None:
@@ -112,7 +131,7 @@ def checkpoint_cases(folder):
                 continue
             whole[f"{body['prefix']}/{name}"] = data
             body["files"][name] = FileEntry.of(data).to_json()
-        made.append({**whole, "commits/000002.json": encode(body)})
+        made.append({**whole, newest: encode(body)})
     return made
 
 
@@ -158,8 +177,8 @@ def read_model_folder(folder, files):
 
 def read_state_file(folder, replica, data):
     """A replica's state from the executor's disk, and a round's start with it."""
-    lay_down(folder, {"round-000000001.safetensors": data})
-    replica.load(StateFiles(folder).read(1))
+    lay_down(folder, {"round-000000001.stage.safetensors": data})
+    replica.load(StateFiles(folder, "stage").read(1, "stage"))
 
 
 MESSAGES = {cls.__name__: cls for cls in (Hello, Open, Opened, Update, Saved, Failure)}
@@ -169,6 +188,7 @@ def messages():
     """A header of each kind that has one."""
     failure = {"cause": "user", "message": "m", "traceback": "t", "where": "w"}
     open_ = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
+    open_ |= {"kept_round": 0, "kept_by": ""}
     made = [("Hello", hello()), ("Open", open_), ("Opened", {"state": "fresh"}), ("Update", update(b""))]
     made += [("Saved", {"bytes": 0, "seconds": 0.5}), ("Failure", failure)]
     return [json.dumps(one).encode() for one in made]
