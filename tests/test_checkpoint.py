@@ -184,6 +184,7 @@ class CrashingStore:
 
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
+@pytest.mark.fault(rows=[23], phases="CK,CM")
 def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path, moment):
     outcomes = []
     for at in range(1, 50):
@@ -212,6 +213,7 @@ def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path
 
 
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.fault(rows=[22], phases="CK")
 def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypatch, after):
     seen = set()
     for at in range(1, 60):
@@ -280,6 +282,7 @@ def paths_of(store):
     return [Path(store.uri) / name for name in store.list("")]
 
 
+@pytest.mark.fault(rows=[24], phases="RS")
 def test_a_changed_byte_anywhere_is_detected(store):
     save(directory(store), 1)
     store_2 = LocalStore(f"{store.uri}-2")
@@ -313,6 +316,7 @@ def test_a_changed_byte_anywhere_is_detected(store):
         if (part, harm) != ("empty", "cut")
     ],
 )
+@pytest.mark.fault(rows=[24], phases="RS")
 def test_a_damaged_file_is_named_and_the_round_before_is_used(store, tmp_path, part, harm):
     save(directory(store), 1, 2)
     (path,) = [path for path in paths_of(store) if f"/{path}".endswith(f"/{part}") and "000002" in str(path)]
@@ -454,6 +458,7 @@ ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
         {"identity": "Net"},
     ],
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_forged_manifest_is_refused(store, changes):
     (Path(store.uri).parent / "secret").write_bytes(b"x")
     save(directory(store), 1)
@@ -483,6 +488,7 @@ def test_a_fitting_digest_does_not_make_a_manifest(store, text):
         assert_is_round(directory(store).latest(), 1)
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_huge_manifest_is_not_read(store):
     save(directory(store), 1)
     path = Path(store.uri) / "commits/000002.json"
@@ -492,6 +498,7 @@ def test_a_huge_manifest_is_not_read(store):
         assert_is_round(directory(store).latest(), 1)
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_file_beyond_the_bound_is_not_read_though_its_manifest_fits(store):
     save(directory(store), 1)
     forged(store, files={"a": {**ENTRY, "bytes": MAX_FILE_BYTES + 1}})
@@ -503,6 +510,7 @@ def test_a_file_beyond_the_bound_is_not_read_though_its_manifest_fits(store):
 # --- whose checkpoint it is
 
 
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_another_runs_checkpoint_is_refused_with_what_differs(store):
     theirs = {"model": {"name": "Net", "layers": [1, 2]}, "seed": 0, "replicas": 2, "old": True}
     CheckpointDirectory(store, identity=theirs).save(1, {}, {})
@@ -532,6 +540,7 @@ def test_another_format_is_refused_and_not_passed_over(store):
         directory(store).latest()
 
 
+@pytest.mark.fault(rows=[17], phases="CK")
 def test_of_two_writers_the_second_is_stopped_and_leaves_nothing(store):
     first, second = directory(store), directory(store)
     save(first, 1)
@@ -547,6 +556,7 @@ def test_of_two_writers_the_second_is_stopped_and_leaves_nothing(store):
     assert_is_round(directory(store).latest(), 3)
 
 
+@pytest.mark.fault(rows=[17], phases="CM")
 def test_a_writer_that_loses_the_race_at_the_commit_is_stopped_and_leaves_nothing(store, monkeypatch):
     first, second = directory(store), directory(store)
     save(first, 1)

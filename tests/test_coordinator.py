@@ -101,12 +101,14 @@ def test_replicas_of_the_open_stage_are_admitted(coordinator, stage):
     assert stage.hellos[1].replica == 1
 
 
+@pytest.mark.fault(rows=[18], phases="TR")
 def test_a_zombie_of_another_stage_hears_why_it_is_refused(coordinator, stage):
     assert "stage 'earlier' of run 'run' is over" in refusal(coordinator, hello(stage="earlier"))
     assert "stage 'this-stage' of run 'other' is over" in refusal(coordinator, hello(run="other"))
     assert not stage.hellos
 
 
+@pytest.mark.fault(rows=[18], phases="TR")
 def test_a_second_replica_of_the_same_number_is_refused(coordinator, stage):
     first = dial(coordinator)
     first.send("hello", to_header(hello(0, host="first")))

@@ -554,6 +554,7 @@ def test_the_canary_would_sing(store, canary, tmp_path, monkeypatch):
     assert canary.exists()
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_pickle_in_place_of_the_weights_or_the_metadata_is_not_run(store, canary):
     bomb = pickle.dumps(Bomb(canary))
     forge(store, weights=bomb)
@@ -617,6 +618,7 @@ def header(text, length=None):
     ],
     ids=lambda weights: repr(weights[:24]),
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_header_bomb_is_refused(store, weights):
     forge(store, weights=weights)
     with pytest.raises(ModelLoadError, match=r"model\.safetensors is no safetensors file"):
@@ -651,6 +653,7 @@ def test_a_header_longer_than_the_bound_is_refused_before_it_is_parsed(store, mo
         {"aliases": {"extra": "weight"}},
     ],
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_forged_metadata_is_refused(store, changes):
     forge(store, **changes)
     with pytest.raises(ModelLoadError):
