@@ -185,7 +185,7 @@ class CrashingStore:
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 @pytest.mark.fault(rows=[23], phases="CK,CM")
-def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path, moment):
+def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path, moment, record_property):
     outcomes = []
     for at in range(1, 50):
         store = LocalStore(tmp_path / f"{moment}-{at}")
@@ -208,13 +208,14 @@ def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path
         save(resumed, *range(loaded.round_number + 1, 6))
         assert_is_round(directory(store).latest(), 5)
         assert directory(store).rounds() == [4, 5]
+    record_property("crash points: operations of a store", len(outcomes))
     # Three files, the commit, then the removal of round 1's commit and folder.
     assert outcomes == ([2, 2, 2, 3, 3, 3] if moment == "after" else [2, 2, 2, 2, 3, 3])
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.fault(rows=[22], phases="CK")
-def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypatch, after):
+def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypatch, after, record_property):
     seen = set()
     for at in range(1, 60):
         store = LocalStore(tmp_path / f"{after}-{at}")
@@ -255,6 +256,7 @@ def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypat
             break
     else:
         pytest.fail("the last call was never reached")
+    record_property("crash points: system calls that fail", at - 1)
     # Failed with the old round there, failed on the last sync of the commit, saved but not tidied, and saved.
     assert seen == {("failed", 1, False), ("failed", 2, False), ("saved", 2, True), ("saved", 2, False)}
 

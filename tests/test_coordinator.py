@@ -185,7 +185,7 @@ def test_a_body_announced_with_the_hello_is_refused_unread(coordinator, stage):
     assert b"expected a hello" in answer_to(coordinator, head)
 
 
-def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage, monkeypatch):
+def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage, monkeypatch, record_property):
     monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 1.0)
     generator = random.Random(0)
     text = json.dumps({**to_header(hello(0, stage="never")), "kind": "hello"}).encode()
@@ -209,6 +209,7 @@ def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage,
         return bytes(data)
 
     inputs = [mangled() for _ in range(200)]
+    record_property("fuzz inputs: the coordinator's port", len(inputs))
     threads = [
         threading.Thread(target=lambda part=inputs[i::8]: [answer_to(coordinator, data) for data in part])
         for i in range(8)

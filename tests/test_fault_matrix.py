@@ -1,0 +1,136 @@
+"""Every row of the fault matrix is shown by a test that carries its number, or says why it cannot be."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs"))
+
+from fault_parts import tables
+from fault_parts.catalogue import PHASES, phases_in, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = read_rows()
+
+# Rows that no test here can show: number -> reason.
+CANNOT: dict[int, str] = {}
+# Rows whose tests are under way; empty when they are there.
+WAITING = {7, 8, 9, 39, 40}
+
+
+def marks_in(tree):
+    """(rows, phases) of every `pytest.mark.fault(...)`, wherever it stands: a decorator, `pytestmark`, a parameter."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            assert not node.args, f"line {node.lineno}: rows= and phases= by name"
+            assert given.keys() == {"rows", "phases"}, f"line {node.lineno}: rows= and phases=, both"
+            yield given["rows"], given["phases"]
+
+
+@functools.cache
+def all_marks():
+    """(file, rows, phases) of every mark."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/**/*.py"))}
+    return [
+        (path, *mark)
+        for path, text in texts.items()
+        if path != Path(__file__).resolve() and "mark.fault" in text
+        for mark in marks_in(ast.parse(text))
+    ]
+
+
+def test_the_catalogue_has_42_rows_in_order_with_phases_that_there_are():
+    assert [row.number for row in ROWS] == list(range(1, 43))
+    for row in ROWS:
+        assert row.phases
+        assert set(row.phases) <= set(PHASES)
+        assert row.fault
+        assert row.expected
+
+
+def test_every_row_is_shown_by_a_test_or_says_why_not():
+    shown = {number for _, rows, _ in all_marks() for number in rows}
+    assert shown <= {row.number for row in ROWS}
+    missing = {row.number for row in ROWS} - shown - CANNOT.keys()
+    assert missing <= WAITING, "give their tests @pytest.mark.fault(rows=[...], phases=...)"
+    assert not WAITING & shown, "they have their tests now: take them out of WAITING"
+    assert not CANNOT.keys() & shown, "they have their tests now: take them out of CANNOT"
+    assert all(CANNOT.values())
+
+
+def test_marks_name_rows_and_phases():
+    assert all_marks()
+    for path, rows, phases in all_marks():
+        assert rows, path
+        assert all(isinstance(number, int) for number in rows), path
+        assert phases_in(phases), path
+
+
+def test_marks_are_found_wherever_they_stand():
+    source = """
+pytestmark = pytest.mark.fault(rows=[1], phases="TR")
+@pytest.mark.fault(rows=[2, 3], phases="LD, TR")
+def test_x(): ...
+@pytest.mark.parametrize("x", [pytest.param(1, marks=pytest.mark.fault(rows=[4], phases="RS"))])
+def test_y(x): ...
+"""
+    assert sorted(marks_in(ast.parse(source))) == [([1], "TR"), ([2, 3], "LD, TR"), ([4], "RS")]
+    with pytest.raises(AssertionError, match="both"):
+        list(marks_in(ast.parse("pytest.mark.fault(rows=[1])")))
+    with pytest.raises(ValueError, match="'XX' is none of PF"):
+        phases_in("TR,XX")
+
+
+# -- what jobs/faults.py makes of what the tests say -----------------------------------------------------------------------
+
+
+def line(rows, outcome, phases="TR", **more):
+    return {
+        "test": "tests/test_x.py::test_it",
+        "rows": rows,
+        "phases": {str(number): phases for number in rows},
+        "outcome": outcome,
+        "seconds": 1.0,
+        "counted": {},
+        "reason": "",
+        **more,
+    }
+
+
+def test_a_row_passes_when_all_its_tests_do_and_says_which_phases_they_show():
+    lines = [
+        line([3], "passed", "LD,TR"),
+        line([3, 4], "passed", test="tests/test_y.py::test_another"),
+        line([4], "failed", reason="boom"),
+        line([5], "skipped", reason="no GPU"),
+    ]
+    verdicts = {verdict["number"]: verdict for verdict in tables.verdicts(ROWS, lines)}
+    assert (verdicts[3]["verdict"], verdicts[3]["shown"], verdicts[3]["open"]) == ("passed", ["LD", "TR"], ["RT"])
+    assert (verdicts[3]["tests"], verdicts[3]["seconds"]) == (2, 2.0)
+    assert verdicts[4]["verdict"] == "FAILED"
+    assert "test_it" in verdicts[4]["why"]
+    assert (verdicts[5]["verdict"], verdicts[5]["why"]) == ("not run", "no GPU")
+    assert (verdicts[6]["verdict"], verdicts[6]["why"]) == ("not run", "no test of the tiers that were run carries it")
+    text = tables.matrix_table(list(verdicts.values()))
+    assert "| 3 | a Python worker is killed | LD TR (not RT) | passed | 2 |" in text
+
+
+def test_a_test_that_passes_and_then_fails_to_clean_up_has_failed():
+    lines = [line([3], "passed"), line([3], "failed", reason="left behind")]
+    assert tables.verdicts(ROWS, lines)[2]["verdict"] == "FAILED"
+
+
+def test_what_tests_count_is_added_up_by_name():
+    lines = [
+        line([22], "passed", counted={"crash points: a": 3}),
+        line([23], "passed", counted={"crash points: a": 4, "fuzz inputs: b": 1}),
+    ]
+    assert tables.counted(lines, "crash points") == {"a": 7}
+    assert tables.counted(lines, "fuzz inputs") == {"b": 1}
+    assert tables.counted(lines, "unauthenticated calls") == {}
