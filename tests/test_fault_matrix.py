@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs"))
 
-from fault_parts import tables
+from fault_parts import soak, soak_plan, tables, unguarded
 from fault_parts.catalogue import PHASES, phases_in, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,3 +136,75 @@ def test_what_tests_count_is_added_up_by_name():
     assert tables.counted(lines, "crash points") == {"a": 7}
     assert tables.counted(lines, "fuzz inputs") == {"b": 1}
     assert tables.counted(lines, "unauthenticated calls") == {}
+
+
+# -- the soak ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_soaks_faults_follow_from_its_seed_and_come_every_few_rounds():
+    planned = soak_plan.plan_faults(200, 1)
+    assert planned == soak_plan.plan_faults(200, 1) != soak_plan.plan_faults(200, 2)
+    rounds = [number for number, _, _ in planned]
+    assert rounds[0] >= 2
+    assert rounds[-1] < 200
+    assert all(3 <= later - earlier <= 6 for earlier, later in itertools.pairwise(rounds))
+    assert {kind for _, kind, _ in planned} == set(soak_plan.KINDS)
+
+
+def test_the_slope_is_that_of_least_squares():
+    assert soak_plan.slope([5.0, 7.0, 9.0, 11.0]) == pytest.approx(2.0)
+    values = [1.0, 4.0, 2.0, 8.0, 3.0]
+    assert soak_plan.slope(values) == pytest.approx(np.polyfit(range(5), values, 1)[0])
+
+
+def soaked(**changes):
+    slopes = dict.fromkeys(("driver_mb", "jvm_mb", "descriptors", "threads", "files"), 0.0)
+    result = {
+        "rounds": 3, "planned": 2, "never happened": [], "differing tensors": [], "same losses": True,
+        "rounds told": [1, 2, 3], "rounds begun": 5, "slopes": slopes,
+    }  # fmt: skip
+    return {**result, **changes, "slopes": {**slopes, **changes.get("slopes", {})}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"never happened": [[2, "worker stopped", 0]]}, "never happened"),
+        ({"differing tensors": ["weight"]}, "weight"),
+        ({"same losses": False}, "losses"),
+        ({"rounds told": [1, 3]}, "gap"),
+        ({"rounds begun": 6}, "3 rounds of work lost to 2"),
+        ({"slopes": {"driver_mb": 0.1}}, "memory grew by 0.100"),
+        ({"slopes": {"descriptors": 0.5}}, "descriptors grew"),
+        ({"slopes": {"files": 0.5}}, "files grew"),
+    ],
+)
+def test_a_soak_that_keeps_no_promise_says_which(changes, word):
+    assert soak.problems(soaked()) == []
+    (problem,) = soak.problems(soaked(**changes))
+    assert word in problem
+
+
+# -- without guards ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_guard_is_found_taken_out_and_put_back():
+    from sparkdeep import line, stages, wire
+    from sparkdeep.channel import Channel
+
+    def now():
+        return (line.Checksum, stages.check_shard, wire.hmac, Channel.beat, wire.Connection._read)
+
+    before = now()
+    with unguarded.unguarded():
+        assert not set(map(id, now())) & set(map(id, before))
+        assert line.Checksum(b"a").digest() == line.Checksum(b"b").digest()
+    assert now() == before
+
+
+def test_a_guard_that_has_moved_is_an_error(monkeypatch):
+    from sparkdeep import stages
+
+    monkeypatch.delattr(stages, "check_shard")
+    with pytest.raises(LookupError, match=r"sparkdeep\.stages has no check_shard"), unguarded.unguarded():
+        pass
