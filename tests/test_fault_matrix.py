@@ -107,8 +107,8 @@ def line(rows, outcome, phases="TR", **more):
 
 def test_a_row_passes_when_all_its_tests_do_and_says_which_phases_they_show():
     lines = [
-        line([3], "passed", "LD,TR"),
-        line([3, 4], "passed", test="tests/test_y.py::test_another"),
+        line([3], "passed", "LD,TR", tier="cluster"),
+        line([3, 4], "passed", test="tests/test_y.py::test_another", tier="local"),
         line([4], "failed", reason="boom"),
         line([5], "skipped", reason="no GPU"),
     ]
@@ -120,7 +120,7 @@ def test_a_row_passes_when_all_its_tests_do_and_says_which_phases_they_show():
     assert (verdicts[5]["verdict"], verdicts[5]["why"]) == ("not run", "no GPU")
     assert (verdicts[6]["verdict"], verdicts[6]["why"]) == ("not run", "no test of the tiers that were run carries it")
     text = tables.matrix_table(list(verdicts.values()))
-    assert "| 3 | a Python worker is killed | LD TR (not RT) | passed | 2 |" in text
+    assert "| 3 | a Python worker is killed | LD TR (not RT) | cluster local | passed | 2 |" in text
 
 
 def test_a_test_that_passes_and_then_fails_to_clean_up_has_failed():

@@ -39,6 +39,7 @@ def _verdict(row: Row, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "expected": row.expected,
         "verdict": verdict,
         "why": why,
+        "on": sorted({line["tier"] for line in passed if "tier" in line}),
         "shown": sorted(shown),
         "open": [phase for phase in row.phases if phase not in shown],
         "tests": len({line["test"] for line in lines}),
@@ -64,13 +65,15 @@ def counted(lines: Sequence[Mapping[str, Any]], what: str) -> dict[str, int]:
 
 def matrix_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
     """The matrix as a table."""
-    text = ["| # | fault | shown in | result | tests | s |", "|---|---|---|---|---|---|"]
+    text = ["| # | fault | shown in | on | result | tests | s |", "|---|---|---|---|---|---|---|"]
     for one in verdicts:
         phases = " ".join(one["shown"]) or "-"
         if one["open"] and one["shown"]:
             phases += f" (not {' '.join(one['open'])})"
         result = one["verdict"] + (f": {one['why']}" if one["why"] else "")
-        text.append(f"| {one['number']} | {one['fault']} | {phases} | {result} | {one['tests']} | {one['seconds']:g} |")
+        text.append(
+            f"| {one['number']} | {one['fault']} | {phases} | {' '.join(one['on'])} | {result} | {one['tests']} | {one['seconds']:g} |"
+        )
     return "\n".join(text) + "\n"
 
 
