@@ -99,8 +99,8 @@ def test_a_replica_that_wakes_up_after_its_round_was_begun_again_counts_nowhere(
     with injector.installed():
         got = train(tmp_path, plan=plan, injector=injector, stall_timeout_s=0.4)
     assert_invariants(got, undisturbed)
-    assert woke == [plan.launches], "it woke up while another attempt was under way"
-    assert plan.launches >= 2
+    assert len(woke) == 1
+    assert woke[0] >= 2, "it woke up while another attempt was under way"
     assert last_word(got.records)[2].retries >= 1
 
 
