@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,17 @@ def test_a_soak_that_keeps_no_promise_says_which(changes, word):
     assert soak.problems(soaked()) == []
     (problem,) = soak.problems(soaked(**changes))
     assert word in problem
+
+
+def test_a_soak_that_is_not_over_in_time_is_interrupted_and_one_that_fails_is_an_error(tmp_path):
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({!r}, 'w').close()"
+    child = subprocess.Popen([sys.executable, "-c", script.format(str(tmp_path / "heard"))])
+    time.sleep(1.0)
+    with pytest.raises(RuntimeError, match=r"not over after 0\.1 s"):
+        soak._finish(child, timeout_s=0.1)
+    assert (tmp_path / "heard").exists()
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        soak._finish(subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]), timeout_s=30.0)
 
 
 # -- without guards ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ __all__ = ["problems", "run"]
 _JOBS: Final = Path(__file__).resolve().parents[1]
 SLOPE_MB: Final = 0.1
 A_ROUND_S: Final = 8.0
+_STOP_S: Final = 120.0
 
 
 def problems(result: dict[str, Any]) -> list[str]:
@@ -38,6 +40,25 @@ def problems(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def _finish(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:
+    """Wait for the soak; one that is not over in time is interrupted, so that it takes its cluster along.
+
+    Raises:
+        RuntimeError: it failed, or was not over.
+    """
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=_STOP_S)
+        finally:
+            process.kill()
+        raise RuntimeError(f"the soak was not over after {timeout_s:g} s") from None
+    if code:
+        raise RuntimeError(f"the soak ended with exit code {code}; what it said is above")
+
+
 def run(*, rounds: int, seed: int) -> dict[str, Any]:
     """The soak in a process and a session of its own; JSON-ready."""
     with tempfile.TemporaryDirectory(prefix="sparkdeep-soak-") as name:
@@ -47,7 +68,7 @@ def run(*, rounds: int, seed: int) -> dict[str, Any]:
         kept["PYTHONPATH"] = os.pathsep.join([str(_JOBS.parent), str(_JOBS), kept.get("PYTHONPATH", "")])
         command = [sys.executable, "-c", "from fault_parts.soak_fit import main; main()"]
         command += [str(rounds), str(seed), str(work), str(answer)]
-        subprocess.run(command, env=kept, check=True, timeout=600.0 + A_ROUND_S * rounds)  # noqa: S603 (this module)
+        _finish(subprocess.Popen(command, env=kept), timeout_s=600.0 + A_ROUND_S * rounds)  # noqa: S603 (this package)
         result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     wrong = problems(result)
     slopes, lost = result["slopes"], result["rounds begun"] - result["rounds"]
