@@ -15,14 +15,13 @@ from typing import Any, Final
 
 from local_cluster import HOSTS, LocalCluster, environment, executor_pid, kill_executor, wait_for
 
-from fault_parts.soak_plan import STALL_S, plan_faults, slope
+from fault_parts.soak_plan import ROUNDS_AN_EPOCH, STALL_S, plan_faults, slope
 
 __all__ = ["LoseExecutor", "main", "soak"]
 
 _JOBS: Final = Path(__file__).resolve().parents[1]
 # Dealt by a hash: neither shard has more than 320, which are 20 steps of 16 rows.
 _ROWS: Final = 600
-_ROUNDS_AN_EPOCH: Final = 10
 
 
 class LoseExecutor:
@@ -57,7 +56,7 @@ def _injector(folder: Path, root: Path, faults: list[tuple[int, str, int]]) -> A
         elif kind == "update corrupted":
             injector.corrupt_at("transfer", number, replica)
         elif kind == "replica delayed":
-            injector.delay_at("step", number, replica, seconds=0.3)
+            injector.delay_at("train", number, replica, seconds=0.3)
         else:
             lose = LoseExecutor(root, HOSTS[replica], delete_folders=kind.endswith("disk"))
             injector.call_at("average", number, action=lose)
@@ -84,7 +83,7 @@ def _estimator(rounds: int, **settings: Any) -> Any:
         label_cols="y",
         num_workers=2,
         batch_size=16,
-        epochs=rounds // _ROUNDS_AN_EPOCH,
+        epochs=rounds // ROUNDS_AN_EPOCH,
         sync_every=2,
         seed=1,
         progress=False,
