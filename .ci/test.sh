@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The gate, in the environment that .ci/setup.sh made: format, lint, types, then the tests by tier, each timed.
-# .ci/test.sh lint: the first three only; .ci/test.sh jobs: the further tiers, which are slower.
+# .ci/test.sh lint: the first three only; .ci/test.sh jobs, .ci/test.sh faults: the further tiers, which are slower.
 set -euo pipefail
 
 readonly budget_s=720
@@ -28,6 +28,12 @@ tier() {
 if [[ "${1:-}" == jobs ]]; then
     tier "jobs, notebooks and searches on local[2]" 720 -m jobs tests/jobs tests/spark
     tier "Spark Connect" 180 -m connect tests/connect
+    exit 0
+fi
+if [[ "${1:-}" == faults ]]; then
+    tier "faults on threads and processes, and fuzzing" 240 -m "not cluster and not slow_fault" tests/faults
+    tier "faults on two workers" 240 -m "cluster and not slow_fault" tests/faults
+    printf '== faults: passed in %d s of %d s\n' $((SECONDS - started_s)) 480
     exit 0
 fi
 step "format" 60 ruff format --check .

@@ -126,6 +126,7 @@ def test_what_replicas_print_is_seen_on_the_driver(world, capfd):
     assert "replica 1 says hello" in printed
 
 
+@pytest.mark.fault(rows=[1, 2], phases="TR")
 def test_the_users_traceback_reaches_the_driver_with_the_replicas_number(world):
     with opened(world, program("raise")) as fit, pytest.raises(UserCodeError) as caught:
         list(fit.rounds())
@@ -138,6 +139,7 @@ def test_the_users_traceback_reaches_the_driver_with_the_replicas_number(world):
     assert_idle(world)
 
 
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_a_loss_that_is_not_finite_names_its_round_and_replica(world):
     with opened(world, program("nan")) as fit, pytest.raises(NonFiniteError) as caught:
         list(fit.rounds())

@@ -197,7 +197,8 @@ class CrashingStore:
 
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
-def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path, moment, unsynced):
+@pytest.mark.fault(rows=[23], phases="CK,CM")
+def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path, moment, unsynced, record_property):
     outcomes = []
     for at in range(1, 50):
         store = LocalStore(tmp_path / f"{moment}-{at}")
@@ -227,6 +228,7 @@ def test_a_crash_at_any_operation_leaves_old_or_new_and_the_run_goes_on(tmp_path
         assert (
             len({name.split("/")[1] for name in store.list("rounds")}) <= 3
         )  # a crash may leave one that is not named
+    record_property("crash points: operations of a store", len(outcomes))
     # The lease, and where it starts; three files, the commit; then the removal of round 1's commit, the old lease and
     # round 1's folder.
     assert outcomes == ([2] * 5 + [3] * 4 if moment == "after" else [2] * 6 + [3] * 3)
@@ -258,7 +260,8 @@ def test_a_crash_while_starting_over_leaves_the_old_rounds_or_none(tmp_path, mom
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypatch, after):
+@pytest.mark.fault(rows=[22], phases="CK")
+def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypatch, after, record_property):
     seen = set()
     for at in range(1, 90):
         store = LocalStore(tmp_path / f"{after}-{at}")
@@ -299,6 +302,7 @@ def test_a_failed_system_call_at_any_place_leaves_old_or_new(tmp_path, monkeypat
             break
     else:
         pytest.fail("the last call was never reached")
+    record_property("crash points: system calls that fail", at - 1)
     # Failed with the old round there, failed on the last sync of the commit, saved but not tidied, and saved.
     assert seen == {("failed", 1, False), ("failed", 2, False), ("saved", 2, True), ("saved", 2, False)}
 
@@ -327,6 +331,7 @@ def paths_of(store):
     return [Path(store.uri) / name for name in store.list("")]
 
 
+@pytest.mark.fault(rows=[24], phases="RS")
 def test_a_changed_byte_anywhere_is_detected(store):
     save(directory(store), 1)
     store_2 = LocalStore(f"{store.uri}-2")
@@ -360,6 +365,7 @@ def test_a_changed_byte_anywhere_is_detected(store):
         if (part, harm) != ("empty", "cut")
     ],
 )
+@pytest.mark.fault(rows=[24], phases="RS")
 def test_a_damaged_file_is_named_and_the_round_before_is_used(store, tmp_path, part, harm):
     save(directory(store), 1, 2)
     (path,) = [path for path in paths_of(store) if f"/{path}".endswith(f"/{part}") and "000002" in str(path)]
@@ -489,6 +495,7 @@ ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
         {"identity": "Net"},
     ],
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_forged_manifest_is_refused(store, changes):
     (Path(store.uri).parent / "secret").write_bytes(b"x")
     save(directory(store), 1)
@@ -518,6 +525,7 @@ def test_a_fitting_digest_does_not_make_a_manifest(store, text):
         assert_is_round(directory(store).latest(), 1)
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_huge_manifest_is_not_read(store):
     save(directory(store), 1)
     path = Path(store.uri) / "commits/000002.000001.json"
@@ -527,6 +535,7 @@ def test_a_huge_manifest_is_not_read(store):
         assert_is_round(directory(store).latest(), 1)
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_file_beyond_the_bound_is_not_read_though_its_manifest_fits(store):
     save(directory(store), 1)
     forged(store, files={"a": {**ENTRY, "bytes": MAX_FILE_BYTES + 1}})
@@ -538,6 +547,7 @@ def test_a_file_beyond_the_bound_is_not_read_though_its_manifest_fits(store):
 # --- whose checkpoint it is
 
 
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_another_runs_checkpoint_is_refused_with_what_differs(store):
     theirs = {"model": {"name": "Net", "layers": [1, 2]}, "seed": 0, "replicas": 2, "old": True}
     CheckpointDirectory(store, identity=theirs).save(1, {}, {})

@@ -65,6 +65,7 @@ def adam():
     return dataclasses.replace(own, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.8))
 
 
+@pytest.mark.fault(rows=[11], phases="TR")
 def test_a_round_closes_without_the_slowest_which_goes_back_and_takes_part_again(tmp_path):
     slow = Injector(tmp_path / "plan").delay_at("train", 3, 1, seconds=0.7)
     options = {"quorum": 2, "quorum_grace_s": 0.2, "epochs": 8}
@@ -104,6 +105,7 @@ def test_with_a_grace_that_is_long_enough_nobody_is_late(tmp_path):
     assert torch.equal(trained, fitted(tmp_path)[0])
 
 
+@pytest.mark.fault(rows=[11, 18], phases="RT")
 def test_an_update_that_is_on_its_way_when_the_round_closes_is_read_and_forgotten(tmp_path):
     slow = Injector(tmp_path / "plan").delay_at("transfer", 2, 2, seconds=1.0)
     options = {"quorum": 2, "quorum_grace_s": 0.1, "epochs": 12}
@@ -130,6 +132,7 @@ def test_scores_states_and_checkpoints_wait_for_one_that_goes_back(tmp_path, sta
     assert torch.equal(repeated, trained)
 
 
+@pytest.mark.fault(rows=[10], phases="TR")
 def test_a_replica_that_stays_silent_is_lost_even_where_a_quorum_goes_on(tmp_path):
     hung = Injector(tmp_path / "plan").delay_at("train", 2, 1, seconds=4.0)
     began = time.monotonic()
@@ -170,6 +173,7 @@ def poisoned(*places):
     return Poison(plan)
 
 
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_a_replica_that_is_not_finite_is_left_out_and_goes_on_from_before(tmp_path):
     own = adam()
     own = dataclasses.replace(own, augment=poisoned((1, 3)))
@@ -181,12 +185,14 @@ def test_a_replica_that_is_not_finite_is_left_out_and_goes_on_from_before(tmp_pa
     assert torch.equal(repeated, trained)
 
 
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_when_nobody_is_left_the_fit_ends_and_the_mean_is_untouched(tmp_path):
     own = program(augment=poisoned((0, 2), (1, 2), (2, 2)))
     with pytest.raises(NonFiniteError, match=r"round 2: .* No other replica is left"):
         fitted(tmp_path, own, on_nonfinite="drop")
 
 
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_a_round_is_taken_back_as_a_whole_and_its_rows_are_passed_over(tmp_path):
     own = adam()
     own = dataclasses.replace(own, augment=poisoned((1, 3)))
@@ -260,6 +266,7 @@ def test_a_deadline_is_ten_medians_and_at_least_the_floor():
     assert round_deadline_s(records, 50.0) == 50.0
 
 
+@pytest.mark.fault(rows=[11], phases="TR")
 def test_a_replica_that_works_on_and_on_meets_the_rounds_deadline_and_the_round_is_repeated(tmp_path):
     undisturbed, _, _ = fitted(tmp_path)
     slow = Injector(tmp_path / "plan").delay_at("train", 4, 2, seconds=3.0)
@@ -282,10 +289,8 @@ def test_a_deadline_that_is_missed_again_and_again_names_who_misses_it(tmp_path)
     assert any("Failures by host" in note for note in caught.value.__notes__)
 
 
-def test_a_replica_that_dies_twice_running_ends_the_fit_before_its_retries_are_used_up(tmp_path):
-    dead = Injector(tmp_path / "plan")
-    for _ in range(2):
-        dead.fail_at("train", 3, 1, error=ReplicaDiedError("exited unexpectedly", replica=1, host="h"))
+@pytest.mark.fault(rows=[5], phases="TR")
+def test_a_replica_that_dies_twice_running_ends_the_fit_before_its_retries_are_used_up():
     ledger = FailureLedger(max_retries=5)
     ledger.add(ReplicaDiedError("a", replica=1, host="h"), 3)
     with pytest.raises(

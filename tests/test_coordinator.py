@@ -101,12 +101,14 @@ def test_replicas_of_the_open_stage_are_admitted(coordinator, stage):
     assert stage.hellos[1].replica == 1
 
 
+@pytest.mark.fault(rows=[18], phases="TR")
 def test_a_zombie_of_another_stage_hears_why_it_is_refused(coordinator, stage):
     assert "stage 'earlier' of run 'run' is over" in refusal(coordinator, hello(stage="earlier"))
     assert "stage 'this-stage' of run 'other' is over" in refusal(coordinator, hello(run="other"))
     assert not stage.hellos
 
 
+@pytest.mark.fault(rows=[18], phases="TR")
 def test_a_second_replica_of_the_same_number_is_refused(coordinator, stage):
     first = dial(coordinator)
     first.send("hello", to_header(hello(0, host="first")))
@@ -183,7 +185,7 @@ def test_a_body_announced_with_the_hello_is_refused_unread(coordinator, stage):
     assert b"expected a hello" in answer_to(coordinator, head)
 
 
-def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage, monkeypatch):
+def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage, monkeypatch, record_property):
     monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 1.0)
     generator = random.Random(0)
     text = json.dumps({**to_header(hello(0, stage="never")), "kind": "hello"}).encode()
@@ -207,6 +209,7 @@ def test_two_hundred_malformed_inputs_leave_the_port_serving(coordinator, stage,
         return bytes(data)
 
     inputs = [mangled() for _ in range(200)]
+    record_property("fuzz inputs: the coordinator's port", len(inputs))
     threads = [
         threading.Thread(target=lambda part=inputs[i::8]: [answer_to(coordinator, data) for data in part])
         for i in range(8)

@@ -185,6 +185,7 @@ def test_collate_is_for_flat_arrays():
         read({"x": pa.array([[[1]]])}, collate=list)
 
 
+@pytest.mark.fault(rows=[28], phases="LD")
 def test_nulls_and_nans_are_totalled_over_batches_and_named():
     faults = Faults()
     columns = {"x": [1.0, None, float("nan")], "y": pa.array([None, 1, 2], pa.int32()), "w": [1.0, 1.0, float("nan")]}
@@ -239,6 +240,7 @@ def test_batches_even_in_themselves_but_not_with_each_other_are_found():
     assert faults.lengths == {"x": (2, 3)}
 
 
+@pytest.mark.fault(rows=[28], phases="LD")
 def test_partitions_even_in_themselves_but_not_with_each_other_are_found_by_merging():
     one, two = Faults(), Faults()
     read({"x": pa.array([[1, 2]])}, faults=one)

@@ -57,6 +57,7 @@ def test_a_finished_run_may_be_made_longer():
         ("shards", {"shards": [ShardFacts(rows={"train": 5, "validation": 0}, digest="e")]}),
     ],
 )
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_what_differs_is_named(key, change):
     before, after = identity(), identity(**change)
     assert {k for k in before if before[k] != after[k]} == {key}

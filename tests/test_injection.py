@@ -40,6 +40,7 @@ def test_a_fault_in_any_phase_strikes_once_and_costs_not_a_bit(tmp_path, phase):
     assert torch.equal(trained, undisturbed)
 
 
+@pytest.mark.fault(rows=[21], phases="RT")
 def test_corrupted_bytes_void_the_round_and_are_sent_again(tmp_path):
     undisturbed, _ = fitted(tmp_path)
     injector = Injector(tmp_path / "plan").corrupt_at("transfer", 3, 0).delay_at("train", 2, 1, seconds=0.01)

@@ -199,6 +199,7 @@ def test_a_short_batch_counts_for_less_when_batches_accumulate(tmp_path):
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(rows=[29], phases="TR")
 def test_uneven_shards_weigh_their_rows(tmp_path):
     sizes = [10, 30, 24]
     options = {"epochs": 1, "batch_size": 8, "sync_every": "epoch"}
@@ -221,6 +222,7 @@ def test_a_replica_that_is_out_of_rows_weighs_nothing_and_each_row_counts_once_a
         assert sum(record.rows for record in records if record.epoch == epoch) == 33
 
 
+@pytest.mark.fault(rows=[27], phases="LD")
 def test_an_empty_shard_changes_nothing(tmp_path):
     with_empty, start, x, y, records = replicas(tmp_path, [20, 0, 13], SGDS["momentum"])
     assert distance(with_empty, descend(copy.deepcopy(start), x, y, SGDS["momentum"], 20)) < 1e-12

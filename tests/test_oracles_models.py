@@ -240,6 +240,7 @@ class SlowFor:
         return features
 
 
+@pytest.mark.fault(rows=[11], phases="TR")
 def test_who_arrives_first_changes_not_a_bit(tmp_path):
     x, y = table(48)
     x[:, 0] = np.repeat([0.0, 1.0, 2.0], 16)

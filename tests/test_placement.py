@@ -20,6 +20,7 @@ from sparkdeep.spark.placement import resolve_device
         ("cuda:5", [], "0", "cuda:5"),
     ],
 )
+@pytest.mark.fault(rows=[35], phases="TR")
 def test_the_gpu_that_spark_gave_is_found_among_the_visible_ones(setting, addresses, visible, device):
     assert resolve_device(setting, addresses, visible) == device
 
@@ -33,6 +34,7 @@ def test_the_gpu_that_spark_gave_is_found_among_the_visible_ones(setting, addres
         (["2"], "GPU-a,GPU-b", r"'2', but CUDA_VISIBLE_DEVICES='GPU-a,GPU-b' does not list it"),
     ],
 )
+@pytest.mark.fault(rows=[35], phases="PF")
 def test_a_gpu_that_cannot_be_found_is_refused_with_what_to_set(addresses, visible, message):
     with pytest.raises(ConfigError, match=message):
         resolve_device("auto", addresses, visible)

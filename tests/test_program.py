@@ -119,6 +119,7 @@ def step(guard, model, batch):
     ],
     ids=["attribute", "nested", "metric", "argument", "keyword"],
 )
+@pytest.mark.fault(rows=[33], phases="PF")
 def test_the_attribute_that_cannot_be_pickled_is_named(parts, where):
     with pytest.raises(PreflightError, match=where) as caught:
         pack_program(program(**{"model": nn.Linear(1, 1), **parts}))

@@ -155,6 +155,7 @@ def test_early_stopping_remembers_its_best_round_through_a_checkpoint(tmp_path):
     assert again.state.best.round == fit.state.best.round
 
 
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_another_runs_checkpoint_is_refused_and_starting_over_is_asked_for(tmp_path):
     expected, records, _ = go(tmp_path, None)
     go(tmp_path, directory(tmp_path / "c", model="a"), stop_after=2, checkpoint_every=1)

@@ -177,6 +177,7 @@ def test_scoring_draws_no_random_numbers_from_training(tmp_path, undisturbed_sco
 
 
 @pytest.mark.parametrize("replica", [0, 1])
+@pytest.mark.fault(rows=[22], phases="CK")
 def test_a_full_disk_after_the_update_was_sent_repeats_the_round_to_the_same_bits(
     tmp_path, undisturbed, monkeypatch, replica
 ):
@@ -222,6 +223,7 @@ def test_every_replica_lost_in_turn_is_still_the_same_run(tmp_path, undisturbed)
 # -- said at once -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(rows=[1, 2], phases="TR")
 def test_the_users_own_exception_ends_the_fit_at_once_traceback_first(tmp_path):
     plan = Plan()
     plan.when[1, 2] = raises(KeyError("no such colour"))
@@ -246,6 +248,7 @@ def open_a_file_that_is_not_there(_features):
     [open_a_file_that_is_not_there, raises(ConnectionRefusedError("no service")), raises(TimeoutError("too slow"))],
     ids=["file", "network", "timeout"],
 )
+@pytest.mark.fault(rows=[1], phases="TR")
 def test_an_os_error_of_the_users_code_is_the_users_and_never_repeated(tmp_path, action):
     plan = Plan({(1, 2): action})
     with pytest.raises(UserCodeError, match=r"(?s)^Traceback.*not retried"):
@@ -263,6 +266,7 @@ def test_an_os_error_of_the_users_metric_is_the_users(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_a_loss_that_is_not_finite_names_round_and_replica_and_never_reaches_the_mean(tmp_path, value):
     plan = Plan()
     plan.when[1, 2] = lambda features: features * value
@@ -287,6 +291,7 @@ def test_a_loss_that_is_not_finite_names_round_and_replica_and_never_reaches_the
     assert fit.state.committed == 1
 
 
+@pytest.mark.fault(rows=[5], phases="TR")
 def test_when_retries_are_used_up_the_loss_of_the_replica_is_raised(tmp_path):
     plan = Plan({(0, batch): lost("no disk on this host") for batch in range(100)})
     with pytest.raises(ReplicaLostError, match=r"replica 0 .*no disk on this host") as caught:
@@ -357,6 +362,7 @@ def test_an_interrupt_between_rounds_leaves_nothing(tmp_path):
     assert_nothing_is_left(address)
 
 
+@pytest.mark.fault(rows=[14], phases="TR")
 def test_an_interrupt_in_the_middle_of_a_round_leaves_nothing(tmp_path):
     def interrupt(_features):
         _thread.interrupt_main()

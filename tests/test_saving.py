@@ -361,6 +361,7 @@ def test_a_model_saved_again_replaces_all_of_the_old_one(store, saved):
     assert store.list("") == ["metadata.json", "model.safetensors"]
 
 
+@pytest.mark.fault(rows=[23], phases="CK")
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_crash_while_replacing_leaves_no_mixture(store, saved, monkeypatch, at):
     calls = []
@@ -574,6 +575,7 @@ def test_the_canary_would_sing(store, canary, tmp_path, monkeypatch):
     assert canary.exists()
 
 
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_pickle_in_place_of_the_weights_or_the_metadata_is_not_run(store, canary):
     bomb = pickle.dumps(Bomb(canary))
     forge(store, weights=bomb)
@@ -637,6 +639,7 @@ def header(text, length=None):
     ],
     ids=lambda weights: repr(weights[:24]),
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_a_header_bomb_is_refused(store, weights):
     forge(store, weights=weights)
     with pytest.raises(ModelLoadError, match=r"model\.safetensors is no safetensors file"):
@@ -671,6 +674,7 @@ def test_a_header_longer_than_the_bound_is_refused_before_it_is_parsed(store, mo
         {"aliases": {"extra": "weight"}},
     ],
 )
+@pytest.mark.fault(rows=[26], phases="RS")
 def test_forged_metadata_is_refused(store, changes):
     forge(store, **changes)
     with pytest.raises(ModelLoadError):

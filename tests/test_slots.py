@@ -45,6 +45,7 @@ def waits(fit):
     return not fit.holds.wait(0.3)
 
 
+@pytest.mark.fault(rows=[16], phases="SL")
 def test_fits_that_do_not_fit_in_beside_each_other_take_turns_in_the_order_of_asking():
     ledger = SlotLedger()
     first = Background(ledger, "first", 2, 2)

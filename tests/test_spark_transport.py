@@ -203,6 +203,7 @@ def test_the_exchange_holds_no_more_than_two_jobs(rig, tmp_path):
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.fault(rows=[1], phases="TR")
 def test_the_users_exception_is_raised_with_its_traceback(tmp_path, exchanged):
     rig = Rig(tmp_path, mark=True)
     with pytest.raises(UserCodeError, match=r"^Traceback") as caught:
@@ -212,6 +213,7 @@ def test_the_users_exception_is_raised_with_its_traceback(tmp_path, exchanged):
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_nan_never_enters_the_mean(tmp_path, exchanged):
     rig = Rig(tmp_path, mark=True)
     fit = rig.fit(program("nan"), exchange=tmp_path / "exchange" if exchanged else None, **OPTIONS)
@@ -336,6 +338,7 @@ def test_a_shard_that_is_gone_is_made_anew(rig):
     assert fit.runner.renewed == 1
 
 
+@pytest.mark.fault(rows=[30], phases="LD")
 def test_other_rows_and_other_versions_are_refused(rig):
     def other_rows(order, number):
         facts = dataclasses.replace(order.facts[1], digest="0" * 32)
@@ -353,6 +356,7 @@ def test_other_rows_and_other_versions_are_refused(rig):
         )
 
 
+@pytest.mark.fault(rows=[18], phases="RT")
 def test_replies_of_another_job_are_a_zombies(rig):
     def after(replies, number):
         zombie = Reply(header={**replies[0].header, "job": "earlier"}, bodies=replies[0].bodies)
@@ -363,6 +367,7 @@ def test_replies_of_another_job_are_a_zombies(rig):
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.fault(rows=[21], phases="RT")
 def test_a_damaged_update_voids_the_round(rig, tmp_path, exchanged, monkeypatch):
     expected, _ = rig.jobs(program(), **OPTIONS)
     hits = []
@@ -391,6 +396,7 @@ def test_a_damaged_update_voids_the_round(rig, tmp_path, exchanged, monkeypatch)
     assert torch.equal(flat(fit.program.model), flat(expected.program.model))
 
 
+@pytest.mark.fault(rows=[12], phases="RT")
 def test_an_update_that_never_comes_has_a_deadline(tmp_path):
     exchange = Exchange(str(tmp_path), "run", "job")
     with pytest.raises(ReplicaLostError, match="replica 0 did not appear"):

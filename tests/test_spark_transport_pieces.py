@@ -36,6 +36,7 @@ def test_replies_come_back_whole_in_whatever_order_their_parts_do(monkeypatch):
     assert second.header["lines"] == ["said"]
 
 
+@pytest.mark.fault(rows=[21], phases="RT")
 def test_a_reply_of_which_a_part_is_missing_or_damaged_voids_the_round():
     batches = sent(reply(0, b"abc", b"def"))
     with pytest.raises(ReplicaLostError, match="3 bytes of 6"):
@@ -59,6 +60,7 @@ with _watched(0.5) as beat:
 """
 
 
+@pytest.mark.fault(rows=[10], phases="TR")
 def test_a_process_that_gives_no_sign_of_life_ends_with_its_stack():
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", _WATCHED], capture_output=True, text=True, timeout=60, check=False)
@@ -102,6 +104,7 @@ def load(megabytes, *, rounds=5, wide=False, durable=False, fixed=0):
     )
 
 
+@pytest.mark.fault(rows=[31], phases="PF")
 def test_what_the_driver_takes_back_is_held_against_its_limit(monkeypatch):
     one_gib = runner(monkeypatch, connect=False)
     one_gib.check(load(220))
@@ -136,6 +139,7 @@ def test_what_the_driver_takes_back_is_held_against_its_heap(monkeypatch):
         (load(4.0, rounds=1000, durable=True), 0, True),
     ],
 )
+@pytest.mark.fault(rows=[31], phases="PF")
 def test_artifacts_of_a_connect_session_are_counted_before_anything_trains(monkeypatch, asked, taken, fits):
     client = runner(monkeypatch, connect=True, taken=taken)
     if fits:
@@ -226,6 +230,7 @@ def test_a_model_is_carried_by_its_size(monkeypatch):
     assert carried(SimpleNamespace(sparkContext=context), Scorer("e", data)) == ("broadcast", "e")
 
 
+@pytest.mark.fault(rows=[38], phases="TR")
 def test_the_same_bytes_are_shipped_once(monkeypatch):
     made, destroyed = [], []
 

@@ -89,6 +89,7 @@ def coordinator():
     made.close()
 
 
+@pytest.mark.fault(rows=[7], phases="SL")
 def test_a_run_shrinks_and_grows_and_every_epoch_is_still_one_pass(tmp_path, coordinator):
     fit, launcher = fit_of(tmp_path, coordinator, min_workers=1)
     records = []
@@ -119,6 +120,7 @@ def test_the_recorded_changes_replayed_give_the_same_bits(tmp_path, coordinator)
     assert torch.equal(first, second)
 
 
+@pytest.mark.fault(rows=[8], phases="SL")
 def test_a_replacement_is_waited_for_before_the_run_goes_on_with_fewer(tmp_path, coordinator):
     fit, launcher = fit_of(tmp_path, coordinator, min_workers=2, replacement_timeout_s=30.0)
     waits = []
@@ -136,6 +138,7 @@ def test_a_replacement_is_waited_for_before_the_run_goes_on_with_fewer(tmp_path,
     assert launcher.dealt == [3]
 
 
+@pytest.mark.fault(rows=[7], phases="SL")
 @pytest.mark.parametrize("least", [None, 2])
 def test_too_few_slots_are_counted_in_the_error_within_the_deadline(tmp_path, coordinator, least):
     fit, launcher = fit_of(tmp_path, coordinator, min_workers=least, open_timeout_s=0.5, max_retries=0)

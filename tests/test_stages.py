@@ -62,6 +62,7 @@ def result(fit):
 # -- who may take part --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(rows=[34], phases="PF")
 def test_other_versions_on_the_executors_are_refused_in_a_table(fit_of, monkeypatch):
     plan = Plan()
     monkeypatch.setattr(launch_module, "versions", lambda: {"python": "3.9", "torch": "1.0", "sparkdeep": "0.0.1"})
@@ -70,6 +71,7 @@ def test_other_versions_on_the_executors_are_refused_in_a_table(fit_of, monkeypa
     assert plan.launches == 1
 
 
+@pytest.mark.fault(rows=[30], phases="LD")
 def test_a_shard_of_other_rows_or_order_is_refused(fit_of):
     fit = fit_of()
     first, second = fit.state.generation.shards
@@ -186,6 +188,7 @@ def with_header(**changes):
     return lambda outcome: dataclasses.replace(outcome, update=dataclasses.replace(outcome.update, **changes))
 
 
+@pytest.mark.fault(rows=[21], phases="RT")
 def test_an_update_damaged_on_its_way_voids_the_round_which_is_repeated(fit_of, monkeypatch):
     expected, _ = result(fit_of())
     tampered(monkeypatch, lambda outcome: Flipped(outcome))
@@ -210,6 +213,7 @@ def test_an_update_damaged_on_its_way_voids_the_round_which_is_repeated(fit_of, 
     ],
     ids=["round", "inf", "negative", "rows", "nine sections", "a section", "buffers", "short"],
 )
+@pytest.mark.fault(rows=[20], phases="AV")
 def test_an_update_that_makes_no_sense_ends_the_fit_and_is_not_counted(fit_of, monkeypatch, change, complaint):
     tampered(monkeypatch, change)
     fit = fit_of()
@@ -218,6 +222,7 @@ def test_an_update_that_makes_no_sense_ends_the_fit_and_is_not_counted(fit_of, m
     assert fit.state.committed == 1
 
 
+@pytest.mark.fault(rows=[10], phases="TR")
 def test_a_replica_that_says_nothing_for_too_long_counts_as_lost(fit_of):
     expected, _ = result(fit_of())
     plan = Plan({(0, 2): lambda _features: time.sleep(1.5)})
@@ -227,6 +232,7 @@ def test_a_replica_that_says_nothing_for_too_long_counts_as_lost(fit_of):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.fault(rows=[11], phases="TR")
 def test_a_replica_that_makes_progress_is_not_lost_however_long_the_round_is(fit_of):
     slow = {(0, batch): lambda _features: time.sleep(0.35) for batch in range(3)}
     plan, beats = Plan(slow), []

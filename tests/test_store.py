@@ -174,6 +174,7 @@ def test_write_syncs_the_file_before_its_name_and_the_folder_after(tmp_path, mon
     assert trace == ["sync file", "link", "sync folder"]
 
 
+@pytest.mark.fault(rows=[22], phases="CK")
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

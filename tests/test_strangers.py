@@ -182,7 +182,7 @@ def trained(tmp_path, port, *, after_round=lambda number: None):
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_every_call_without_the_token_or_a_place_is_refused_and_the_fit_goes_on_to_the_same_bits(
-    tmp_path, monkeypatch, tls
+    tmp_path, monkeypatch, tls, record_property
 ):
     monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 1.0)
     with contextlib.closing(local_coordinator()) as undisturbed:
@@ -220,6 +220,7 @@ def test_every_call_without_the_token_or_a_place_is_refused_and_the_fit_goes_on_
         tried["a byte now and then"], refused["a byte now and then"] = SLOW, slow[0].dropped
         grown = psutil.Process().memory_info().rss - before
     print(f"\n{tried.total()} tried ({meanwhile} while the fit trained), {refused.total()} refused: {dict(tried)}")
+    record_property(f"unauthenticated calls: to the port of a running fit, {'TLS' if tls else 'plain'}", tried.total())
     assert refused == tried
     assert tried.total() == len(tries) * EACH + SLOW
     assert meanwhile > 80

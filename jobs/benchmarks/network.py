@@ -73,8 +73,10 @@ def _driver(rank: int, connection: Connection, images: Images, folder: Path, rep
             optimizer=functools.partial(torch.optim.SGD, lr=RATES[name]),
         )
         local = LocalSettings(batch_size=BATCH, seed=seed)
-        outer = {"outer_optimizer": OUTER[name]}
-        with plain_fit(program, local, settings, shards, host=address_of(0), inside=replicas, **outer) as fit:
+        outer = OUTER[name]
+        with plain_fit(
+            program, local, settings, shards, host=address_of(0), inside=replicas, outer_optimizer=outer
+        ) as fit:
             connection.send((False, _to_the_target(fit.rounds())))
 
 

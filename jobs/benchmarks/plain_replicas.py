@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sparkdeep.program import Program
 from sparkdeep.session import serve, versions
 from sparkdeep.state_files import StateFiles
 
-__all__ = ["plain_fit", "write_shards"]
+__all__ = ["plain_fit", "serve_replica", "write_shards"]
 
 
 def _schema(images: Images) -> Schema:
@@ -68,9 +68,10 @@ def write_shards(folder: Path, images: Images, replicas: int) -> list[Path]:
     return paths
 
 
-def _replica(
+def serve_replica(
     number: int, connection: Connection, ticket: Ticket, plan: ReplicaPlan, shards: Sequence[Path], states: Path
 ) -> None:
+    """A replica's process: dials, serves, ends."""
     del connection
     channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=60.0, who=f"replica {number}")
     with contextlib.closing(channel), contextlib.closing(Shard.open(shards[number])) as shard:
@@ -104,6 +105,7 @@ def plain_fit(
     *,
     host: str = "127.0.0.1",
     inside: Sequence[str] | None = None,
+    target: Callable[..., None] = serve_replica,
     **options: Any,
 ) -> Iterator[Fit]:
     """A fit whose driver is this process.
@@ -115,6 +117,7 @@ def plain_fit(
         shards: a folder a replica.
         host: where the coordinator listens, and replicas dial.
         inside: the network namespace of each replica.
+        target: what each replica's process runs.
         options: further fields of `Fit`.
     """
     facts = []
@@ -132,7 +135,7 @@ def plain_fit(
             plan=plan,
             shards=facts,
             launcher=ProcessLauncher(
-                _replica, len(shards), plan, list(shards), shards[0].parent / f"states-{new_run_id()}", inside=inside
+                target, len(shards), plan, list(shards), shards[0].parent / f"states-{new_run_id()}", inside=inside
             ),
             coordinator=coordinator,
             run=new_run_id(),

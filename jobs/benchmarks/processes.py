@@ -22,9 +22,10 @@ __all__ = ["CONTEXT", "DEADLINE_S", "Processes", "gloo_group", "in_gloo", "toget
 
 DEADLINE_S: Final = 300.0
 
-# One server imports torch, and every process is a fork of it: hundreds are started, and torch takes seconds to import.
+# One server imports torch, and every process is a fork of it: hundreds are started, and torch takes seconds to import,
+# as does torch._dynamo, which the first optimizer imports.
 CONTEXT: Final = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "sparkdeep.fitting"])
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "sparkdeep.fitting"])
 
 
 @final

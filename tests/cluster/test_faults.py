@@ -27,6 +27,7 @@ def undisturbed(frame):
     return weights(estimator().fit(frame))
 
 
+@pytest.mark.fault(rows=[37], phases="BT")
 def test_a_shard_that_is_gone_is_ingested_anew_to_the_same_bits(cluster, frame, undisturbed):
     deleted = []
 
@@ -65,6 +66,7 @@ class StopHere:
         return x
 
 
+@pytest.mark.fault(rows=[10], phases="TR")
 def test_a_stopped_worker_is_given_up_after_the_deadline_and_its_round_repeated(frame, undisturbed, tmp_path):
     began = time.monotonic()
     model = estimator(preprocess=StopHere(tmp_path / "stopped", 20), stall_timeout_s=10.0).fit(frame)
@@ -79,6 +81,7 @@ def test_a_stopped_worker_is_given_up_after_the_deadline_and_its_round_repeated(
         time.sleep(0.2)
 
 
+@pytest.mark.fault(rows=[6], phases="BT")
 def test_what_a_killed_executor_left_is_swept_by_the_next_fit(cluster, cluster_session, frame):
     def kill_at(record):
         if record.round == 2 and not killed:
@@ -92,6 +95,7 @@ def test_what_a_killed_executor_left_is_swept_by_the_next_fit(cluster, cluster_s
     assert left == []
 
 
+@pytest.mark.fault(rows=[16], phases="TR")
 def test_two_fits_at_the_same_time_do_not_meet(frame, undisturbed):
     results = {}
 

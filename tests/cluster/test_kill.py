@@ -47,6 +47,7 @@ def fit_with_kill(cluster, frame, folder, **options):
     return model, killed
 
 
+@pytest.mark.fault(rows=[6], phases="TR")
 def test_a_killed_executor_costs_one_round_and_not_a_bit_with_durable_state(cluster, frame, tmp_path):
     (tmp_path / "off").touch()
     undisturbed = estimator(preprocess=Handshake(tmp_path, 36), replica_state="durable", checkpoint_every=2).fit(frame)

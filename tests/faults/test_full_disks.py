@@ -23,7 +23,7 @@ from sparkdeep.errors import CheckpointError, DiskFullError, PreflightError
 from sparkdeep.program import Program
 from sparkdeep.store import LocalStore
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.fault(rows=[22], phases="LD,CK")
 
 MIB = 1 << 20
 

@@ -62,6 +62,7 @@ def test_an_exchange_without_its_transport_is_refused(blobs, tmp_path):
         estimator(transport="socket", exchange_dir=str(tmp_path)).fit(blobs)
 
 
+@pytest.mark.fault(rows=[31], phases="PF")
 def test_results_that_the_driver_would_not_take_are_refused_with_the_numbers(spark, blobs, monkeypatch):
     real = type(spark.sparkContext.getConf()).get
 

@@ -45,6 +45,7 @@ def jobs_run(spark):
     return spark.sparkContext._jsc.sc().statusStore().jobsList(None).size()
 
 
+@pytest.mark.fault(rows=[28], phases="PF")
 def test_what_the_schema_tells_is_refused_without_a_job(spark, blobs):
     frame = blobs.withColumn("name", F.lit("x")).withColumn("day", F.current_date()).withColumn("raw", F.lit(b"x"))
     before = jobs_run(spark)
@@ -75,6 +76,7 @@ def test_what_is_no_spark_dataframe_is_refused(blobs):
     refused(ConfigError, lambda: estimator().fit(local), "DataFrame", "spark.createDataFrame")
 
 
+@pytest.mark.fault(rows=[32], phases="PF")
 def test_more_replicas_than_slots_are_refused_before_a_job(spark, blobs):
     before = jobs_run(spark)
     refused(
@@ -88,6 +90,7 @@ def test_more_replicas_than_slots_are_refused_before_a_job(spark, blobs):
     assert jobs_run(spark) == before
 
 
+@pytest.mark.fault(rows=[35], phases="PF")
 def test_cpus_and_gpus_a_worker_name_the_property_on_a_local_master(blobs):
     refused(PreflightError, lambda: estimator(cpus_per_worker=2).fit(blobs), "spark.task.cpus=2", "local master")
     refused(
@@ -107,6 +110,7 @@ class StandIn:
         self.sparkContext = types.SimpleNamespace(getConf=lambda: get, master="yarn")
 
 
+@pytest.mark.fault(rows=[32], phases="PF")
 def test_sessions_that_cannot_run_barrier_stages_are_refused():
     refused(
         PreflightError,
@@ -124,6 +128,7 @@ def test_sessions_that_cannot_run_barrier_stages_are_refused():
     check_session(StandIn())
 
 
+@pytest.mark.fault(rows=[28], phases="LD")
 def test_nulls_and_nans_are_counted_by_column_over_all_rows(spark):
     rows = [(None if i % 10 == 0 else 1.0, float("nan") if i % 25 == 0 else 1.0, 0) for i in range(100)]
     frame = spark.createDataFrame(rows, "a double, b double, label bigint")
@@ -137,6 +142,7 @@ def test_nulls_and_nans_are_counted_by_column_over_all_rows(spark):
     )
 
 
+@pytest.mark.fault(rows=[28], phases="LD")
 def test_ragged_arrays_need_collate(spark):
     frame = spark.createDataFrame([([1.0] * (i % 4 + 1), 0) for i in range(40)], "x array<double>, label bigint")
     refused(
@@ -148,6 +154,7 @@ def test_ragged_arrays_need_collate(spark):
     )
 
 
+@pytest.mark.fault(rows=[27], phases="LD")
 def test_fewer_rows_than_replicas_are_refused(blobs):
     refused(
         DataError,
@@ -234,6 +241,7 @@ def test_a_loss_that_lines_the_shapes_up_itself_is_not_taken_for_a_broadcast(blo
     assert regression(partial(Affine, 8), loss=loss, label_cols="real").fit(frame).history
 
 
+@pytest.mark.fault(rows=[1], phases="TR")
 def test_an_exception_of_the_users_model_comes_with_its_traceback_first_and_is_not_repeated(spark):
     rows = [([float(i)] + [0.0] * 7, 0) for i in range(400)]
     frame = spark.createDataFrame(rows, "pixels array<double>, label bigint")
@@ -250,6 +258,7 @@ def test_an_exception_of_the_users_model_comes_with_its_traceback_first_and_is_n
     assert all(record.retries == 0 for record in rounds)
 
 
+@pytest.mark.fault(rows=[19], phases="AV")
 def test_a_loss_that_turns_nan_names_round_and_replica(blobs):
     options = {"optimizer": partial(torch.optim.SGD, lr=1e30), "sync_every": 2, "epochs": 3}
     error = refused(

@@ -75,6 +75,7 @@ def test_a_resource_profile_that_a_local_master_refuses(warm):
     assert "spark.task.cpus=2" in found.seen
 
 
+@pytest.mark.fault(rows=[36], phases="PF")
 def test_an_engine_that_ignores_the_barrier(warm, monkeypatch):
     from pyspark.sql.classic.dataframe import DataFrame
 

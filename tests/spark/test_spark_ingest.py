@@ -225,6 +225,7 @@ def test_every_row_is_read_exactly_once_an_epoch(spark):
         assert sum(record.loss * record.rows for record in records) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.fault(rows=[27], phases="LD")
 def test_an_empty_shard_trains_with_weight_zero(spark):
     frame = spark.createDataFrame([([1.0] * 8, 1)] * 6, "pixels array<double>, label bigint")  # all rows are one row
     model = estimator(epochs=2).fit(frame)
@@ -238,6 +239,7 @@ def test_two_rows_are_enough_for_two_replicas(spark):
     assert sum(record.rows for record in estimator().fit(frame).history) == 2
 
 
+@pytest.mark.fault(rows=[28], phases="PF")
 def test_columns_that_are_not_used_may_hold_anything(spark):
     row = ([1.0] * 8, 1, "text", None, dt.date(2024, 1, 1))
     frame = spark.createDataFrame([row] * 4, "pixels array<double>, label bigint, t string, n double, d date")

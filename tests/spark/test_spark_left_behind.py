@@ -148,6 +148,7 @@ def test_what_a_dead_executor_left_is_swept_by_the_next_fit_and_what_a_live_one_
         (folder / "sparkdeep-alive").rmdir()
 
 
+@pytest.mark.fault(rows=[15], phases="TR")
 def test_the_callers_job_group_and_description_stay_as_they_were(spark, frame):
     context = spark.sparkContext
     names = [

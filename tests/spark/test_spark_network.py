@@ -80,6 +80,7 @@ SCRIPT = """
 
 
 @pytest.mark.jobs
+@pytest.mark.fault(rows=[14], phases="TR")
 def test_ctrl_c_ends_the_fit_its_job_and_its_files(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])}
     child = subprocess.Popen(

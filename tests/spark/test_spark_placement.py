@@ -49,6 +49,7 @@ def answer(tmp_path_factory):
 
 
 @pytest.mark.jobs
+@pytest.mark.fault(rows=[35], phases="TR")
 def test_each_task_of_a_stage_is_given_a_gpu_of_its_own(answer):
     plain, renumbered, forced, visible = zip(*answer["devices"], strict=True)
     assert sorted(plain) == ["cuda:0", "cuda:1"]
@@ -66,6 +67,7 @@ def test_device_cpu_trains_whatever_spark_gave(answer):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.jobs
+@pytest.mark.fault(rows=[35], phases="PF")
 def test_a_gpu_that_torch_does_not_see_is_named(answer):
     assert answer["auto"].startswith("PreflightError: replica ")
     assert "was given cuda:" in answer["auto"]

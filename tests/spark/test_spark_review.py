@@ -37,6 +37,7 @@ def test_a_prediction_column_that_training_reads_is_refused_at_once():
         estimator(prediction_col="label")
 
 
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_resuming_with_another_optimizer_is_refused_with_both_and_the_same_call_returns_the_model(blobs, tmp_path):
     first = estimator(epochs=1, checkpoint_dir=tmp_path).fit(blobs)
     again = estimator(epochs=1, checkpoint_dir=Path(tmp_path)).fit(blobs)

@@ -80,6 +80,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(blobs, tmp_p
     assert same_bits(weights(whole), weights(again))
 
 
+@pytest.mark.fault(rows=[25], phases="RS")
 def test_a_checkpoint_of_other_rows_is_refused(spark, blobs, tmp_path):
     options = {"checkpoint_dir": str(tmp_path / "run"), "checkpoint_every": 1}
     with pytest.raises(Stopped):
@@ -137,6 +138,7 @@ def test_a_torchmetric_is_merged_over_replicas_and_a_function_averaged(blobs):
     assert scores["accuracy"] > 0.8
 
 
+@pytest.mark.fault(rows=[15], phases="TR")
 def test_a_job_that_is_cancelled_from_outside_ends_the_fit(spark, blobs):
     rounds = []
 
