@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
+# Workers are forked with torch imported: a fault costs a moment, not an import. The cluster's tests do without.
+FAULT_CONF = {"spark.python.daemon.module": "sparkdeep.spark.daemon", "spark.locality.wait": "1s"}
 _TESTS = Path(__file__).resolve().parent
 
 
@@ -55,6 +59,7 @@ class Cluster:
         self.cores = cores
         self.port = free_port()
         self.url = f"spark://127.0.0.1:{self.port}"
+        self._page = free_port()
         self.processes = {}
         self.temp = root / "temp"
         self.temp.mkdir()
@@ -66,12 +71,14 @@ class Cluster:
             "--port",
             str(self.port),
             "--webui-port",
-            "0",
+            str(self._page),
             SPARK_LOCAL_IP="127.0.0.1",
         )
         wait_for(lambda: accepts("127.0.0.1", self.port), 60, "the master to listen")
         for host in HOSTS:
             self.start_worker(host)
+        # A session that begins before both are there has its executors on one host for good.
+        wait_for(lambda: self.workers() == len(HOSTS), 60, "both workers to register")
 
     def _start(self, name, *command, **more):
         log = (self.root / f"{name}.log").open("ab")
@@ -101,6 +108,15 @@ class Cluster:
             SPARK_LOCAL_IP=host,
             SPARK_LOCAL_DIRS=str(self.local_dir(host)),
         )
+
+    def workers(self):
+        """Workers that the master counts as alive."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._page}/json/", timeout=5) as page:
+                told = json.load(page)
+        except (OSError, ValueError):
+            return 0
+        return sum(worker["state"] == "ALIVE" for worker in told["workers"])
 
     def local_dir(self, host):
         path = self.root / f"local-{host}"
@@ -246,7 +262,7 @@ def fault_cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fault_session(fault_cluster):
     """One session for all faults, with Spark's own default of four failures a task."""
-    session = session_on(fault_cluster.url)
+    session = session_on(fault_cluster.url, **FAULT_CONF)
     both_up(fault_cluster, session)
     yield session
     session.stop()

@@ -84,9 +84,7 @@ def test_a_stopped_worker_is_given_up_at_the_deadline_and_is_gone_soon_after(
 
 
 @pytest.mark.fault(rows=[18], phases="TR RT")
-def test_a_zombie_that_wakes_during_the_next_attempt_changes_nothing(
-    fault_frame, reference, leaks, tmp_path
-):
+def test_a_zombie_that_wakes_during_the_next_attempt_changes_nothing(fault_frame, reference, leaks, tmp_path):
     # It wakes 1.5 s after it was given up: Spark kills a cancelled task's worker after 2 s (spark.python.task.killTimeout).
     injector = Injector(tmp_path / "plan")
     injector.call_at("step", 3, 0, action=Linger(tmp_path, "trains", 5.5))
