@@ -41,8 +41,10 @@ class OrderedSum:
     Args:
         numel: length of each vector.
         weights: one weight a replica, >= 0; a replica of weight 0 must not add.
+        divisor: what the sum is divided by; None: by the sum of the weights, which is the mean.
         out: where the mean is written, (numel,), rounded once to its dtype; None: a new float64 vector.
         base: (numel,) that is added to the mean, for vectors that are differences from it.
+        base_share: times which it is added.
         chunk: elements per turn.
         window: chunks that are summed at the same time: a replica that is further ahead waits, and memory is 8 bytes for
             each of their elements. None for no limit, where one thread adds one replica after the other.
@@ -53,12 +55,14 @@ class OrderedSum:
         numel: int,
         weights: Sequence[float],
         *,
+        divisor: float | None = None,
         out: Tensor | None = None,
         base: Tensor | None = None,
+        base_share: float = 1.0,
         chunk: int = 1 << 18,
         window: int | None = None,
     ) -> None:
-        self.weights = reduced_weights(weights)
+        self.weights = reduced_weights(weights) if divisor is None else list(weights)
         self.numel = numel
         self.chunk = chunk
         self._out = torch.empty(numel, dtype=torch.float64) if out is None else out
@@ -70,7 +74,8 @@ class OrderedSum:
         whole = window is None and self._out.dtype == torch.float64
         self._sums = self._out if whole else torch.empty(min(self._window * chunk, numel), dtype=torch.float64)
         self._order = [i for i, w in enumerate(self.weights) if w > 0]
-        self._total = sum(self.weights)
+        self._total = sum(self.weights) if divisor is None else divisor
+        self._base_share = base_share
         self._done = dict.fromkeys(self._order, 0)
         self._turn = threading.Condition()
 
@@ -106,6 +111,8 @@ class OrderedSum:
 
     def _finish(self, total: Tensor, start: int, stop: int) -> None:
         base = None if self._base is None else self._base[start:stop]
+        if base is not None and self._base_share != 1.0:
+            base = base.to(torch.float64) * self._base_share
         _finish(total, self._total, base, None if self._sums is self._out else self._out[start:stop])
 
     def mean(self) -> Tensor:

@@ -20,8 +20,8 @@ class FitInfo:
 
     run: str
     """The run's id."""
-    num_rounds: int
-    """Of the whole run."""
+    num_rounds: int | None
+    """Of the whole run; None where rounds last a number of seconds."""
     committed: int
     """Rounds that an earlier call with the same `checkpoint_dir` has done already."""
     rows: int

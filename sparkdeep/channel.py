@@ -51,6 +51,7 @@ class Channel:
     def __init__(self, connection: Connection, driver_host: str = "") -> None:
         self._connection = connection
         self._driver_host = driver_host
+        self._undo: int | None = None
 
     @classmethod
     def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> Channel:
@@ -151,11 +152,24 @@ class Channel:
             check=self._listen,
         )
 
+    @property
+    def undone(self) -> int | None:
+        """The round that the driver wants undone, as far as `look` or `update` has heard; told once."""
+        told, self._undo = self._undo, None
+        return told
+
+    def look(self) -> bool:
+        """Whether the driver wants the present round undone; what it says meanwhile is read without waiting."""
+        self._listen()
+        return self._undo is not None
+
     def _listen(self) -> None:
         """While a body waits to be taken: hear that the driver lives, though another replica keeps it waiting."""
         while self._connection.readable():
             frame = self._connection.receive(timeout_s=DRIVER_SILENCE_S)
-            if frame.kind != "alive":
+            if frame.kind == "undo":
+                self._undo = int(frame.header["round"])
+            elif frame.kind != "alive":
                 raise ProtocolError(f"the driver sent {frame.kind!r} while an update was on its way.")
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:

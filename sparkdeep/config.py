@@ -16,7 +16,6 @@ __all__ = [
     "EarlyStopping",
     "LocalSettings",
     "RunSettings",
-    "check_aggregation",
     "choose_keras_backend",
     "refuse_unknown",
 ]
@@ -193,6 +192,22 @@ class RunSettings:
     """Passes over the data."""
     sync_every: int | Literal["epoch"] = 10
     """Local steps between averages."""
+    time_budget_s: float | None = None
+    """Seconds that every replica trains between averages, in place of `sync_every`: each takes the steps that it gets done."""
+    weighting: Literal["auto", "rows", "fednova"] = "auto"
+    """How much a replica counts: by "rows", or corrected for unequal steps; "auto": "fednova" with `time_budget_s`."""
+    quorum: int | None = None
+    """So many updates close a round, without the slowest; None: all of them."""
+    quorum_grace_s: float = 1.0
+    """How long a round with its quorum waits for the others."""
+    min_workers: int | None = None
+    """So few replicas the run may go on with when executors do not come back; None: it waits for all."""
+    replacement_timeout_s: float = 60.0
+    """How long a lost executor's replacement is waited for before the run goes on with fewer."""
+    on_nonfinite: Literal["error", "drop", "rollback"] = "error"
+    """A replica with NaN or infinity ends the fit, is left out of the round, or takes all back to where the round began."""
+    divergence_factor: float | None = None
+    """A round whose loss exceeds the lowest so far times this ends the fit before it counts."""
     validate_every: int | Literal["epoch"] = "epoch"
     """Rounds between validations, or the end of each epoch."""
     early_stopping: EarlyStopping | None = None
@@ -218,6 +233,8 @@ class RunSettings:
     """For slots, executors and replicas to be ready when a stage opens."""
     stall_timeout_s: float = 300.0
     """A replica that has not finished a single batch for this long counts as lost."""
+    min_round_timeout_s: float = 300.0
+    """A round may take ten times the median of those before it, and never less than this."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "epochs", "checkpoint_every"):
@@ -229,27 +246,53 @@ class RunSettings:
             if not isinstance(value, str):
                 _at_least(name, value, 1)
         _at_least("max_retries", self.max_retries, 0)
-        for name in ("max_stage_s", "retry_backoff_s", "open_timeout_s", "stall_timeout_s"):
+        for name in (
+            "max_stage_s",
+            "retry_backoff_s",
+            "open_timeout_s",
+            "stall_timeout_s",
+            "min_round_timeout_s",
+            "replacement_timeout_s",
+        ):
             _positive(name, getattr(self, name))
+        self._check_closing()
         _one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
         _one_of("replica_state", self.replica_state, ("local", "durable"))
 
+    def _check_closing(self) -> None:
+        for name in ("quorum", "min_workers"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(name, value, 1)
+                if value > self.num_workers:
+                    raise ConfigError(
+                        f"{name}={value}: there are num_workers={self.num_workers} replicas; give at most that."
+                    )
+        for name in ("time_budget_s", "divergence_factor"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.divergence_factor is not None and self.divergence_factor <= 1:
+            raise ConfigError(f"divergence_factor={self.divergence_factor!r}: must be above 1, such as 10.")
+        grace = self.quorum_grace_s
+        if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
+            raise ConfigError(f"quorum_grace_s={grace!r}: must be a number that is not negative.")
+        _one_of("weighting", self.weighting, ("auto", "rows", "fednova"))
+        _one_of("on_nonfinite", self.on_nonfinite, ("error", "drop", "rollback"))
 
-def check_aggregation(local: LocalSettings, run: RunSettings) -> None:
-    """Refuse a ring that could not do what the replicas' settings ask for.
+    @property
+    def fednova(self) -> bool:
+        """Whether unequal numbers of steps are corrected for."""
+        return self.weighting == "fednova" or (self.weighting == "auto" and self.time_budget_s is not None)
 
-    Raises:
-        ConfigError: naming both settings.
-    """
-    asked = [
-        f"{name}={getattr(local, name)!r}" for name in ("codec", "down_codec") if getattr(local, name) != "identity"
-    ]
-    asked += ["overlap=1"] if local.overlap else []
-    if run.aggregation == "ring" and asked:
-        raise ConfigError(
-            f"aggregation='ring' with {', '.join(asked)}: in a ring parameters travel whole and in time. Use "
-            "aggregation='star' or 'auto', or leave the others out."
-        )
+    @property
+    def closing(self) -> list[str]:
+        """What was asked for that only a driver can do which takes in the updates itself."""
+        asked = {
+            "quorum": self.quorum,
+            "on_nonfinite": None if self.on_nonfinite == "error" else self.on_nonfinite,
+            "time_budget_s": self.time_budget_s,
+            "weighting": "fednova" if self.weighting == "fednova" else None,
+        }
+        return [f"{name}={value!r}" for name, value in asked.items() if value is not None]
 
 
 _S = TypeVar("_S")

@@ -7,11 +7,15 @@ __all__ = [
     "ConfigError",
     "CoordinatorUnreachableError",
     "DataError",
+    "DivergedError",
     "ModelLoadError",
     "NonFiniteError",
     "PreflightError",
     "ProtocolError",
+    "ReplicaDiedError",
+    "ReplicaDiedRepeatedlyError",
     "ReplicaLostError",
+    "RoundTimeoutError",
     "ShardLostError",
     "ShardMismatchError",
     "SparkdeepError",
@@ -104,6 +108,42 @@ class ReplicaLostError(SparkdeepError):
         super().__init__(message)
         self.replica = replica
         self.host = host
+
+
+class RoundTimeoutError(ReplicaLostError):
+    """A replica is alive, but has not ended a round within the deadline that earlier rounds set."""
+
+
+class ReplicaDiedError(ReplicaLostError):
+    """A replica's process or executor ended by itself: killed, crashed, or out of memory."""
+
+
+class ReplicaDiedRepeatedlyError(SparkdeepError):
+    """The same shard's replica died twice running: repeating the round once more would not help.
+
+    Attributes:
+        replica: number of the replica.
+        hosts: where it died.
+    """
+
+    def __init__(self, message: str, *, replica: int, hosts: list[str]) -> None:
+        super().__init__(message)
+        self.replica = replica
+        self.hosts = hosts
+
+
+class DivergedError(SparkdeepError, ArithmeticError):
+    """The loss grew beyond `divergence_factor` times the lowest: the run stopped before that round counted.
+
+    Attributes:
+        round: the round, counted from 1, that does not count.
+        checkpoint: the newest round with a checkpoint, or None.
+    """
+
+    def __init__(self, message: str, *, round_number: int, checkpoint: int | None) -> None:
+        super().__init__(message)
+        self.round = round_number
+        self.checkpoint = checkpoint
 
 
 class ShardLostError(ReplicaLostError):

@@ -11,26 +11,27 @@ from typing import Any, Literal, final
 import torch
 
 from sparkdeep import seams
+from sparkdeep.admission import Terms
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.compression import codec_named
-from sparkdeep.config import LocalSettings, RunSettings, check_aggregation
+from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.contradictions import check_together
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
-from sparkdeep.errors import ConfigError
 from sparkdeep.gathering import Plane
+from sparkdeep.generation import Generation, ShardFacts
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
 from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import Program, pack_program
-from sparkdeep.replica import steps_per_epoch
 from sparkdeep.ring import available as ring_available
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
-from sparkdeep.schedule import Schedule
-from sparkdeep.stages import ShardFacts, Stages
+from sparkdeep.staffing import Staffing
+from sparkdeep.stages import Stages
 from sparkdeep.transport import StageOpener
 from sparkdeep.trees import pack_tensors
 
@@ -84,17 +85,18 @@ class Fit:
     checkpoints: CheckpointDirectory | None = None
     resume: bool = True
     """Go on with the run that `checkpoints` hold; False forgets it and starts over."""
+    replay: Sequence[RoundRecord] = ()
+    """Records of a run whose decisions are taken again, so that its bits come again: quorum, time budgets, dropped replicas."""
     on_beat: Callable[[int, int], None] = lambda _replica, _rows: None
     on_log: Callable[[int, str], None] = lambda _replica, _line: None
 
     def __post_init__(self) -> None:
-        check_aggregation(self.local, self.settings)
+        check_together(self.local, self.settings)
         self.layout = Layout.of(self.program.model)
-        steps = [steps_per_epoch(shard.rows["train"], self.local) for shard in self.shards]
-        if max(steps) == 0:
-            raise ConfigError("no training rows are left: every row went to validation. Lower validation=.")
-        self.schedule = Schedule.over(steps, epochs=self.settings.epochs, sync_every=self.settings.sync_every)
+        generation = Generation.over(self.shards, self.local, self.settings)
         self.state = RunState(
+            generation=generation,
+            consumed=list(generation.consumed),
             parameters=self.layout.read(self.program.model, self.layout.empty()),
             buffers=self.layout.read_buffers(self.program.model),
             inner=self.layout.empty(0),
@@ -125,7 +127,7 @@ class Fit:
             self.checkpoints.discard()
         latest = self.snapshots.latest() if self.snapshots is not None else None
         if latest is not None:
-            self.outer.load_state_dict(self.state.restore(self.layout, latest.files))
+            self.outer.load_state_dict(self.state.restore(self.layout, latest.files, self.local, self.settings))
         elif self.snapshots is not None and self.settings.replica_state == "durable":
             files = self.state.to_files(self.layout, self.outer.state_dict(), [])
             self.snapshots.save(Snapshot(round=0, files=files))
@@ -136,7 +138,7 @@ class Fit:
         stages = self._opener()
         run = Run(
             settings=self.settings,
-            schedule=self.schedule,
+            local=self.local,
             layout=self.layout,
             state=self.state,
             outer=self.outer,
@@ -145,6 +147,7 @@ class Fit:
             validate=any(shard.rows["validation"] for shard in self.shards),
             snapshots=self.snapshots,
             furthest=self.state.committed,
+            replay={record.round: record for record in self.replay},
             base=self._base,
             overlap=bool(self.local.overlap),
         )
@@ -158,10 +161,8 @@ class Fit:
                 runner=self.runner,
                 run=self.run,
                 settings=self.settings,
-                schedule=self.schedule,
                 layout=self.layout,
                 plan=self.plan,
-                shards=self.shards,
                 fixed=self._fixed,
                 wide=self.outer_optimizer is not None,
                 on_log=self.on_log,
@@ -170,18 +171,26 @@ class Fit:
         assert self.coordinator is not None, "a launcher's replicas dial a coordinator"
         return Stages(
             launcher=self.launcher,
+            staffing=Staffing(launcher=self.launcher, shards=self.shards, local=self.local, settings=self.settings),
             coordinator=self.coordinator,
             run=self.run,
             settings=self.settings,
-            schedule=self.schedule,
             plane=Plane(
                 layout=self.layout,
                 codec=codec_named(self.local.codec),
                 wide=self.outer_optimizer is not None,
+                weighting="fednova" if self.settings.fednova else "rows",
+                terms=Terms(
+                    quorum=self.settings.quorum,
+                    grace_s=self.settings.quorum_grace_s,
+                    on_nonfinite=self.settings.on_nonfinite,
+                ),
             ),
             tensors=self._fixed,
-            ring_possible=self._base is None and not self.down_codec.lossy and ring_available(),
-            shards=self.shards,
+            ring_possible=self._base is None
+            and not self.down_codec.lossy
+            and not self.settings.closing
+            and ring_available(),
             keep=self.settings.replica_state == "local",
             on_beat=self.on_beat,
             on_log=self.on_log,
@@ -195,13 +204,18 @@ class Fit:
         return "start" if codec_named(self.local.codec).lossy else None
 
     @property
+    def num_rounds(self) -> int | None:
+        """Rounds of the whole run; None where rounds last a number of seconds."""
+        return self.state.schedule.num_rounds
+
+    @property
     def finished(self) -> bool:
         """Whether no round is left to train."""
-        return bool(self.state.stopped) or self.schedule.next(self.state.committed) is None
+        return bool(self.state.stopped) or self.state.specs() is None
 
     def close_stage(self) -> None:
         """Close the open stage: its slots are free for other Spark jobs until the next round."""
-        self._stages.close(self.state.committed)
+        self._stages.close(self.state)
 
     def stop(self, reason: str) -> None:
         """End the run after the round that was just yielded."""

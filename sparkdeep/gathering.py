@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from sparkdeep import seams
-from sparkdeep.admission import Admission, common_sections
+from sparkdeep.admission import Admission, Terms, common_sections
 from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
 from sparkdeep.line import Line
@@ -20,6 +20,7 @@ from sparkdeep.partition import Partition
 from sparkdeep.round_values import Globals, RoundResult, Traffic
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors
+from sparkdeep.weighting import shares_of
 
 __all__ = ["Gathering", "Plane", "TrainOrder"]
 
@@ -37,6 +38,10 @@ class Plane:
     """Of updates."""
     wide: bool
     """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
+    weighting: Literal["rows", "fednova"] = "rows"
+    """How much each replica counts."""
+    terms: Terms = field(default_factory=Terms)
+    """When a round closes, and whom it counts."""
     ring: bool = False
     """Whether replicas add their updates up among themselves."""
     _mean: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
@@ -54,7 +59,12 @@ class Plane:
 class TrainOrder:
     """What replicas are told at the start of a round."""
 
-    spec: RoundSpec
+    specs: Sequence[RoundSpec]
+    """Of every replica; all of the same round."""
+    clocks: Sequence[int]
+    """Steps of every replica's learning-rate schedule before the round."""
+    rows: Sequence[int]
+    """Training rows of every replica's shard."""
     start: Globals
     ahead: RoundSpec | None
     """The round that follows if a replica may begin it on its own (`overlap`)."""
@@ -63,10 +73,17 @@ class TrainOrder:
     held: bool
     """Whether replicas hold the parameters already: in a ring, the mean of the round before."""
 
-    def header(self, plane: Plane, buffers: bytes) -> dict[str, Any]:
+    @property
+    def round(self) -> int:
+        """Its number."""
+        return self.specs[0].round
+
+    def header(self, plane: Plane, replica: int, buffers: bytes) -> dict[str, Any]:
         """The frame's header."""
         return {
-            "spec": asdict(self.spec),
+            "spec": asdict(self.specs[replica]),
+            "clock": self.clocks[replica],
+            "may_undo": plane.terms.may_undo,
             "ahead": asdict(self.ahead) if self.ahead is not None else None,
             "sections": self.start.sections,
             "buffer_bytes": len(buffers),
@@ -108,6 +125,7 @@ class Gathering:
         num_replicas: in the stage.
         check: called while a replica waits for others; raises to give up.
         stall_timeout_s: after which a replica that takes nothing counts as lost.
+        deadline_s: for the whole round; None: there is none.
     """
 
     def __init__(
@@ -118,62 +136,98 @@ class Gathering:
         *,
         check: Callable[[], None],
         stall_timeout_s: float,
+        deadline_s: float | None = None,
     ) -> None:
+        self._deadline_s = deadline_s
         self._plane = plane
         self._order = order
         self._count = num_replicas
         self._check = check
         self._stall_s = stall_timeout_s
         self._buffers = pack_tensors(order.start.buffers)
-        self._header = order.header(plane, self._buffers)
-        self._admission: Admission[Tensor] = Admission(num_replicas, check, order.spec.round, self._prepare)
+        self._admission = Admission(num_replicas, check, order.round, self._prepare, plane.terms)
         self._sum: OrderedSum | None = None
+        self._mean: Tensor | None = None
         self._sections: list[str] = []
         self._weights: list[float] = []
         self._received: dict[int, dict[str, Tensor]] = {}
         self._saved: dict[int, Saved] = {}
         self._traffic: dict[int, Traffic] = {}
+        self.sent: set[int] = set()
+        """Replicas that were given the order."""
 
     def exchange(self, replica: int, line: Line) -> None:
         """Send the order, and take in the replica's update.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
-            ReplicaLostError: the replica went away or its update was damaged; the round is void.
+            ReplicaLostError: the replica went away, is past the deadline, or its update was damaged; the round is void.
         """
         connection = line.connection
         sent, received = connection.sent_bytes, connection.received_bytes
-        line.waiting = False
-        line.buffer_limit_bytes = 2 * len(self._buffers) + 4096
-        bodies = self._order.bodies(self._plane, replica, self._count, self._buffers)
-        connection.send("train", self._header, *bodies, timeout_s=self._stall_s)
-        frame = line.expect("update")
-        update = parse(Update, frame.header)
-        line.waiting = True
-        if self._plane.ring:
-            buffers = line.read_buffers(frame, update)
-            mean = self._admission.enter(replica, line.hello.host, update)
-            self._take_part(replica, line, mean)
-        else:
-            self._admission.enter(replica, line.hello.host, update)
-            buffers = self._add(frame, update, line) if update.weight > 0 else {}
-        if update.weight > 0:
-            self._received[replica] = buffers
-        self._saved[replica] = parse(Saved, line.expect("saved").header)
+        self._saved[replica] = Saved(bytes=0, seconds=0.0)
+        line.begin_round(self._deadline_s)
+        if line.settle(self._late(replica)):
+            self._ask(replica, line)
         self._traffic[replica] = Traffic(
             sent_bytes=connection.sent_bytes - sent, received_bytes=connection.received_bytes - received
         )
 
-    def _prepare(self, updates: list[Update]) -> Tensor:
-        seams.reach("average", round_number=self._order.spec.round)
+    def _late(self, replica: int) -> Callable[[], bool]:
+        return lambda: self._admission.closed_without(replica)
+
+    def _ask(self, replica: int, line: Line) -> None:
+        line.waiting = False
+        line.buffer_limit_bytes = 2 * len(self._buffers) + 4096
+        header = self._order.header(self._plane, replica, self._buffers)
+        bodies = self._order.bodies(self._plane, replica, self._count, self._buffers)
+        line.connection.send("train", header, *bodies, timeout_s=self._stall_s)
+        self.sent.add(replica)
+        frame = line.await_update(self._late(replica))
+        if frame is None:
+            line.undo(self._order.round)
+            return
+        update = parse(Update, frame.header)
+        line.waiting = True
+        if self._plane.ring:
+            buffers = line.read_buffers(frame, update)
+            self._admission.enter(replica, line.hello.host, update)
+            self._take_part(replica, line)
+        else:
+            verdict = self._admission.enter(replica, line.hello.host, update)
+            if verdict in {"late", "rolled back"}:
+                line.drain(frame)
+                line.undo(self._order.round)
+                if verdict == "rolled back":
+                    line.settle(_never)
+                return
+            # Of one that is not finite nothing comes: it has gone back by itself.
+            buffers = self._add(frame, update, line) if update.weight > 0 else {}
+        if update.weight > 0:
+            self._received[replica] = buffers
+        self._saved[replica] = parse(Saved, line.expect("saved").header)
+
+    def _prepare(self, updates: list[Update]) -> None:
+        seams.reach("average", round_number=self._order.round)
         self._sections = common_sections(updates)
         self._weights = [update.weight for update in updates]
-        mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
-        if not self._plane.ring:
-            self._sum = OrderedSum(
-                mean.numel(), self._weights, out=mean, base=self._order.start.base, chunk=CHUNK, window=_WINDOW
-            )
-        return mean
+        self._mean = mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
+        if self._plane.ring:
+            return
+        shares = shares_of(updates, self._order.rows, self._plane.weighting)
+        base, base_share = self._order.start.base, 1.0
+        if base is None and shares.rest:
+            base, base_share = self._order.start.parameters.detach(), shares.rest
+        self._sum = OrderedSum(
+            mean.numel(),
+            shares.weights,
+            divisor=shares.divisor,
+            out=mean,
+            base=base,
+            base_share=base_share,
+            chunk=CHUNK,
+            window=_WINDOW,
+        )
 
     def _add(self, frame: Any, update: Update, line: Line) -> dict[str, Tensor]:
         assert self._sum is not None
@@ -185,14 +239,15 @@ class Gathering:
         """Whether replicas hand the mean round, as the next round starts from it: averaging has nothing to do to it."""
         return self._plane.ring and not self._plane.wide and not self._sections and any(self._weights)
 
-    def _take_part(self, replica: int, line: Line, mean: Tensor) -> None:
+    def _take_part(self, replica: int, line: Line) -> None:
+        assert self._mean is not None
         weights = reduced_weights(self._weights) if any(self._weights) else []
         line.waiting = False
         header = {"weights": weights, "sections": len(self._sections), "hold": self.held}
         line.connection.send("reduce", header, timeout_s=self._stall_s)
         if weights:
-            start, stop = Partition(mean.numel(), self._count).bounds(replica)
-            line.read_part(mean[start:stop])
+            start, stop = Partition(self._mean.numel(), self._count).bounds(replica)
+            line.read_part(self._mean[start:stop])
         line.waiting = True
 
     def result(self, seconds: float) -> RoundResult:
@@ -202,7 +257,8 @@ class Gathering:
         total_weight = sum(self._weights)
         mean, pooled = start.parameters, start.buffers
         if total_weight:
-            mean = self._admission.prepared if self._sum is None else self._sum.mean()
+            assert self._mean is not None
+            mean = self._mean if self._sum is None else self._sum.mean()
             buffers_of = [self._received.get(i, start.buffers) for i in range(self._count)]
             pooled = pool_buffers(buffers_of, self._weights, self._plane.layout.variance_of)
         elif start.base is not None:
@@ -217,8 +273,15 @@ class Gathering:
             updates=updates,
             saved=[self._saved[i] for i in range(self._count)],
             seconds=seconds,
+            dropped={i: verdict for i, verdict in self._admission.verdicts.items() if verdict != "counted"},
+            passed_over=self._admission.passed_over,
+            rolled_back=self._admission.rolled_back,
             traffic=_summed(list(self._traffic.values())),
         )
+
+
+def _never() -> bool:
+    return False
 
 
 def _summed(parts: Sequence[Traffic]) -> Traffic:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.generation import ShardFacts
 from sparkdeep.parameters import Layout, named_tensors, raw_bytes
 from sparkdeep.program import Program
-from sparkdeep.stages import ShardFacts
 
 __all__ = ["describe", "run_identity", "tensors_digest"]
 
@@ -66,6 +66,7 @@ def run_identity(
         "shards": [[shard.digest, shard.rows] for shard in shards],
         "num_workers": run.num_workers,
         "sync_every": run.sync_every,
+        "rounds": [run.time_budget_s is not None, run.fednova, run.on_nonfinite],
         "batch_size": local.batch_size,
         "accumulate_batches": local.accumulate_batches,
         "clip_grad_norm": local.clip_grad_norm,

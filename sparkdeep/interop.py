@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from sparkdeep.config import LocalSettings
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.keras_network import KerasNetwork, is_keras
 from sparkdeep.lightning_module import Clock, LightningStep, is_lightning
 from sparkdeep.lightning_optimizer import LightningOptimizer
 from sparkdeep.program import Program
 from sparkdeep.replica import steps_per_epoch
-from sparkdeep.stages import ShardFacts
 
 __all__ = ["OwnLoss", "adopt", "may_bring_loss", "may_bring_optimizer", "own_parts", "ready"]
 

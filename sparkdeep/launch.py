@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
@@ -19,6 +19,7 @@ from sparkdeep.config import LocalSettings
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.messages import Hello
 from sparkdeep.program import unpack_program
 from sparkdeep.replica import Replica
@@ -66,13 +67,25 @@ class RunningStage(Protocol):
 class Launcher(Protocol):
     """Starts one replica per shard."""
 
-    num_replicas: int
+    @property
+    def num_replicas(self) -> int:
+        """How many."""
 
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Start all replicas; each dials the ticket's address and says hello."""
 
     def renew(self) -> None:
         """Make the shards anew before the next launch: a replica did not find its own."""
+
+    def slots(self) -> int | None:
+        """How many replicas could run at the same time, whether their slots are busy or not; None where nobody knows."""
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Deal the rows anew, to so many replicas; what their shards hold.
+
+        Raises:
+            ReplicaLostError: it could not be done now, but perhaps later.
+        """
 
 
 def open_replica(plan: ReplicaPlan, channel: Channel, shard: Shard, *, number: int, device: torch.device) -> Replica:
@@ -91,10 +104,18 @@ class InProcessLauncher:
         plan: of the run.
         shards: one folder a replica.
         state_dir: where replica states are kept between stages.
+        deal: makes shards for another number of replicas, and gives their folders; None: their number is fixed.
     """
 
-    def __init__(self, plan: ReplicaPlan, shards: Sequence[Path], state_dir: Path) -> None:
+    def __init__(
+        self,
+        plan: ReplicaPlan,
+        shards: Sequence[Path],
+        state_dir: Path,
+        deal: Callable[[int], Sequence[Path]] | None = None,
+    ) -> None:
         self.num_replicas = len(shards)
+        self._deal = deal
         self._plan = plan
         self._shards = list(shards)
         self._state_dir = state_dir
@@ -108,6 +129,21 @@ class InProcessLauncher:
 
     def renew(self) -> None:
         """Nothing: the folders are the caller's."""
+
+    def slots(self) -> int | None:
+        """Not known: threads need none."""
+        return None
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Have the caller deal."""
+        assert self._deal is not None, "these shards were dealt once and for all"
+        self._shards = list(self._deal(num_replicas))
+        self.num_replicas = len(self._shards)
+        facts = []
+        for path in self._shards:
+            with contextlib.closing(Shard.open(path)) as shard:
+                facts.append(ShardFacts(rows=shard.info.rows, digest=shard.info.digest))
+        return facts
 
 
 class _Threads:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any, Final, final
 
@@ -11,16 +13,17 @@ from torch import Tensor
 from sparkdeep.averaging import OrderedSum
 from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
 from sparkdeep.compression import CHUNK, Codec, encoded_bytes
-from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
+from sparkdeep.errors import ProtocolError, ReplicaLostError, RoundTimeoutError, SparkdeepError, UserCodeError
 from sparkdeep.messages import Failure, Hello, Update, parse
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.trees import unpack_tensors
-from sparkdeep.wire import Connection, Frame
+from sparkdeep.wire import Connection, Frame, SilentError
 
 __all__ = ["Line"]
 
 _PIECE_BYTES: Final = 1 << 20
 _MAX_STATE_BYTES: Final = 1 << 36
+_LOOK_S: Final = 0.25
 
 
 @final
@@ -54,6 +57,12 @@ class Line:
         self.buffer_limit_bytes = 0
         """Largest buffers that an update may bring; set before each round."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._owes: int | None = None
+        self._owed_at = 0.0
+        self._since = 0.0
+        self._deadline = math.inf
+        self._limit = ""
+        self._rows = 0
 
     @property
     def who(self) -> str:
@@ -80,14 +89,101 @@ class Line:
                 raise ProtocolError(
                     f"replica {replica} sent {frame.kind!r} with a body; expected {' or '.join(kinds)!r}."
                 )
-            if frame.kind == "beat":
-                self._on_beat(replica, int(frame.header.get("rows", 0)))
-            elif frame.kind == "log":
-                self._on_log(replica, str(frame.header.get("text", "")))
-            elif frame.kind == "error":
-                raise self._failed(parse(Failure, frame.header))
-            else:
+            if not self._passed_on(frame):
                 raise ProtocolError(f"replica {replica} sent {frame.kind!r}; expected {' or '.join(kinds)!r}.")
+
+    def _passed_on(self, frame: Frame) -> bool:
+        """Whether it was one of those frames that may come at any time."""
+        replica = self.hello.replica
+        if frame.kind == "beat":
+            self._rows = int(frame.header.get("rows", 0))
+            self._on_beat(replica, self._rows)
+        elif frame.kind == "log":
+            self._on_log(replica, str(frame.header.get("text", "")))
+        elif frame.kind == "error":
+            raise self._failed(parse(Failure, frame.header))
+        else:
+            return False
+        return True
+
+    # -- a round's limits --------------------------------------------------------------------------------------------
+
+    def begin_round(self, deadline_s: float | None) -> None:
+        """A round begins, which must be over within `deadline_s`."""
+        self._rows = 0
+        self._since = time.monotonic()
+        self._deadline = math.inf if deadline_s is None else self._since + deadline_s
+        self._limit = "" if deadline_s is None else f"{deadline_s:.0f}"
+
+    def await_update(self, give_up: Callable[[], bool]) -> Frame | None:
+        """The round's update, or None when `give_up` says that it is not waited for any longer.
+
+        Raises:
+            RoundTimeoutError: the round's deadline has passed.
+            ConnectionLostError: the replica is gone, or silent.
+        """
+        while self._speaks(give_up):
+            frame = self.connection.receive(timeout_s=self._stall_s)
+            if frame.kind == "update":
+                return frame
+            if frame.body_bytes or not self._passed_on(frame):
+                raise ProtocolError(f"{self.who} sent {frame.kind!r}; expected 'update'.")
+        return None
+
+    def undo(self, round_number: int) -> None:
+        """Have the replica go back to where it was before the round; it owes an answer from now on."""
+        self.connection.send("undo", {"round": round_number}, timeout_s=self._stall_s)
+        self._owes, self._owed_at = round_number, time.monotonic()
+        self.waiting = True
+
+    def settle(self, give_up: Callable[[], bool]) -> bool:
+        """Wait until the replica has gone back, if it was told to; whether it has.
+
+        What it sent before it heard of that is read and forgotten.
+        """
+        while self._owes is not None:
+            if not self._speaks(give_up):
+                return False
+            frame = self.connection.receive(timeout_s=self._stall_s)
+            if frame.kind == "undone" and frame.header.get("round") == self._owes:
+                self._owes = None
+            elif frame.kind == "update":
+                self.drain(frame)
+            elif frame.kind not in {"saved", "undone"} and not self._passed_on(frame):
+                raise ProtocolError(f"{self.who} sent {frame.kind!r}; expected 'undone'.")
+        return True
+
+    def drain(self, frame: Frame) -> None:
+        """Read a body, and forget it."""
+        piece = memoryview(bytearray(min(_PIECE_BYTES, frame.body_bytes)))
+        left = frame.body_bytes
+        while left:
+            part = piece[: min(left, len(piece))]
+            self.connection.read_into(part, timeout_s=self._stall_s)
+            left -= len(part)
+
+    def _speaks(self, give_up: Callable[[], bool]) -> bool:
+        """Wait for the replica to say something; False when `give_up` says that it is not waited for any longer."""
+        while not self.connection.readable(_LOOK_S):
+            self.connection.check()
+            # One that a round went on without is not to gain time by each round that follows.
+            since = self._since if self._owes is None else self._owed_at
+            if time.monotonic() - max(since, self.connection.heard) > self._stall_s:
+                raise SilentError(f"{self.connection.peer} sent nothing for {self._stall_s:g} s.")
+            if give_up():
+                return False
+            self._check_deadline()
+        return True
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise RoundTimeoutError(
+                f"{self.who} did not end the round within its deadline of {self._limit} s, after {self._rows} rows: it is "
+                "ten times the median of the rounds before it, and at least min_round_timeout_s. If this replica's host "
+                "is merely slow, raise min_round_timeout_s, or let rounds close without it by quorum=.",
+                replica=self.hello.replica,
+                host=self.hello.host,
+            )
 
     def answer(self, kind: str) -> bytes:
         """The body of the next frame of `kind`."""
@@ -132,6 +228,7 @@ class Line:
             part = self._scratch[: codec.num_bytes(stop - start, dtype)]
             view = raw_bytes(part)
             self.connection.read_into(view, timeout_s=self._stall_s)
+            self._check_deadline()
             checksum.update(view)
             return codec.decode(part, stop - start, dtype)
 

@@ -178,6 +178,12 @@ class LocalResult:
     ready: tuple[bytes, ...] | None = None
     """The vector's bytes, if they were made already."""
 
+    @classmethod
+    def nothing(cls, update: Update, exchange: LocalUpdate, replica: int) -> LocalResult:
+        """Of a replica that does not count: a header, and no body."""
+        assert update.weight == 0, "what counts has a body"
+        return cls(update=update, vector=torch.empty(0), buffers=b"", exchange=exchange, replica=replica)
+
     def encoded(self) -> LocalResult:
         """The same, its vector encoded now if the code loses something: what is lost belongs to the replica's state."""
         if not self.exchange.codec.lossy or self.update.weight == 0:

@@ -57,7 +57,8 @@ class Open:
     scheduler_steps: int
     """The common clock so far, for a state that starts anew in mid-run."""
     state: str
-    """"fresh", "local" (read `committed`'s state from disk) or "sent"."""
+    """"fresh", "local" (read `committed`'s state from disk), "behind" (read the newest one from disk: the rounds after it
+    went on without this replica) or "sent"."""
     tensor_bytes: int
     keep: bool
     """Whether to save state on the executor's disk after every round."""
@@ -92,6 +93,22 @@ class Update:
     """Part of `compute_s` spent on getting batches."""
     logged: dict[str, float] = dataclasses.field(default_factory=dict)
     """Means of what the model logged itself."""
+
+    @classmethod
+    def absent(cls, round_number: int, told: Update | None = None) -> Update:
+        """What stands for a replica that a round does not count, with the times that it told, if it did."""
+        return cls(
+            round=round_number,
+            rows=0,
+            weight=0.0,
+            steps=0,
+            loss_sum=0.0,
+            finite=True,
+            sections=[],
+            buffer_bytes=0,
+            compute_s=told.compute_s if told is not None else 0.0,
+            input_s=told.input_s if told is not None else 0.0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

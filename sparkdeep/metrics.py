@@ -8,9 +8,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
+__all__ = ["FailureRecord", "ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
+
+
+_MAY_BE_NONE: Final = frozenset({"slowest", "replica", "host"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,24 @@ class ReplicaRecord:
     """Local work, batches included."""
     input_seconds: float
     """Part of it spent on getting batches."""
+    dropped: str = ""
+    """Why the round does not count it: "late" (`quorum`), "nonfinite" or "rolled back" (`on_nonfinite`); "" when it does."""
+    skipped_steps: int = 0
+    """Local steps of its rows that the run passes over because of that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureRecord:
+    """An attempt that failed and was repeated."""
+
+    error: str
+    """The class of what was raised."""
+    message: str
+    """Its first line."""
+    replica: int | None
+    """Which one it was, where that is known."""
+    host: str | None
+    """Where that ran."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +96,12 @@ class RoundRecord:
     """How updates were added up: "star", on the driver, or "ring", among replicas."""
     retries: int = 0
     """Failed attempts before this round was committed."""
+    failures: list[FailureRecord] = field(default_factory=list)
+    """What they were, since the round before."""
+    slowest: int | None = None
+    """The replica that computed longest."""
+    num_workers_changed: str = ""
+    """With `min_workers`: "3 -> 2" where the rows were dealt anew before this round; else ""."""
     state_reset: list[int] = field(default_factory=list)
     """Replicas whose optimizer state was lost with their executor and began anew (`replica_state="local"`)."""
     replicas: list[ReplicaRecord] = field(default_factory=list)
@@ -106,7 +133,8 @@ class RoundRecord:
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
         """Read back what `to_dict` gave."""
         parts = [ReplicaRecord(**r) for r in values.get("replicas", [])]
-        return cls(**{**values, "replicas": parts})
+        failures = [FailureRecord(**f) for f in values.get("failures", [])]
+        return cls(**{**values, "replicas": parts, "failures": failures})
 
 
 def summary(records: Sequence[RoundRecord]) -> str:
@@ -148,7 +176,7 @@ def _numbers(value: Any) -> Any:
     if value is None:
         return math.nan
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        return {k: v if k in _MAY_BE_NONE else _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     return value

@@ -17,10 +17,10 @@ from torch import Tensor
 from sparkdeep.config import LocalSettings
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.round_values import Globals
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.stages import ShardFacts
 from sparkdeep.store import open_store
 from sparkdeep.trees import pack_tensors, unpack_tensors
 

@@ -42,14 +42,14 @@ def rounds_to_run(
     return limit
 
 
-def stage_description(committed: int, planned: int | None, num_rounds: int) -> str:
+def stage_description(committed: int, planned: int | None, num_rounds: int | None) -> str:
     """What the Spark UI shows of a stage's job."""
-    first = committed + 1
+    first, of = committed + 1, "" if num_rounds is None else f" of {num_rounds}"
     if planned is None:
-        return f"sparkdeep fit: rounds from {first} of {num_rounds}"
+        return f"sparkdeep fit: rounds from {first}{of}"
     if planned == 0:
-        return f"sparkdeep fit: scores and checkpoint of round {committed} of {num_rounds}"
-    return f"sparkdeep fit: rounds {first}-{committed + planned} of {num_rounds}"
+        return f"sparkdeep fit: scores and checkpoint of round {committed}{of}"
+    return f"sparkdeep fit: rounds {first}-{committed + planned}{of}"
 
 
 def _last_stage(records: Sequence[RoundRecord]) -> tuple[float, float] | None:

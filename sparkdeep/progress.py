@@ -40,8 +40,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def start(self, rounds: int, committed: int) -> None:
-        """Show the bar, `committed` of `rounds` already done."""
+    def start(self, rounds: int | None, committed: int) -> None:
+        """Show the bar, `committed` of `rounds` already done; None: how many there are is not known."""
         self._moves = _is_notebook() or sys.stderr.isatty()
         if self._moves:
             looks: dict[str, Any] = {"dynamic_ncols": True}

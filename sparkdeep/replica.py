@@ -18,6 +18,7 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
+from sparkdeep.local_progress import Progress
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
@@ -31,7 +32,6 @@ from sparkdeep.validation import Evaluator
 
 __all__ = ["Replica", "steps_per_epoch"]
 
-BEAT_S = 0.5
 _NOTHING = nullcontext()
 _NO_BUFFERS = pack_tensors({})
 
@@ -112,6 +112,7 @@ class Replica:
                 "random": self._random.state_dict(),
                 "exchange": self.exchange.state_dict(),
                 "buffers": self._own_buffers,
+                "clock": self._clock,
             }
         )
 
@@ -128,9 +129,11 @@ class Replica:
         self._random.load_state_dict(state["random"])
         self.exchange.load_state_dict(state["exchange"])
         self._own_buffers = state["buffers"]
+        self._clock = state["clock"]
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)
+        self._clock = scheduler_steps
         for _ in range(scheduler_steps if self._scheduler is not None else 0):
             self._scheduler.step()
 
@@ -173,23 +176,57 @@ class Replica:
         began = time.perf_counter()
         if self._settings.inner_state == "reset":
             self._optimizer.state.clear()
-        last = min(spec.first_step + spec.num_steps, self.steps_per_epoch)
-        progress = _Progress(self._beat)
+        progress = Progress(self._beat)
         self.model.train()
         seams.reach("train", round_number=spec.round, replica=self.number)
-        with self._random.installed(), self._reader.training(spec.epoch, spec.first_step, last) as steps:
-            for step in range(spec.first_step, last):
-                between((step - spec.first_step) / spec.num_steps)
-                seams.reach("step", round_number=spec.round, replica=self.number)
-                self._local_step(self._batches(steps, progress), progress)
-            # A replica that is out of rows keeps the common clock of the learning rate all the same.
-            for _ in range(spec.num_steps - max(0, last - spec.first_step)):
-                if self._scheduler is not None:
-                    self._scheduler.step()
+        with self._random.installed():
+            for epoch, first, last in self._stretches(spec):
+                with self._reader.training(epoch, first, last) as steps:
+                    for _ in range(first, last):
+                        if (
+                            spec.budget_s is not None
+                            and time.perf_counter() - began >= spec.budget_s
+                            and progress.steps
+                        ):
+                            break
+                        between(progress.steps / spec.num_steps)
+                        seams.reach("step", round_number=spec.round, replica=self.number)
+                        self._local_step(self._batches(steps, progress), progress)
+            self._clock += progress.steps
+            if not spec.own_clock:
+                self._keep_time(spec.num_steps - progress.steps)
         between(1.0)  # not while the generators are held: it may wait for other replicas of this process
         return self._result(spec, progress, began)
 
-    def _local_step(self, batches: list[Batch], progress: _Progress) -> None:
+    def skip(self, spec: RoundSpec) -> None:
+        """Be where a replica is that a round went on without: no step is taken, and the common clock goes on."""
+        if not spec.own_clock:
+            self._keep_time(spec.num_steps)
+
+    def catch_up(self, clock: int) -> None:
+        """Advance the learning-rate clock to where it is without this replica, which missed rounds."""
+        self._keep_time(max(0, clock - self._clock))
+
+    def _keep_time(self, num_steps: int) -> None:
+        """A replica that is out of rows keeps the common clock of the learning rate all the same."""
+        self._clock += num_steps
+        for _ in range(num_steps if self._scheduler is not None else 0):
+            self._scheduler.step()
+
+    def _stretches(self, spec: RoundSpec) -> Iterator[tuple[int, int, int]]:
+        """The round's steps as (epoch, first, last), each within one epoch."""
+        own = self.steps_per_epoch
+        if not spec.own_clock:
+            yield spec.epoch, spec.first_step, min(spec.first_step + spec.num_steps, own)
+            return
+        at, end = spec.epoch * own + spec.first_step, spec.epoch * own + spec.first_step + spec.num_steps
+        while at < end:
+            epoch, first = divmod(at, own)
+            last = min(own, first + end - at)
+            yield epoch, first, last
+            at += last - first
+
+    def _local_step(self, batches: list[Batch], progress: Progress) -> None:
         weights = [float(b.rows) if b.weights is None else float(b.weights.sum()) for b in batches]
         total = sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
@@ -207,7 +244,7 @@ class Replica:
             self._scheduler.step()
         progress.end_step()
 
-    def _batches(self, steps: Iterator[list[Batch]], progress: _Progress) -> list[Batch]:
+    def _batches(self, steps: Iterator[list[Batch]], progress: Progress) -> list[Batch]:
         began = time.perf_counter()
         batches = next(steps)
         progress.input_s += time.perf_counter() - began
@@ -221,7 +258,7 @@ class Replica:
     def _norms(self, rows: int) -> AbstractContextManager[Any]:
         return _single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
 
-    def _result(self, spec: RoundSpec, progress: _Progress, began: float) -> LocalResult:
+    def _result(self, spec: RoundSpec, progress: Progress, began: float) -> LocalResult:
         weight = progress.weight
         sections: list[str] = []
         vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
@@ -267,49 +304,13 @@ class Replica:
         """Score the model as it is on this shard's validation rows, in eval mode; as `trees.pack` takes it."""
         evaluator = Evaluator(self._loss, self._program.metrics or {}, has_step=self._program.training_step is not None)
         self.model.eval()
-        progress = _Progress(self._beat)
+        progress = Progress(self._beat)
         with torch.no_grad(), self._random.borrowed():
             for batch in self._reader.validation():
                 with self._autocast():
                     evaluator.add(self.model, batch)
                 progress.add(batch.rows, 0.0, None)
         return evaluator.scores()
-
-
-class _Progress:
-    """Counts of a round as it goes on."""
-
-    def __init__(self, beat: Callable[[int, int], None]) -> None:
-        self.rows = 0
-        self.steps = 0
-        self.weight = 0.0
-        self.input_s = 0.0
-        self._losses: list[Tensor | float] = []
-        self._weights: list[float] = []
-        self._beat = beat
-        self._last = time.monotonic()
-
-    def add(self, rows: int, weight: float, loss: Tensor | None) -> None:
-        self.rows += rows
-        self.weight += weight
-        if loss is not None:
-            # A number on the CPU is there; one on a device would be waited for, and is fetched when the round ends.
-            self._losses.append(loss.item() if loss.device.type == "cpu" else loss.detach().reshape(()))
-            self._weights.append(weight)
-        if time.monotonic() - self._last > BEAT_S:
-            self._beat(self.rows, self.steps)
-            self._last = time.monotonic()
-
-    def end_step(self) -> None:
-        self.steps += 1
-
-    def loss_sum(self) -> float:
-        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
-        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
-        losses = (
-            torch.stack(tensors).to("cpu", torch.float64) if tensors else torch.tensor(numbers, dtype=torch.float64)
-        )
-        return float(losses @ torch.tensor(self._weights, dtype=torch.float64))
 
 
 class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)

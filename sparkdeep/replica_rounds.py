@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from sparkdeep.channel import Channel
 from sparkdeep.errors import ProtocolError
 from sparkdeep.local_update import LocalResult
+from sparkdeep.messages import Update
 from sparkdeep.overlapping import AbandonedError, Courier, Pace
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.replica import Replica
@@ -79,6 +81,8 @@ class ReplicaRounds:
         self._states = states
         self._keep = keep
         self._pace = Pace(replica.exchange.fragments)
+        self._before: tuple[RoundSpec, bytes] | None = None
+        """The round that is under way or was just done, and the state before it, where it may be undone."""
         self.ring: Ring | None = None
         """Set when the replicas of the stage add their updates up among themselves."""
 
@@ -113,19 +117,67 @@ class ReplicaRounds:
             self.ring = None
         order = self._take(frame, None)
         replica = self._replica
+        replica.catch_up(int(frame.header["clock"]))
+        self._before = (order.spec, replica.save_state()) if frame.header["may_undo"] else None
         replica.begin_round(order.buffers)
         replica.exchange.arrived()
         replica.load_inner_state(order.sections, order.inner)
-        result = replica.train(order.spec)
+        try:
+            result = self._result(order.spec)
+        except AbandonedError:
+            self.go_back(self._channel.undone)
+            return None
         if replica.exchange.overlap:
             return self._go_on(order, result)
         if self.ring is None:
             self._channel.update(result)
         else:
             self._add_up(result)
+        if (told := self._channel.undone) is not None:
+            self.go_back(told)
+            return None
         began = time.perf_counter()
         self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
         return None
+
+    def _result(self, spec: RoundSpec) -> LocalResult:
+        """Do the round; one that may be undone is broken off when the driver says so, and goes back if it is not finite."""
+        replica = self._replica
+        if spec.skip:
+            replica.skip(spec)
+            return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
+        if self._before is None:
+            return replica.train(spec)
+        result = replica.train(spec, self._unless_undone)
+        if result.update.finite:
+            return result
+        self._restore()
+        # Where it was before the round, it has nothing that could be counted.
+        told = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
+        return LocalResult.nothing(told, replica.exchange, replica.number)
+
+    def _unless_undone(self, share: float) -> None:
+        if share < 1.0 and self._channel.look():
+            raise AbandonedError
+
+    def go_back(self, round_number: int | None) -> None:
+        """Be where a replica is that the round went on without, and say so.
+
+        Raises:
+            ProtocolError: it cannot be undone.
+        """
+        if self._before is None or self._before[0].round != round_number:
+            raise ProtocolError(f"the driver wants round {round_number} undone, which this replica is not in.")
+        self._restore()
+        if self._keep:
+            keep_state(self._states, self._before[0].round, self._replica.save_state())
+        self._channel.send("undone", {"round": round_number})
+
+    def _restore(self) -> None:
+        assert self._before is not None
+        spec, state = self._before
+        self._replica.load_state(state)
+        self._replica.skip(spec)
 
     def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:
         """Deliver updates while the rounds after them are trained, until none is to be begun ahead."""

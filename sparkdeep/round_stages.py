@@ -22,9 +22,8 @@ from sparkdeep.parameters import Layout
 from sparkdeep.planning import stage_description
 from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.run_state import RunState, Snapshot
-from sparkdeep.schedule import RoundSpec, Schedule
+from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import versions
-from sparkdeep.stages import ShardFacts
 from sparkdeep.trees import unpack, unpack_tensors
 
 __all__ = ["RoundStages"]
@@ -46,11 +45,8 @@ class RoundStages:
     run: str
     """The run's id."""
     settings: RunSettings
-    schedule: Schedule
     layout: Layout
     plan: ReplicaPlan
-    shards: Sequence[ShardFacts]
-    """The ledger; a replica whose shard differs is refused."""
     fixed: Callable[[], bytes]
     """The parameters that are not trained, as `trees.pack_tensors`; b"" when there are none."""
     wide: bool
@@ -60,6 +56,8 @@ class RoundStages:
     """Of the last job."""
     last_opening_s: float = field(default=0.0, init=False)
     """Always 0: what a job's start costs is part of its exchange."""
+    last_change: str = field(default="", init=False)
+    """Always "": the number of replicas does not change."""
     _state: RunState | None = field(default=None, init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
     _send_states: bool = field(default=True, init=False)
@@ -97,7 +95,7 @@ class RoundStages:
         del round_s
         return False
 
-    def close(self, committed: int) -> None:
+    def close(self, state: RunState) -> None:
         """Nothing is open."""
 
     def discard(self) -> None:
@@ -107,17 +105,27 @@ class RoundStages:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
-        """Run one round as one job; none is begun ahead.
+    def train(
+        self,
+        specs: Sequence[RoundSpec],
+        start: Globals,
+        ahead: RoundSpec | None = None,
+        *,
+        clocks: Sequence[int],
+        rows: Sequence[int],
+        deadline_s: float | None = None,
+    ) -> RoundResult:
+        """Run one round as one job, the same for all replicas; none is begun ahead, and the job has its own deadline.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a task was lost, or gave no reply in time; the round can be repeated.
         """
-        del ahead
+        del ahead, clocks, rows, deadline_s
+        spec = specs[0]
         began = time.perf_counter()
         assert self._state is not None
-        what = stage_description(self._state.committed, 1, self.schedule.num_rounds)
+        what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)
         replies = self._run(self._order("train", start, spec), what)
         updates = [parse(Update, reply.header["update"]) for reply in replies]
         check_updates(updates, [self.hellos[i].host for i in range(len(replies))], spec.round)
@@ -145,13 +153,14 @@ class RoundStages:
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters as one job; one result a replica, in order."""
         assert self._state is not None
-        what = f"sparkdeep fit: validation after round {self._state.committed} of {self.schedule.num_rounds}"
+        what = f"sparkdeep fit: validation after round {self._state.committed} of {self._state.schedule.num_rounds}"
         return [dict(unpack(reply.body)) for reply in self._run(self._order("evaluate", model), what)]
 
-    def states(self) -> list[bytes]:
+    def states(self, clocks: Sequence[int]) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job."""
+        del clocks
         assert self._state is not None
-        what = f"sparkdeep fit: states after round {self._state.committed} of {self.schedule.num_rounds}"
+        what = f"sparkdeep fit: states after round {self._state.committed} of {self._state.schedule.num_rounds}"
         return [reply.body for reply in self._run(self._order("states"), what)]
 
     def _order(
@@ -159,7 +168,6 @@ class RoundStages:
     ) -> Order:
         assert self._state is not None
         state = self._state
-        at = self.schedule.position(state.committed)
         sent = self._sent() if start is not None else ()
         exchange = self.runner.exchange if kind == "train" else None
         parcel = None if start is None else self._shipped(start)
@@ -171,10 +179,10 @@ class RoundStages:
             kind=kind,
             settings=self.plan.settings,
             schema=self.plan.schema,
-            facts=tuple(self.shards),
+            facts=state.generation.shards,
             versions=versions(),
             committed=state.committed,
-            scheduler_steps=at.epoch * self.schedule.steps_per_epoch + at.step,
+            scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
             source="sent" if sent else "local" if state.committed else "fresh",
             durable=self.settings.replica_state == "durable",
             sections=() if start is None else tuple(start.sections),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,3 +54,9 @@ class RoundResult:
     saved: list[Saved]
     seconds: float
     traffic: Traffic = field(default_factory=Traffic)
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Replicas that the round does not count, and why: "late", "nonfinite" or "rolled back"."""
+    passed_over: Mapping[int, int] = field(default_factory=dict)
+    """Steps that they had taken, as far as they told."""
+    rolled_back: bool = False
+    """Whether nobody counts, and all replicas are where they were before the round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -10,15 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from sparkdeep import seams
-from sparkdeep.config import RunSettings
+from sparkdeep.admission import not_finite
+from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.deadlines import round_deadline_s
+from sparkdeep.divergence import check_divergence
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.messages import Update
 from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
+from sparkdeep.replaying import replayed
 from sparkdeep.round_values import RoundResult
 from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
-from sparkdeep.schedule import RoundSpec, Schedule
+from sparkdeep.schedule import RoundSpec
 from sparkdeep.transport import OpenStage, StageOpener
 from sparkdeep.validation import merge_scores
 
@@ -33,7 +39,7 @@ class Run:
     """What a fit is, for the loop."""
 
     settings: RunSettings
-    schedule: Schedule
+    local: LocalSettings
     layout: Layout
     state: RunState
     outer: OuterOptimizer
@@ -49,10 +55,19 @@ class Run:
     """Whether a round may begin before the one before it is committed."""
     pending: RoundRecord | None = None
     """A committed round that is not validated or kept yet."""
-    failures: int = 0
-    """Attempts that failed since the run last got further."""
+    epoch_ended: bool = False
+    """Whether the pending round was the last of its epoch."""
+    ledger: FailureLedger = field(init=False)
+    """What has failed."""
+    rolled_back: int = 0
+    """Rounds in a row that counted nobody (`on_nonfinite="rollback"`)."""
+    replay: Mapping[int, RoundRecord] = field(default_factory=dict)
+    """Rounds of an earlier run whose decisions are taken again: who counted, and how many steps each took."""
     furthest: int = 0
     sleep: Callable[[float], None] = field(default=time.sleep)
+
+    def __post_init__(self) -> None:
+        self.ledger = FailureLedger(max_retries=self.settings.max_retries)
 
 
 def run_rounds(run: Run) -> Generator[RoundRecord]:
@@ -64,6 +79,8 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
     Raises:
         UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError: not repeated.
         ReplicaLostError: more failures in a row than `max_retries`.
+        ReplicaDiedRepeatedlyError: the same replica died twice running.
+        DivergedError: the loss grew beyond `divergence_factor`.
     """
     try:
         while run.pending is not None or not _over(run):
@@ -90,57 +107,97 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
 
 
 def _over(run: Run) -> bool:
-    return bool(run.state.stopped) or run.schedule.next(run.state.committed) is None
+    return bool(run.state.stopped) or run.state.specs() is None
 
 
 def _latest(run: Run) -> Snapshot | None:
     return run.snapshots.latest() if run.snapshots is not None else None
 
 
+class _RolledBackError(Exception):
+    """The round counts nobody: there is no outer step."""
+
+
 def _round(run: Run, stage: OpenStage) -> RoundRecord:
     """One round and its outer step: afterwards it is committed in the driver's memory."""
     state = run.state
-    spec = run.schedule.next(state.committed)
-    assert spec is not None
+    planned = state.specs()
+    assert planned is not None
+    specs = replayed(planned, run.replay.get(state.committed + 1))
     began = time.perf_counter()
     result: RoundResult | None = None
 
     def closure() -> RoundResult:
         nonlocal result
-        result = stage.train(spec, state.starting(base=run.base), _ahead(run, spec))
+        result = stage.train(
+            specs,
+            state.starting(base=run.base),
+            _ahead(run, specs[0]),
+            clocks=state.clocks(),
+            rows=[shard.rows["train"] for shard in state.generation.shards],
+            deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s),
+        )
+        if result.rolled_back or all(spec.skip for spec in specs):
+            raise _RolledBackError
+        check_divergence(result.loss, state.records, run.settings, specs[0].round)
         if state.downlink is not None:
             state.downlink.before_step()
         return result
 
-    run.outer.step(state.parameters, closure)
+    with contextlib.suppress(_RolledBackError):
+        run.outer.step(state.parameters, closure)
+        assert result is not None
+        if state.downlink is not None:
+            state.downlink.after_step()
+        state.buffers = result.buffers
+        # A copy: the next round's mean is written over this one's.
+        state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
     assert result is not None
-    if state.downlink is not None:
-        state.downlink.after_step()
-    state.buffers = result.buffers
-    # A copy: the next round's mean is written over this one's.
-    state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
-    state.committed = spec.round
-    record = _record(run, stage, spec, result, time.perf_counter() - began)
+    _count_rolled_back(run, stage, result)
+    record = _record(run, stage, specs, result, time.perf_counter() - began)
+    epochs = state.epochs_done()
+    if run.settings.time_budget_s is not None:
+        state.consumed = [
+            done + part.steps + part.skipped_steps for done, part in zip(state.consumed, record.replicas, strict=True)
+        ]
+    state.committed = specs[0].round
+    run.epoch_ended = state.epochs_done() > epochs
     state.records.append(record)
     if state.committed > run.furthest:
-        run.furthest, run.failures = state.committed, 0
+        run.furthest = state.committed
+        run.ledger.progressed()
     return record
+
+
+def _count_rolled_back(run: Run, stage: OpenStage, result: RoundResult) -> None:
+    run.rolled_back = run.rolled_back + 1 if result.rolled_back else 0
+    if run.rolled_back > run.settings.max_retries:
+        replica = next(i for i, why in sorted(result.dropped.items()) if why == "nonfinite")
+        raise not_finite(
+            replica,
+            stage.hellos[replica].host,
+            run.state.committed + 1,
+            f" {run.rolled_back} rounds in a row were taken back, and max_retries={run.settings.max_retries}.",
+        )
 
 
 def _ahead(run: Run, spec: RoundSpec) -> RoundSpec | None:
     """The round that replicas may begin before `spec` is committed: the next one, unless something is due in between."""
     if not run.overlap or run.stages.last_planned():
         return None
-    if _validates_at(run, spec.round) or _snapshot_at(run, spec.round):
+    state = run.state
+    ends_epoch = state.schedule.epochs_done(spec.round, state.consumed) > state.epochs_done()
+    if _validates_at(run, spec.round, ends_epoch) or _snapshot_at(run, spec.round):
         return None
-    return run.schedule.next(spec.round)
+    return state.schedule.next(spec.round)
 
 
-def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, seconds: float) -> RoundRecord:
+def _record(run: Run, stage: OpenStage, specs: Sequence[RoundSpec], result: RoundResult, seconds: float) -> RoundRecord:
     compute_s = max(update.compute_s for update in result.updates)
+    failures = run.ledger.take()
     return RoundRecord(
-        round=spec.round,
-        epoch=spec.epoch + 1,
+        round=specs[0].round,
+        epoch=max(spec.epoch for spec in specs) + 1,
         rows=sum(update.rows for update in result.updates),
         loss=result.loss,
         logged=_logged(result.updates),
@@ -151,11 +208,14 @@ def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, se
         stage_seconds=run.stages.last_opening_s,
         state_seconds=max(saved.seconds for saved in result.saved),
         state_bytes=sum(saved.bytes for saved in result.saved),
-        retries=run.failures,
+        retries=len(failures),
+        failures=failures,
+        slowest=max(range(len(specs)), key=lambda i: result.updates[i].compute_s),
         sent_bytes=result.traffic.sent_bytes,
         received_bytes=result.traffic.received_bytes,
         aggregation=run.state.aggregation,
         state_reset=run.stages.committed_round(),
+        num_workers_changed=run.stages.last_change,
         replicas=[
             ReplicaRecord(
                 replica=i,
@@ -165,8 +225,14 @@ def _record(run: Run, stage: OpenStage, spec: RoundSpec, result: RoundResult, se
                 steps=update.steps,
                 compute_seconds=update.compute_s,
                 input_seconds=update.input_s,
+                dropped="late" if spec.skip else result.dropped.get(i, ""),
+                skipped_steps=result.passed_over.get(i, 0)
+                if spec.own_clock
+                else spec.num_steps
+                if i in result.dropped or spec.skip
+                else 0,
             )
-            for i, update in enumerate(result.updates)
+            for i, (spec, update) in enumerate(zip(specs, result.updates, strict=True))
         ],
     )
 
@@ -183,16 +249,14 @@ def _logged(updates: Sequence[Update]) -> dict[str, float]:
 def _validation_due(run: Run) -> bool:
     if not run.validate or run.pending is None or run.pending.metrics:
         return False
-    return _validates_at(run, run.state.committed)
+    return _validates_at(run, run.state.committed, run.epoch_ended) or run.state.specs() is None
 
 
-def _validates_at(run: Run, committed: int) -> bool:
+def _validates_at(run: Run, committed: int, epoch_ended: bool) -> bool:
     if not run.validate:
         return False
     every = run.settings.validate_every
-    if committed == run.schedule.num_rounds:
-        return True
-    return committed % (run.schedule.rounds_per_epoch if every == "epoch" else every) == 0
+    return epoch_ended if every == "epoch" else committed % every == 0
 
 
 def _validate(run: Run, stage: OpenStage) -> None:
@@ -238,7 +302,7 @@ def _keep(run: Run, stage: OpenStage) -> None:
     assert run.snapshots is not None
     began = time.perf_counter()
     seams.reach("checkpoint", round_number=run.state.committed)
-    files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states())
+    files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states(run.state.clocks()))
     run.snapshots.save(Snapshot(round=run.state.committed, files=files))
     seconds = time.perf_counter() - began
     run.pending = dataclasses.replace(
@@ -252,7 +316,7 @@ def _keep(run: Run, stage: OpenStage) -> None:
 def _close(run: Run) -> None:
     """Close the stage in good order; a replica that is lost on the way out costs its kept state, not the run."""
     try:
-        run.stages.close(run.state.committed)
+        run.stages.close(run.state)
     except ReplicaLostError as error:
         _LOG.warning("a replica was lost while the stage closed: %s", error)
 
@@ -260,13 +324,11 @@ def _close(run: Run) -> None:
 def _recover(run: Run, error: ReplicaLostError) -> None:
     """Get ready to repeat what failed, or raise when it has failed too often."""
     run.stages.discard()
-    run.failures += 1
-    if run.failures > run.settings.max_retries:
-        raise error
+    run.ledger.add(error, run.state.committed + 1)
     _LOG.warning(
         "round %d, attempt %d of %d failed: %s",
         run.state.committed + 1,
-        run.failures,
+        len(run.ledger.running),
         run.settings.max_retries + 1,
         error,
     )
@@ -274,6 +336,6 @@ def _recover(run: Run, error: ReplicaLostError) -> None:
         snapshot = _latest(run)
         assert snapshot is not None, "a durable run keeps a snapshot from its start"
         if snapshot.round < run.state.committed:
-            run.outer.load_state_dict(run.state.restore(run.layout, snapshot.files))
+            run.outer.load_state_dict(run.state.restore(run.layout, snapshot.files, run.local, run.settings))
             run.pending = None
-    run.sleep(run.settings.retry_backoff_s * 2 ** (run.failures - 1))
+    run.sleep(run.settings.retry_backoff_s * 2 ** (len(run.ledger.running) - 1))

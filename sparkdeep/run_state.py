@@ -9,10 +9,13 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import Tensor
 
+from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.downlink import Downlink
+from sparkdeep.generation import AnySchedule, Generation
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.parameters import Layout
 from sparkdeep.round_values import Globals
+from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack, unpack
 
 __all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
@@ -35,6 +38,10 @@ class RunState:
     parameters: Tensor
     """The global parameters, (numel,); always the same memory, since the outer optimizer holds views of it."""
     buffers: dict[str, Tensor]
+    generation: Generation
+    """The replicas that there are, and the rounds before them."""
+    consumed: list[int]
+    """Own steps that each of them has done since the run began, where it keeps a clock of its own (`time_budget_s`)."""
     sections: list[str] = field(default_factory=list)
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -51,6 +58,33 @@ class RunState:
     stopped: str = ""
     """Why the run is over before its last round; "" while it is not."""
     records: list[RoundRecord] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> AnySchedule:
+        """The rounds of the present replicas."""
+        return self.generation.schedule
+
+    def specs(self) -> tuple[RoundSpec, ...] | None:
+        """The next round, by replica; None when the run is over."""
+        return self.schedule.specs(self.committed, self.consumed)
+
+    def epochs_done(self) -> int:
+        """Epochs that are over."""
+        return self.schedule.epochs_done(self.committed, self.consumed)
+
+    def clocks(self) -> list[int]:
+        """Steps of each replica's learning-rate schedule so far."""
+        count = self.generation.num_replicas
+        return [self.schedule.clock(self.committed, self.consumed, replica) for replica in range(count)]
+
+    @property
+    def just_dealt(self) -> bool:
+        """Whether the replicas have not trained a round yet."""
+        return self.committed == self.generation.began
+
+    def deal(self, generation: Generation) -> None:
+        """Go on with other replicas."""
+        self.generation, self.consumed = generation, list(generation.consumed)
 
     def starting(self, *, base: Literal["start", "global"] | None = None) -> Globals:
         """What replicas start the next round from.
@@ -90,6 +124,8 @@ class RunState:
                 "buffers": self.best.buffers,
             }
         run = {
+            "generation": self.generation.to_json(),
+            "consumed": self.consumed,
             "committed": self.committed,
             "stale": self.stale,
             "stopped": self.stopped,
@@ -107,8 +143,16 @@ class RunState:
             files[f"replica-{i:05d}.safetensors"] = state
         return files
 
-    def restore(self, layout: Layout, files: Mapping[str, bytes]) -> dict[str, Any]:
+    def restore(
+        self, layout: Layout, files: Mapping[str, bytes], local: LocalSettings, settings: RunSettings
+    ) -> dict[str, Any]:
         """Go back to what `to_files` gave; returns the outer optimizer's state dict.
+
+        Args:
+            layout: of the model.
+            files: of the snapshot.
+            local: settings of the fit, as its replicas know them.
+            settings: as the driver knows them; `epochs` may have grown.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -118,6 +162,8 @@ class RunState:
         with torch.no_grad():
             for entry, view in zip(layout.entries, layout.views(self.parameters.detach()), strict=True):
                 view.copy_(weights[entry.name])
+        self.generation = Generation.from_json(run["generation"], local, settings)
+        self.consumed = list(run["consumed"])
         self.buffers = run["buffers"]
         self.sections, self.inner = run["sections"], run["inner"]
         self.committed, self.stale, self.stopped = run["committed"], run["stale"], run["stopped"]

@@ -1,12 +1,12 @@
-"""How much local work each round does: rounds divide an epoch, and never cross its end."""
+"""How much local work each round does: rounds divide an epoch and never cross its end, or last a number of seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["Position", "RoundSpec", "Schedule"]
+__all__ = ["Position", "RoundSpec", "Schedule", "TimeSchedule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,9 @@ class Position:
     """First local step of the next round within its epoch, from 0."""
 
 
+_START: Final = Position(round=0, epoch=0, step=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundSpec:
     """The local work of one round, the same for every replica; one with fewer batches does what it has."""
@@ -33,6 +36,12 @@ class RoundSpec:
     """First local step within the epoch."""
     num_steps: int
     """Local steps on the common clock; learning-rate schedules advance by this much on every replica."""
+    budget_s: float | None = None
+    """Stop after the step in which so many seconds are over; None: after `num_steps`."""
+    own_clock: bool = False
+    """Whether `epoch`, `first_step` and `num_steps` count this replica's own steps, and may cross an epoch's end."""
+    skip: bool = False
+    """Do nothing but advance the common clock: this round was recorded as one that went on without the replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,8 @@ class Schedule:
     """Passes over the data."""
     sync_every: int | Literal["epoch"]
     """Local steps between averages."""
+    start: Position = _START
+    """Where it begins: a run whose rows were dealt anew goes on in the middle of an epoch."""
 
     @classmethod
     def over(cls, steps: Sequence[int], *, epochs: int, sync_every: int | Literal["epoch"]) -> Schedule:
@@ -62,14 +73,23 @@ class Schedule:
         return -(-self.steps_per_epoch // self.stride)
 
     @property
+    def _first_epoch_rounds(self) -> int:
+        """Rounds of the epoch in which it begins."""
+        return -(-(self.steps_per_epoch - self.start.step) // self.stride)
+
+    @property
     def num_rounds(self) -> int:
-        """Rounds of the whole run."""
-        return self.epochs * self.rounds_per_epoch
+        """Rounds of the whole run, those before `start` included."""
+        later = self.epochs - self.start.epoch - 1
+        return self.start.round + self._first_epoch_rounds + later * self.rounds_per_epoch
 
     def position(self, committed: int) -> Position:
         """Where the run is after `committed` rounds."""
-        epoch, nth = divmod(committed, self.rounds_per_epoch)
-        return Position(round=committed, epoch=epoch, step=nth * self.stride)
+        done = committed - self.start.round
+        if done < self._first_epoch_rounds:
+            return Position(round=committed, epoch=self.start.epoch, step=self.start.step + done * self.stride)
+        epoch, nth = divmod(done - self._first_epoch_rounds, self.rounds_per_epoch)
+        return Position(round=committed, epoch=self.start.epoch + 1 + epoch, step=nth * self.stride)
 
     def next(self, committed: int) -> RoundSpec | None:
         """The round after `committed` rounds, or None when the run is over."""
@@ -79,6 +99,80 @@ class Schedule:
         left = self.steps_per_epoch - at.step
         return RoundSpec(round=committed + 1, epoch=at.epoch, first_step=at.step, num_steps=min(self.stride, left))
 
-    def ends_epoch(self, spec: RoundSpec) -> bool:
-        """Whether `spec` is the last round of its epoch."""
-        return spec.first_step + spec.num_steps >= self.steps_per_epoch
+    def specs(self, committed: int, consumed: Sequence[int]) -> tuple[RoundSpec, ...] | None:
+        """The next round of every replica; on the common clock they are alike."""
+        spec = self.next(committed)
+        return None if spec is None else (spec,) * len(consumed)
+
+    def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
+        """Epochs that are over."""
+        del consumed
+        return self.position(committed).epoch
+
+    def share_of_epoch(self, committed: int, consumed: Sequence[int]) -> float:
+        """How much of the current epoch is over, from 0 to below 1."""
+        del consumed
+        return self.position(committed).step / self.steps_per_epoch
+
+    def clock(self, committed: int, consumed: Sequence[int], replica: int) -> int:
+        """Steps of a replica's learning-rate schedule so far."""
+        del consumed, replica
+        at = self.position(committed)
+        return at.epoch * self.steps_per_epoch + at.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSchedule:
+    """Rounds of a number of seconds: each replica takes the steps that it gets done, on a clock of its own.
+
+    The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with
+    weight 0. What a replica has consumed is counted by the driver, in own steps since the run began.
+    """
+
+    steps: tuple[int, ...]
+    """Local steps an epoch, by replica."""
+    epochs: int
+    """Passes of each replica over its rows."""
+    budget_s: float
+    """Seconds of local work a round."""
+
+    num_rounds: None = None
+    """Nobody knows before."""
+
+    def specs(self, committed: int, consumed: Sequence[int]) -> tuple[RoundSpec, ...] | None:
+        """The next round of every replica, or None when all have been through their rows."""
+        left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
+        if max(left) <= 0:
+            return None
+        return tuple(
+            RoundSpec(
+                round=committed + 1,
+                epoch=done // own if own else 0,
+                first_step=done % own if own else 0,
+                num_steps=max(0, rest),
+                budget_s=self.budget_s,
+                own_clock=True,
+            )
+            for own, done, rest in zip(self.steps, consumed, left, strict=True)
+        )
+
+    def next(self, committed: int) -> RoundSpec | None:
+        """Not known before the round is due."""
+        del committed
+        return None
+
+    def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
+        """Whole epochs in what all replicas have consumed together."""
+        del committed
+        return sum(consumed) // max(1, sum(self.steps))
+
+    def share_of_epoch(self, committed: int, consumed: Sequence[int]) -> float:
+        """How much of the current epoch is over, from 0 to below 1, all replicas together."""
+        del committed
+        whole = max(1, sum(self.steps))
+        return sum(consumed) % whole / whole
+
+    def clock(self, committed: int, consumed: Sequence[int], replica: int) -> int:
+        """Steps of a replica's learning-rate schedule so far: its own."""
+        del committed
+        return consumed[replica]

@@ -54,6 +54,7 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
                 if (committed := frame.header.get("save")) is not None:
+                    replica.catch_up(int(frame.header["clock"]))
                     keep_state(states, committed, replica.save_state())
                 channel.send("bye")
                 return
@@ -91,7 +92,10 @@ def _obey(channel: Channel, replica: Replica, rounds: ReplicaRounds, frame: Fram
         channel.read_vector(parameters)
         replica.load_for_scoring(parameters, channel.read_bytes(header["buffer_bytes"]))
         channel.send("scores", {}, pack(replica.evaluate()))
+    elif kind == "undo":
+        rounds.go_back(int(header["round"]))
     elif kind == "state":
+        replica.catch_up(int(header["clock"]))
         channel.send("state", {}, replica.save_state())
     elif kind == "probe":
         channel.send("probed", {}, channel.read_bytes(frame.body_bytes))
@@ -110,10 +114,22 @@ def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) ->
     if answer.state == "sent":
         replica.load_state(sent)
         return "restored"
-    if answer.state == "local":
+    if answer.state in {"local", "behind"}:
         # Damaged or gone: reported as "reset", and the driver names the loss in the round's record.
         with contextlib.suppress(CheckpointError, OSError):
-            replica.load_state(states.read(answer.committed))
+            replica.load_state(_kept(states, answer))
+            replica.catch_up(answer.scheduler_steps)
             return "restored"
     replica.restart(answer.scheduler_steps)
-    return "reset" if answer.state == "local" else "fresh"
+    return "fresh" if answer.state == "fresh" else "reset"
+
+
+def _kept(states: StateFiles, answer: Open) -> bytes:
+    """The state that the driver means.
+
+    Raises:
+        FileNotFoundError: it is not here.
+    """
+    if answer.state == "local":
+        return states.read(answer.committed)
+    return states.read(max((r for r in states.rounds() if r <= answer.committed), default=0))

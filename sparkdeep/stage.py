@@ -166,12 +166,18 @@ class Stage:
         meeting = Meeting(timeout_s=timeout_s, check=self._check)
         self._all(lambda replica: meeting.host(self._lines[replica], self.num_replicas))
 
-    def close(self, *, save: int | None, timeout_s: float = 60.0) -> None:
-        """Tell the replicas to stop, to keep their state as that of round `save` if it is given, and wait for them."""
+    def close(self, *, save: int | None, clocks: Sequence[int], timeout_s: float = 60.0) -> None:
+        """Tell the replicas to stop, to keep their state as that of round `save` if it is given, and wait for them.
+
+        Args:
+            save: a round, or None.
+            clocks: steps of every replica's learning-rate schedule.
+            timeout_s: for their tasks to end.
+        """
 
         def farewell(replica: int) -> None:
-            line = self._lines[replica]
-            line.connection.send("stop", {"save": save})
+            line = self._settled(replica)
+            line.connection.send("stop", {"save": save, "clock": clocks[replica]})
             line.expect("bye")
 
         self._all(farewell)
@@ -194,21 +200,42 @@ class Stage:
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
-    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
-        """Run one round: all replicas' updates are in the result, or it raises and none counts.
+    def train(
+        self,
+        specs: Sequence[RoundSpec],
+        start: Globals,
+        ahead: RoundSpec | None = None,
+        *,
+        clocks: Sequence[int],
+        rows: Sequence[int],
+        deadline_s: float | None = None,
+    ) -> RoundResult:
+        """Run one round: the updates that it counts are in the result, or it raises and none counts.
 
         Args:
-            spec: of the round.
+            specs: of the round, one a replica.
             start: what it starts from.
             ahead: the next round, if replicas may begin it before this one's mean is taken (`overlap`).
+            clocks: steps of every replica's learning-rate schedule before the round.
+            rows: training rows of every replica's shard.
+            deadline_s: for the whole round; None: only silence is a failure.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a replica went away or its update was damaged; the round can be repeated.
         """
         began = time.perf_counter()
-        order = TrainOrder(spec=spec, start=start, ahead=ahead, fresh=self._fresh, held=self._held)
-        gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
+        order = TrainOrder(
+            specs=specs, clocks=clocks, rows=rows, start=start, ahead=ahead, fresh=self._fresh, held=self._held
+        )
+        gathering = Gathering(
+            self._plane,
+            order,
+            self.num_replicas,
+            check=self._check,
+            stall_timeout_s=self._stall_s,
+            deadline_s=deadline_s,
+        )
         self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
         self._fresh, self._held = False, gathering.held
         return gathering.result(time.perf_counter() - began)
@@ -219,21 +246,28 @@ class Stage:
         header = {"sections": [], "buffer_bytes": len(buffers)}
 
         def score(replica: int) -> dict[str, Any]:
-            line = self._lines[replica]
+            line = self._settled(replica)
             line.connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
             return dict(unpack(line.answer("scores")))
 
         return self._all(score)
 
-    def states(self) -> list[bytes]:
-        """Every replica's optimizer, clock and random state."""
+    def states(self, clocks: Sequence[int]) -> list[bytes]:
+        """Every replica's optimizer, clock and random state; `clocks`: steps of their learning-rate schedules."""
 
         def ask(replica: int) -> bytes:
-            line = self._lines[replica]
-            line.connection.send("state")
+            line = self._settled(replica)
+            line.connection.send("state", {"clock": clocks[replica]})
             return line.answer("state")
 
         return self._all(ask)
+
+    def _settled(self, replica: int) -> Line:
+        """A replica's line, once it has gone back to where a round that it was too late for began."""
+        line = self._lines[replica]
+        line.begin_round(None)
+        line.settle(lambda: False)
+        return line
 
     # -- all replicas at once ----------------------------------------------------------------------------------------
 
@@ -279,6 +313,8 @@ class Stage:
             failure = self._running.failure()
             time.sleep(0.05)
         if isinstance(failure, SparkdeepError) and not isinstance(failure, ConnectionLostError):
+            if isinstance(failure, ReplicaLostError) and failure.replica in self.hellos:
+                failure.host = failure.host or self.hellos[failure.replica].host
             return failure
         for replica, error in errors.items():
             return ReplicaLostError(

@@ -14,31 +14,26 @@ from sparkdeep.config import RunSettings
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepError, VersionMismatchError
 from sparkdeep.gathering import Plane
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import Launcher, Ticket
 from sparkdeep.messages import Hello, Open
 from sparkdeep.planning import rounds_to_run, stage_description
 from sparkdeep.run_state import RunState, Snapshot
-from sparkdeep.schedule import Schedule
 from sparkdeep.session import versions
+from sparkdeep.staffing import Staffing
 from sparkdeep.stage import Stage
 
-__all__ = ["ShardFacts", "Stages", "StateLostError", "check_shard", "check_versions"]
+__all__ = ["Stages", "StateLostError", "check_shard", "check_versions"]
 
 
 # A ring is only tried: where executors cannot reach each other, the star is taken after this long.
 _RING_TRIAL_S: Final = 30.0
+# Rounds that are left where nobody knows.
+_MANY: Final = 1 << 30
 
 
 class StateLostError(ReplicaLostError):
     """A replica's state is gone although it was promised durable: the run goes back to the last snapshot."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFacts:
-    """What the ledger knows of one shard, from the first time it was written."""
-
-    rows: dict[str, int]
-    digest: str
 
 
 def check_versions(own: dict[str, str], hellos: Sequence[Hello]) -> None:
@@ -77,18 +72,17 @@ class Stages:
 
     launcher: Launcher
     """Who starts replicas."""
+    staffing: Staffing
+    """How many of them."""
     coordinator: Coordinator
     """Where they dial in."""
     run: str
     """The run's id."""
     settings: RunSettings
-    schedule: Schedule
     plane: Plane
     """How parameters travel."""
     tensors: Callable[[], bytes]
     """The parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none."""
-    shards: Sequence[ShardFacts]
-    """The ledger; a replica whose shard differs is refused."""
     ring_possible: bool
     """Whether "auto" may choose the ring."""
     keep: bool
@@ -97,6 +91,8 @@ class Stages:
     on_log: Callable[[int, str], None]
     last_opening_s: float = field(default=0.0, init=False)
     """What opening the stage took, if the last call of `current` opened one."""
+    last_change: str = field(default="", init=False)
+    """"3 -> 2" where the last call of `current` went on with another number of replicas; else ""."""
     _stage: Stage | None = field(default=None, init=False)
     _opened_at: float = field(default=0.0, init=False)
     _opening_s: float = field(default=0.0, init=False)
@@ -112,7 +108,7 @@ class Stages:
             ReplicaLostError: it could not be opened now, but perhaps later.
             StateLostError: a durable state must be restored first.
         """
-        self.last_opening_s = 0.0
+        self.last_opening_s, self.last_change = 0.0, ""
         if self._stage is None:
             self._stage = self._open(state, latest())
         return self._stage
@@ -120,14 +116,15 @@ class Stages:
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
         seams.reach("slots", round_number=state.committed + 1)
-        if self._renew:
+        self.last_change = self.staffing.settle(state)
+        if self._renew and not self.last_change:
             self.launcher.renew()
-            self._renew = False
+        self._renew = False
         name = secrets.token_hex(8)
-        last = self.schedule.num_rounds
+        last = state.schedule.num_rounds
         planned = rounds_to_run(
             state.records,
-            left=last - state.committed,
+            left=_MANY if last is None else last - state.committed,
             rounds_per_stage=self.settings.rounds_per_stage,
             max_stage_s=self.settings.max_stage_s,
         )
@@ -145,7 +142,7 @@ class Stages:
             ticket = Ticket(address=self.coordinator.address, token=self.coordinator.token, run=self.run, stage=name)
             running = self.launcher.launch(ticket, stage_description(state.committed, planned, last))
             hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
-            self._check(hellos)
+            self._check(hellos, state.generation.shards)
             outcome = stage.open(self._answers(state, snapshot), timeout_s=self.settings.open_timeout_s)
             self._settle(state, stage)
         except BaseException:
@@ -153,8 +150,8 @@ class Stages:
             raise
         finally:
             self.coordinator.route(None)
-        self._reset = [i for i, what in enumerate(outcome) if what == "reset"]
-        if self._reset and self.settings.replica_state == "durable":
+        self._reset = [i for i, what in enumerate(outcome) if what == "reset" or self.last_change]
+        if "reset" in outcome and self.settings.replica_state == "durable":
             stage.abort()
             raise StateLostError(
                 f"the state of replicas {self._reset} after round {state.committed} is gone with its executor; "
@@ -182,17 +179,15 @@ class Stages:
 
     def _answers(self, state: RunState, snapshot: Snapshot | None) -> list[tuple[Open, bytes, bytes]]:
         tensors = self.tensors()
-        at = self.schedule.position(state.committed)
-        clock = at.epoch * self.schedule.steps_per_epoch + at.step
         answers = []
         for replica in range(self.launcher.num_replicas):
             sent = None
-            if snapshot is not None and snapshot.round == state.committed:
+            if snapshot is not None and snapshot.round == state.committed and not state.just_dealt:
                 sent = snapshot.replica(replica)
-            source = "sent" if sent is not None else "local" if state.committed else "fresh"
+            source = "sent" if sent is not None else self._where(state, replica)
             answer = Open(
                 committed=state.committed,
-                scheduler_steps=clock,
+                scheduler_steps=state.schedule.clock(state.committed, state.consumed, replica),
                 state=source,
                 tensor_bytes=len(tensors),
                 keep=self.keep,
@@ -200,9 +195,16 @@ class Stages:
             answers.append((answer, tensors, sent or b""))
         return answers
 
-    def _check(self, hellos: Sequence[Hello]) -> None:
+    def _where(self, state: RunState, replica: int) -> str:
+        """Where a replica finds its state if it is not sent."""
+        if state.just_dealt:
+            return "fresh"
+        last = state.records[-1].replicas if state.records else []
+        return "behind" if self.keep and last and last[replica].dropped == "late" else "local"
+
+    def _check(self, hellos: Sequence[Hello], shards: Sequence[ShardFacts]) -> None:
         check_versions(versions(), hellos)
-        for hello, facts in zip(hellos, self.shards, strict=True):
+        for hello, facts in zip(hellos, shards, strict=True):
             if hello.shard:
                 self._renew = True
                 raise ReplicaLostError(
@@ -237,8 +239,8 @@ class Stages:
         # 20 times what opening took: opening costs at most 5 % of the time.
         return open_s >= min(longest, 20 * self._opening_s)
 
-    def close(self, committed: int) -> None:
-        """Close the open stage in good order, if there is one; the replicas keep their state as that of `committed`.
+    def close(self, state: RunState) -> None:
+        """Close the open stage in good order, if there is one; the replicas keep their state as that of the committed round.
 
         Raises:
             SparkdeepError: it could not be closed; the caller discards it.
@@ -247,7 +249,7 @@ class Stages:
             return
         stage, self._stage = self._stage, None
         try:
-            stage.close(save=None if self.keep else committed)
+            stage.close(save=None if self.keep else state.committed, clocks=state.clocks())
         except SparkdeepError:
             stage.abort()
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sparkdeep.messages import Hello
@@ -20,8 +20,17 @@ class OpenStage(Protocol):
     def hellos(self) -> Mapping[int, Hello]:
         """Who they are, by replica."""
 
-    def train(self, spec: RoundSpec, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
-        """Run one round: all replicas' updates are in the result, or it raises and none counts.
+    def train(
+        self,
+        specs: Sequence[RoundSpec],
+        start: Globals,
+        ahead: RoundSpec | None = None,
+        *,
+        clocks: Sequence[int],
+        rows: Sequence[int],
+        deadline_s: float | None = None,
+    ) -> RoundResult:
+        """Run one round: the updates that count are in the result, or it raises and none counts.
 
         Replicas may begin the round `ahead` meanwhile; what they did of it is undone if the next order is another one.
         """
@@ -29,8 +38,8 @@ class OpenStage(Protocol):
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""
 
-    def states(self) -> list[bytes]:
-        """Every replica's optimizer, clock and random state, in order."""
+    def states(self, clocks: Sequence[int]) -> list[bytes]:
+        """Every replica's optimizer, clock and random state, in order; `clocks`: steps of their learning-rate schedules."""
 
 
 class StageOpener(Protocol):
@@ -39,6 +48,10 @@ class StageOpener(Protocol):
     @property
     def last_opening_s(self) -> float:
         """What opening the stage took, if the last call of `current` opened one."""
+
+    @property
+    def last_change(self) -> str:
+        """Such as "3 -> 2" where that call went on with another number of replicas; else ""."""
 
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> OpenStage:
         """The open stage; opens one if there is none."""
@@ -52,7 +65,7 @@ class StageOpener(Protocol):
     def due(self, round_s: float) -> bool:
         """Whether the stage should close now, the next round being about as long as the last."""
 
-    def close(self, committed: int) -> None:
+    def close(self, state: RunState) -> None:
         """Close the open stage in good order, if there is one."""
 
     def discard(self) -> None:

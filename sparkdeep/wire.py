@@ -89,9 +89,9 @@ class Connection:
         """The address of this end, as the other one sees it; "" on a Unix socket."""
         return "" if self._nearby else str(self._socket.getsockname()[0])
 
-    def readable(self) -> bool:
-        """Whether a frame, or the end of the connection, can be read without waiting."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+    def readable(self, wait_s: float = 0.0) -> bool:
+        """Whether a frame, or the end of the connection, can be read, now or within `wait_s`."""
+        return bool(select.select([self._socket], [], [], wait_s)[0])
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer, timeout_s: float = 60.0) -> None:
         """Send one frame; its body is the concatenation of `bodies`.

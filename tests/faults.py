@@ -90,9 +90,12 @@ class Watched:
     """A launcher that counts, and keeps its last stage at hand."""
 
     def __init__(self, plan, inner):
-        self.num_replicas = inner.num_replicas
         self._plan = plan
         self._inner = inner
+
+    @property
+    def num_replicas(self):
+        return self._inner.num_replicas
 
     def launch(self, ticket, description):
         self._plan.launches += 1
@@ -101,6 +104,12 @@ class Watched:
 
     def renew(self):
         self._inner.renew()
+
+    def slots(self):
+        return self._inner.slots()
+
+    def resize(self, num_replicas):
+        return self._inner.resize(num_replicas)
 
 
 def marked_table(sizes, features=4):

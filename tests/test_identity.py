@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.generation import ShardFacts
 from sparkdeep.identity import describe, run_identity, tensors_digest
 from sparkdeep.program import Program
-from sparkdeep.stages import ShardFacts
 
 SHARDS = [ShardFacts(rows={"train": 5, "validation": 0}, digest="d")]
 

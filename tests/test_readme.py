@@ -85,8 +85,9 @@ def test_paths_that_the_text_names_exist():
 
 
 def test_it_stays_short_enough_to_read():
-    # The file tree grows with the package; the rest is what is read from top to bottom.
-    assert len(README.replace(section(README, "Files"), "").splitlines()) <= 400
+    # The file tree and the table of arguments grow with the package; the rest is what is read from top to bottom.
+    read = README.replace(section(README, "Files"), "").replace(section(README, "Every argument"), "")
+    assert len(read.splitlines()) <= 400
 
 
 @pytest.mark.spark

@@ -257,7 +257,7 @@ def test_auto_chooses_once_and_a_resume_keeps_it(tmp_path, monkeypatch):
     try:
         x, y = marked_table([9, 14, 30])
         again = make_fit(tmp_path, program(), deal(x, y, [9, 14, 30]), schema_of(x, y), coordinator=coordinator)
-        again.state.restore(again.layout, files)
+        again.state.restore(again.layout, files, again.local, again.settings)
     finally:
         coordinator.close()
     assert again.state.aggregation == "ring"

@@ -90,7 +90,7 @@ def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0):
     settings = RunnerSettings(
         run="r", num_replicas=4, shard_dir=None, exchange=exchange, stall_timeout_s=1.0, profile=None
     )
-    return SparkRunner(None, lambda: None, generation=None, settings=settings)
+    return SparkRunner(None, None, settings=settings)
 
 
 def load(megabytes, *, rounds=5, wide=False, durable=False, fixed=0):

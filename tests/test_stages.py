@@ -72,11 +72,14 @@ def test_other_versions_on_the_executors_are_refused_in_a_table(fit_of, monkeypa
 
 def test_a_shard_of_other_rows_or_order_is_refused(fit_of):
     fit = fit_of()
-    fit.shards = [fit.shards[0], dataclasses.replace(fit.shards[1], digest="0" * 32)]
+    first, second = fit.state.generation.shards
+    other = (first, dataclasses.replace(second, digest="0" * 32))
+    fit.state.deal(dataclasses.replace(fit.state.generation, shards=other))
     with pytest.raises(ShardMismatchError, match=r"shard of replica 1 .*not deterministic.*Parquet"):
         result(fit)
     fit = fit_of()
-    fit.shards = [dataclasses.replace(fit.shards[0], rows={"train": 11, "validation": 0}), fit.shards[1]]
+    other = (dataclasses.replace(first, rows={"train": 11, "validation": 0}), second)
+    fit.state.deal(dataclasses.replace(fit.state.generation, shards=other))
     with pytest.raises(ShardMismatchError, match="replica 0"):
         result(fit)
 

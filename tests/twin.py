@@ -14,9 +14,9 @@ from sparkdeep.coordinator import Coordinator
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import InProcessLauncher
 from sparkdeep.program import Program
-from sparkdeep.stages import ShardFacts
 
 
 def _kind(array):

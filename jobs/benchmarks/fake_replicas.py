@@ -21,6 +21,7 @@ from sparkdeep.channel import Channel
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import Ticket
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.messages import Hello, Update
@@ -29,7 +30,6 @@ from sparkdeep.parameters import Layout
 from sparkdeep.program import Program
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import serve, versions
-from sparkdeep.stages import ShardFacts
 from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack_tensors
 

@@ -20,11 +20,11 @@ from sparkdeep.coordinator import Coordinator
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import ReplicaPlan, Ticket, open_replica
 from sparkdeep.messages import Hello
 from sparkdeep.program import Program
 from sparkdeep.session import serve, versions
-from sparkdeep.stages import ShardFacts
 from sparkdeep.state_files import StateFiles
 
 __all__ = ["plain_fit", "write_shards"]

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from benchmarks.processes import Processes
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import RunningStage, Ticket
 
 __all__ = ["ProcessLauncher"]
@@ -38,6 +39,14 @@ class ProcessLauncher:
 
     def renew(self) -> None:
         """Nothing: shards are the caller's."""
+
+    def slots(self) -> int | None:
+        """Not known: processes need none."""
+        return None
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Never asked for: no settings here allow it."""
+        raise AssertionError(f"{num_replicas} replicas")
 
 
 @final

@@ -6,17 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.errors import ReplicaLostError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.launch import ReplicaPlan, RunningStage, Ticket
 from sparkdeep.spark.failures import translate
 from sparkdeep.spark.session import access_to
 from sparkdeep.spark.tasks import ReplicaJob, clean_task, replica_task
 
-__all__ = ["BarrierLauncher", "SparkJob", "clean_executors"]
+__all__ = ["BarrierLauncher", "Shards", "SparkJob", "clean_executors"]
 
 _LOG = logging.getLogger("sparkdeep")
 _CLEAN_ATTEMPTS = 3
@@ -120,15 +121,31 @@ def _collected(frame: DataFrame) -> Sequence[Any]:
     return frame.collect()
 
 
+class Shards(Protocol):
+    """Persisted shards, one a replica; see `shard_source.ShardSource`."""
+
+    num_workers: int
+    frame: DataFrame
+    """One manifest row a shard."""
+
+    def renew(self) -> None:
+        """Make them anew with the next job: each task then writes its shard where it runs."""
+
+    def resize(self, num_workers: int) -> Sequence[ShardFacts]:
+        """Make them anew, so many; what they hold."""
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
 @final
 class BarrierLauncher:
     """Starts one replica per persisted shard, in a barrier stage.
 
     Args:
         spark: the session.
-        shards: makes the persisted manifest DataFrame of a new generation; not run by calling it.
+        shards: of the run.
         plan: of the run.
-        num_replicas: shards, and tasks.
         shard_dir, worker_process: see `ReplicaJob`.
         profile: the stage's resource profile, or None.
     """
@@ -136,40 +153,47 @@ class BarrierLauncher:
     def __init__(
         self,
         spark: SparkSession,
-        shards: Callable[[], DataFrame],
+        shards: Shards,
         *,
-        generation: DataFrame,
         plan: ReplicaPlan,
-        num_replicas: int,
         shard_dir: str | None,
         worker_process: str,
         profile: Any,
     ) -> None:
-        self.num_replicas = num_replicas
         self._spark = spark
-        self._make = shards
-        self._shards = generation
+        self._shards = shards
         self._plan = plan
         self._shard_dir = shard_dir
         self._worker_process = worker_process
         self._profile = profile
 
+    @property
+    def num_replicas(self) -> int:
+        """Shards, and tasks."""
+        return self._shards.num_workers
+
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Submit the stage."""
         job = ReplicaJob(plan=self._plan, ticket=ticket, shard_dir=self._shard_dir, worker_process=self._worker_process)
         extra = {"profile": self._profile} if self._profile is not None else {}
-        frame = self._shards.mapInArrow(partial(replica_task, job), "replica int", barrier=True, **extra)
+        frame = self._shards.frame.mapInArrow(partial(replica_task, job), "replica int", barrier=True, **extra)
         return SparkJob(self._spark, frame, tag=f"sparkdeep-{ticket.run}-{ticket.stage}", description=description)
 
     def renew(self) -> None:
         """Ingest anew with the next stage: each task then writes its shard where it runs."""
-        _LOG.warning("shards and replicas are no longer in the same places; ingesting a new generation of shards.")
-        self._shards.unpersist()
-        self._shards = self._make()
+        self._shards.renew()
+
+    def slots(self) -> int | None:
+        """Tasks of the stage's profile that can run at the same time, busy or not."""
+        return access_to(self._spark).slots(self._profile)
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Ingest anew, into so many shards."""
+        return self._shards.resize(num_replicas)
 
     def close(self) -> None:
-        """Let go of the persisted manifest."""
-        self._shards.unpersist()
+        """Let go of the persisted shards."""
+        self._shards.close()
 
 
 def clean_executors(

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from sparkdeep import errors
-from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, UserCodeError, VersionMismatchError
+from sparkdeep.errors import (
+    PreflightError,
+    ReplicaDiedError,
+    ReplicaLostError,
+    SparkdeepError,
+    UserCodeError,
+    VersionMismatchError,
+)
 
 __all__ = ["RemoteFailureError", "missing_module", "named_failures", "translate"]
 
@@ -26,6 +33,11 @@ _LOST: Final = (
     "cancelled",
     "No space left on device",
 )
+
+# A process that ended by itself, and not because Spark or a neighbour wanted it to.
+_DIED: Final = ("ExecutorLostFailure", "exited unexpectedly")
+_TASK: Final = re.compile(r"barrier task (?:Result|ShuffleMap)Task\(\d+, (\d+)\)")
+_HOST: Final = re.compile(r"\(TID \d+\) \(([^\s)]+) executor")
 
 _CANCELLED: Final = ("SPARK_JOB_CANCELLED", "OPERATION_CANCELED", "cancelled because SparkContext was shut down")
 
@@ -87,8 +99,16 @@ def translate(error: BaseException) -> BaseException:
     if (missing := re.search(r"No module named '([\w.]+)'", text)) is not None:
         return missing_module(missing[1], text)
     if any(sign in text for sign in _LOST):
-        return ReplicaLostError(f"Spark lost a task: {_cause(text)}{_memory_hint(text)}")
+        kind = ReplicaDiedError if any(sign in text for sign in _DIED) else ReplicaLostError
+        replica, host = _place(text)
+        return kind(f"Spark lost a task: {_cause(text)}{_memory_hint(text)}", replica=replica, host=host)
     return error
+
+
+def _place(text: str) -> tuple[int | None, str | None]:
+    """The replica, which is its task's partition, and the host that Spark's text names."""
+    task, host = _TASK.search(text), _HOST.search(text)
+    return int(task[1]) if task else None, host[1] if host else None
 
 
 def _rebuilt(text: str, cause: BaseException) -> BaseException:

@@ -17,9 +17,9 @@ from sparkdeep.data.columns import Faults
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.generation import ShardFacts
 from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
-from sparkdeep.stages import ShardFacts
 
 __all__ = ["Ingested", "dealt", "read_manifests", "shards_of"]
 

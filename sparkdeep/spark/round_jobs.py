@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, VersionMismatchError
 from sparkdeep.orders import Order, Parcel, Reply
 from sparkdeep.session import versions
-from sparkdeep.spark.barrier import SparkJob
+from sparkdeep.spark.barrier import Shards, SparkJob
 from sparkdeep.spark.parcels import (
     ARTIFACT_LIMIT_BYTES,
     CLOSURE_LIMIT_BYTES,
@@ -77,19 +77,15 @@ class SparkRunner:
 
     Args:
         spark: the session.
-        shards: makes the persisted manifest DataFrame of a new generation; not run by calling it.
-        generation: the present one.
+        shards: of the run.
         settings: how jobs are run.
     """
 
-    def __init__(
-        self, spark: SparkSession, shards: Callable[[], DataFrame], *, generation: DataFrame, settings: RunnerSettings
-    ) -> None:
+    def __init__(self, spark: SparkSession, shards: Shards, *, settings: RunnerSettings) -> None:
         self.num_replicas = settings.num_replicas
         self.exchange = settings.exchange
         self._spark = spark
-        self._make = shards
-        self._shards = generation
+        self._shards = shards
         self._settings = settings
         self._carrier = carrier_for(spark, settings.run, settings.exchange, self._submit)
         self._jobs = 0
@@ -103,21 +99,19 @@ class SparkRunner:
         settings = self._settings
         job = RoundJob(order=order, shard_dir=settings.shard_dir, stall_timeout_s=settings.stall_timeout_s)
         extra = {"profile": settings.profile} if settings.profile is not None else {}
-        frame = self._shards.mapInArrow(partial(round_task, job), REPLY_COLUMNS, barrier=True, **extra)
+        frame = self._shards.frame.mapInArrow(partial(round_task, job), REPLY_COLUMNS, barrier=True, **extra)
         access = access_to(self._spark)
         batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
         return read_replies(batches)
 
     def renew(self) -> None:
         """Ingest anew with the next job: each task then writes its shard where it runs."""
-        _LOG.warning("shards and replicas are no longer in the same places; ingesting a new generation of shards.")
-        self._shards.unpersist()
-        self._shards = self._make()
+        self._shards.renew()
 
     def close(self) -> None:
         """Let go of the persisted manifest, and of what was shipped."""
         self._carrier.close()
-        self._shards.unpersist()
+        self._shards.close()
 
     def check(self, load: Load) -> None:
         """Refuse what will not fit, before anything trains.

@@ -13,7 +13,8 @@ from typing import Any, Final
 import cloudpickle
 
 from sparkdeep.callbacks import Callback
-from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings, check_aggregation
+from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
+from sparkdeep.contradictions import check_together
 from sparkdeep.coordinator import parse_ports
 from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
@@ -32,8 +33,14 @@ _PASSING: Final = frozenset(
     | {"device", "exchange_dir", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s"}
     | {"prediction", "prediction_col", "probability_col", "progress", "raw_prediction_col", "replica_state", "resume"}
     | {
+        "divergence_factor",
+        "min_round_timeout_s",
+        "min_workers",
         "overlap_fragments",
         "plain_ring",
+        "quorum",
+        "quorum_grace_s",
+        "replacement_timeout_s",
         "retry_backoff_s",
         "rounds_per_stage",
         "search",
@@ -129,11 +136,16 @@ class FitSettings:
         rule = self.run.early_stopping
         if rule is not None and rule.monitor not in {"loss", *self.metrics}:
             raise ConfigError(f"early_stopping monitors {rule.monitor!r}; known: {['loss', *self.metrics]}.")
-        check_aggregation(self.local, self.run)
+        check_together(self.local, self.run)
         if self.resume not in ("auto", True, False):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
         if self.deal not in ("rows", "partitions"):
             raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
+        if self.deal == "partitions" and self.run.min_workers is not None:
+            raise ConfigError(
+                f"deal='partitions' with min_workers={self.run.min_workers}: a partition stays with its replica, and rows cannot be "
+                "dealt to fewer. Use deal='rows'."
+            )
         if self.transport not in ("auto", "socket", "spark"):
             raise ConfigError(f"transport={self.transport!r}: must be 'auto', 'socket' or 'spark'.")
         if self.exchange_dir is not None and not re.match(r"/|[A-Za-z][A-Za-z0-9+.\-]*:", str(self.exchange_dir)):

@@ -13,22 +13,22 @@ from sparkdeep import seams
 from sparkdeep.callbacks import Callbacks, FitInfo
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import RunSettings
-from sparkdeep.data.schema import Schema
-from sparkdeep.errors import ConfigError, ReplicaLostError
+from sparkdeep.errors import ConfigError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
 from sparkdeep.metrics import summary
 from sparkdeep.program import Program
 from sparkdeep.progress import Progress
 from sparkdeep.registry import reference_of
-from sparkdeep.spark.barrier import SparkJob, clean_executors
+from sparkdeep.spark.barrier import clean_executors
 from sparkdeep.spark.checkpoints import checkpoints_of, open_folder
-from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
+from sparkdeep.spark.ingest import Ingested
 from sparkdeep.spark.model import TorchModel
 from sparkdeep.spark.petastorm_source import active_session, source_of
 from sparkdeep.spark.preflight import available_slots, check_session, check_slots, task_profile
-from sparkdeep.spark.programs import columns_read, program_of, rehearsed, schema_for, validation_of
+from sparkdeep.spark.programs import columns_read, program_of, rehearsed, schema_for
 from sparkdeep.spark.session import access_to
 from sparkdeep.spark.settings import FitSettings, described
+from sparkdeep.spark.shard_source import ShardSource
 from sparkdeep.spark.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.transports import Transport, check_load, chosen, ends_of, guarded, probe, transport_for
 from sparkdeep.startup import Phases
@@ -36,7 +36,6 @@ from sparkdeep.startup import Phases
 __all__ = ["train"]
 
 _LOG = logging.getLogger("sparkdeep")
-_INGEST_TIMEOUT_S: Final = 24 * 3600.0
 _SLOT_TIMEOUT_S: Final = 30.0
 _HANDED_ON: Final = ("prediction", "prediction_col", "probability_col", "raw_prediction_col")
 
@@ -67,28 +66,16 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     program = program_of(settings, warm_start)
     schema = schema_for(settings, dataset, program)
     run = new_run_id()
-    rows = dealt(
-        dataset,
-        schema,
-        validation=validation_of(settings),
-        num_workers=settings.run.num_workers,
-        seed=settings.local.seed,
-        deal=settings.deal,
-    )
-
-    def shards() -> DataFrame:
-        return shards_of(rows, schema, run=run, decode=settings.decode, shard_dir=settings.shard_dir, profile=profile)
-
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(_slots(settings, spark, run, profile))
-        generation = shards()
+        shards = ShardSource(dataset, settings, schema, run=run, profile=profile, on_busy=lease.alive)
         phases.end("checks")
         stack.callback(lambda: _clean(settings, spark, run))
-        stack.callback(lambda: launcher.close() if launcher else generation.unpersist())
+        stack.callback(lambda: launcher.close() if launcher else shards.close())
         launcher: Transport | None = None
         if transport == "spark":
             probe(settings, spark, run, profile)
-        ingested = _ingest(settings, spark, generation, schema, run, lease)
+        ingested = shards.ingest()
         phases.end("ingest")
         program, prediction = rehearsed(settings, program, ingested)
         phases.end("rehearsal")
@@ -96,7 +83,6 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             settings,
             spark,
             shards,
-            generation=generation,
             plan=plan_of(program, settings.local, ingested.schema),
             run=run,
             profile=profile,
@@ -141,26 +127,6 @@ def _slots(
     )
 
 
-def _ingest(
-    settings: FitSettings, spark: SparkSession, generation: DataFrame, schema: Schema, run: str, lease: Lease
-) -> Ingested:
-    for attempt in range(settings.run.max_retries + 1):
-        job = SparkJob(spark, generation, tag=f"sparkdeep-{run}-ingest-{attempt}", description="sparkdeep fit: ingest")
-        try:
-            rows = job.result(
-                _INGEST_TIMEOUT_S, "ingest", idle_timeout_s=settings.run.open_timeout_s, on_busy=lease.alive
-            )
-            return read_manifests(rows, schema, settings.run.num_workers, validated=settings.validation is not None)
-        except ReplicaLostError as error:
-            if attempt == settings.run.max_retries:
-                raise
-            _LOG.warning("ingest, attempt %d of %d failed: %s", attempt + 1, settings.run.max_retries + 1, error)
-        except BaseException:
-            job.cancel()
-            raise
-    raise AssertionError("unreachable")
-
-
 def _assemble(
     settings: FitSettings,
     spark: SparkSession,
@@ -194,22 +160,22 @@ def _assemble(
     check_load(settings, fit)
     if fit.state.committed:
         _LOG.warning(
-            "going on with the run in %s after round %d of %d%s",
+            "going on with the run in %s after round %d of %s%s",
             settings.checkpoint_dir,
             fit.state.committed,
-            fit.schedule.num_rounds,
+            fit.num_rounds,
             ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
             if fit.finished
             else "",
         )
     rows = sum(shard.rows["train"] for shard in ingested.facts)
     _LOG.info(
-        "%d training rows on %d replicas, batch %d each (%d together), %d rounds, %.1f MB of parameters",
+        "%d training rows on %d replicas, batch %d each (%d together), %s rounds, %.1f MB of parameters",
         rows,
         settings.run.num_workers,
         settings.local.batch_size,
         settings.local.batch_size * settings.run.num_workers,
-        fit.schedule.num_rounds,
+        fit.num_rounds,
         fit.layout.num_bytes / 1e6,
     )
     return fit
@@ -225,7 +191,7 @@ def _staged(settings: FitSettings) -> RunSettings:
 def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
     return FitInfo(
         run=fit.run,
-        num_rounds=fit.schedule.num_rounds,
+        num_rounds=fit.num_rounds,
         committed=fit.state.committed,
         rows=sum(shard.rows["train"] for shard in ingested.facts),
         num_parameters=fit.layout.numel,
@@ -238,7 +204,7 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
         fit.close_stage()
         lease.lent = True
 
-    progress.start(fit.schedule.num_rounds, fit.state.committed)
+    progress.start(fit.num_rounds, fit.state.committed)
     lease.lent = False
     try:
         with contextlib.closing(fit.rounds()) as records:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
 from sparkdeep.coordinator import Coordinator, parse_ports
 from sparkdeep.errors import ConfigError, PreflightError
@@ -15,14 +15,13 @@ from sparkdeep.fitting import Fit
 from sparkdeep.launch import ReplicaPlan
 from sparkdeep.parameters import named_tensors
 from sparkdeep.run_state import RunState
-from sparkdeep.spark.barrier import BarrierLauncher
+from sparkdeep.spark.barrier import BarrierLauncher, Shards
 from sparkdeep.spark.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
 from sparkdeep.spark.session import access_to, is_connect
 from sparkdeep.spark.settings import FitSettings
 
-__all__ = ["Shards", "Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
+__all__ = ["Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
 
-Shards: TypeAlias = Callable[[], DataFrame]
 Transport: TypeAlias = BarrierLauncher | SparkRunner
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
@@ -73,6 +72,11 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
             settings.local.down_codec if settings.local.down_codec != "identity" else None,
             "replicas are built anew for each round, and know no parameters that could have changed",
         ),
+        **dict.fromkeys(
+            (name.partition("=")[0] for name in settings.run.closing),
+            (" ".join(settings.run.closing) or None, "each round is a job of its own that all replicas end together"),
+        ),
+        "min_workers": (settings.run.min_workers, "the number of replicas does not change there"),
         "worker_process": (
             "spawn" if settings.worker_process == "spawn" else None,
             "replicas train in Spark's Python workers",
@@ -127,7 +131,6 @@ def transport_for(
     spark: SparkSession,
     shards: Shards,
     *,
-    generation: DataFrame,
     plan: ReplicaPlan,
     run: str,
     profile: Any,
@@ -138,7 +141,6 @@ def transport_for(
         return SparkRunner(
             spark,
             shards,
-            generation=generation,
             settings=RunnerSettings(
                 run=run,
                 num_replicas=settings.run.num_workers,
@@ -152,9 +154,7 @@ def transport_for(
     return BarrierLauncher(
         spark,
         shards,
-        generation=generation,
         plan=plan,
-        num_replicas=settings.run.num_workers,
         shard_dir=settings.shard_dir,
         worker_process=settings.worker_process,
         profile=profile,
@@ -194,7 +194,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
-            rounds=fit.schedule.num_rounds - fit.state.committed,
+            rounds=(fit.num_rounds or 0) - fit.state.committed,
             wide=settings.outer_optimizer is not None,
             durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import launcher_contract
 import pytest
@@ -43,10 +44,8 @@ class SparkWorld:
             plan = plan_of(program, local, ingested.schema)
             launcher = BarrierLauncher(
                 self._spark,
-                lambda: generation,
-                generation=generation,
+                SimpleNamespace(frame=generation, num_workers=len(parts)),
                 plan=plan,
-                num_replicas=len(parts),
                 shard_dir=None,
                 worker_process="auto",
                 profile=None,

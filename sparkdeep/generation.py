@@ -1,0 +1,111 @@
+"""One dealing of the rows to replicas: its shards, and the rounds that it is good for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.errors import ConfigError
+from sparkdeep.replica import steps_per_epoch
+from sparkdeep.schedule import Position, Schedule, TimeSchedule
+
+__all__ = ["AnySchedule", "Generation", "ShardFacts"]
+
+AnySchedule: TypeAlias = Schedule | TimeSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What the ledger knows of one shard, from the first time it was written."""
+
+    rows: dict[str, int]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The replicas of a stretch of a run."""
+
+    shards: tuple[ShardFacts, ...]
+    """One a replica."""
+    schedule: AnySchedule
+    began: int = 0
+    """Committed rounds when the rows were dealt."""
+    consumed: tuple[int, ...] = ()
+    """Own steps of each replica when the rows were dealt: 0, or its part of an epoch that was under way."""
+
+    @classmethod
+    def over(
+        cls,
+        shards: Sequence[ShardFacts],
+        local: LocalSettings,
+        settings: RunSettings,
+        start: Position | None = None,
+        share: float = 0.0,
+    ) -> Generation:
+        """Deal a run, or the rest of it.
+
+        Args:
+            shards: one a replica.
+            local: settings of the fit, as its replicas know them.
+            settings: as the driver knows them.
+            start: round and epoch with which it begins; None: those of a new run.
+            share: of that epoch which is over, from 0 to below 1: so much of each shard counts as seen.
+
+        Raises:
+            ConfigError: there is no training row.
+        """
+        start = start or Position(round=0, epoch=0, step=0)
+        steps = tuple(steps_per_epoch(shard.rows["train"], local) for shard in shards)
+        if max(steps) == 0:
+            raise ConfigError("no training rows are left: every row went to validation. Lower validation=.")
+        seen = [min(own - 1, round(share * own)) if own else 0 for own in steps]
+        schedule: AnySchedule
+        if settings.time_budget_s is not None:
+            schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s)
+        else:
+            schedule = Schedule(
+                steps_per_epoch=max(steps),
+                epochs=settings.epochs,
+                sync_every=settings.sync_every,
+                start=Position(round=start.round, epoch=start.epoch, step=max(seen)),
+            )
+        consumed = tuple(start.epoch * own + done for own, done in zip(steps, seen, strict=True))
+        return cls(shards=tuple(shards), schedule=schedule, began=start.round, consumed=consumed)
+
+    @property
+    def num_replicas(self) -> int:
+        """One a shard."""
+        return len(self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values from which `from_json` makes an equal generation."""
+        at = self.schedule.start if isinstance(self.schedule, Schedule) else None
+        return {
+            "shards": [asdict(shard) for shard in self.shards],
+            "start": asdict(at) if at is not None else None,
+            "began": self.began,
+            "consumed": list(self.consumed),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], local: LocalSettings, settings: RunSettings) -> Generation:
+        """Make the generation that `to_json` described; `epochs` may have grown since."""
+        shards = [ShardFacts(rows=dict(one["rows"]), digest=str(one["digest"])) for one in value["shards"]]
+        fresh = cls.over(shards, local, settings)
+        schedule = fresh.schedule
+        if isinstance(schedule, Schedule) and value["start"] is not None:
+            schedule = Schedule(
+                steps_per_epoch=schedule.steps_per_epoch,
+                epochs=schedule.epochs,
+                sync_every=schedule.sync_every,
+                start=Position(**value["start"]),
+            )
+        return cls(
+            shards=fresh.shards,
+            schedule=schedule,
+            began=int(value["began"]),
+            consumed=tuple(map(int, value["consumed"])),
+        )

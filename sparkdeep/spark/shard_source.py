@@ -1,0 +1,121 @@
+"""A fit's rows as persisted shards: ingested, made anew where they were lost, dealt to another number of replicas."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final, final
+
+from pyspark.sql import DataFrame, SparkSession
+
+from sparkdeep.data.schema import Schema
+from sparkdeep.errors import ReplicaLostError
+from sparkdeep.failure_ledger import FailureLedger
+from sparkdeep.generation import ShardFacts
+from sparkdeep.spark.barrier import SparkJob
+from sparkdeep.spark.ingest import Ingested, dealt, read_manifests, shards_of
+from sparkdeep.spark.programs import validation_of
+from sparkdeep.spark.settings import FitSettings
+
+__all__ = ["ShardSource"]
+
+_LOG = logging.getLogger("sparkdeep")
+_INGEST_TIMEOUT_S: Final = 24 * 3600.0
+
+
+@final
+class ShardSource:
+    """The shards of one fit; nothing runs before `ingest`.
+
+    Args:
+        dataset: the rows.
+        settings: of the fit.
+        schema: before any row was seen.
+        run: the run's id.
+        profile: of its stages, or None.
+        on_busy: hears that ingest is at work.
+    """
+
+    def __init__(
+        self,
+        dataset: DataFrame,
+        settings: FitSettings,
+        schema: Schema,
+        *,
+        run: str,
+        profile: Any,
+        on_busy: Callable[[], None],
+    ) -> None:
+        self._dataset = dataset
+        self._spark: SparkSession = dataset.sparkSession
+        self._settings = settings
+        self._schema = schema
+        self._run = run
+        self._profile = profile
+        self._on_busy = on_busy
+        self._jobs = 0
+        self.num_workers = settings.run.num_workers
+        """Shards."""
+        self.frame = self._made()
+        """Persisted, one manifest row a shard."""
+
+    def _made(self) -> DataFrame:
+        settings = self._settings
+        rows = dealt(
+            self._dataset,
+            self._schema,
+            validation=validation_of(settings),
+            num_workers=self.num_workers,
+            seed=settings.local.seed,
+            deal=settings.deal,
+        )
+        return shards_of(
+            rows,
+            self._schema,
+            run=self._run,
+            decode=settings.decode,
+            shard_dir=settings.shard_dir,
+            profile=self._profile,
+        )
+
+    def ingest(self) -> Ingested:
+        """Write the shards.
+
+        Raises:
+            DataError: what is wrong with the rows.
+            ReplicaLostError, ReplicaDiedRepeatedlyError: it failed too often.
+        """
+        run = self._settings.run
+        ledger = FailureLedger(max_retries=run.max_retries)
+        while True:
+            self._jobs += 1
+            tag = f"sparkdeep-{self._run}-ingest-{self._jobs}"
+            job = SparkJob(self._spark, self.frame, tag=tag, description="sparkdeep fit: ingest")
+            try:
+                rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
+                validated = self._settings.validation is not None
+                return read_manifests(rows, self._schema, self.num_workers, validated=validated)
+            except ReplicaLostError as error:
+                ledger.add(error, 0)
+                attempts = run.max_retries + 1
+                _LOG.warning("ingest, attempt %d of %d failed: %s", len(ledger.running), attempts, error)
+            except BaseException:
+                job.cancel()
+                raise
+
+    def renew(self) -> None:
+        """Ingest anew with the next stage: each task then writes its shard where it runs."""
+        _LOG.warning("shards and replicas are no longer in the same places; ingesting a new generation of shards.")
+        self.frame.unpersist()
+        self.frame = self._made()
+
+    def resize(self, num_workers: int) -> Sequence[ShardFacts]:
+        """Ingest anew, into so many shards; what they hold."""
+        self.frame.unpersist()
+        self.num_workers = num_workers
+        self.frame = self._made()
+        return self.ingest().facts
+
+    def close(self) -> None:
+        """Let go of the persisted manifest."""
+        self.frame.unpersist()
