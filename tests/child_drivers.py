@@ -19,14 +19,15 @@ _SCRIPT = Path(__file__).with_name("fault_driver.py")
 
 
 class ChildDriver:
-    """A driver on `cluster`, at work as soon as it is made."""
+    """A driver on `cluster`, or with `master="local[2]"` on its own; at work as soon as it is made."""
 
-    def __init__(self, cluster, folder, injector=None, *, conf=None, stop_at=0, interrupts=(), **options):
+    def __init__(self, cluster, folder, injector=None, *, master="", stop_at=0, interrupts=(), **options):
         self.cluster = cluster
         self.folder = Path(folder)
         self.folder.mkdir(exist_ok=True)
-        job = {"url": cluster.url, "root": str(cluster.root), "options": options, "conf": conf or {}}
+        job = {"url": master or cluster.url, "root": str(cluster.root), "options": options}
         job.update(stop_at=stop_at, interrupts=list(interrupts))
+        job["conf"] = {"spark.local.dir": str(self.folder / "local")}  # a driver's own; executors have their worker's
         (self.folder / "job.json").write_text(json.dumps(job))
         if injector is not None:
             (self.folder / "plan.pkl").write_bytes(pickle.dumps(injector))
@@ -89,7 +90,7 @@ class ChildDriver:
     def check_gone(self, within_s=10.0):
         """Its JVM, its executors and their workers are gone."""
         application = (self.folder / "session").read_text()
-        folders = [self.cluster.local_dir(host) for host in HOSTS]
+        folders = [self.folder / "local", *(self.cluster.local_dir(host) for host in HOSTS)]
         deadline = time.monotonic() + within_s
         while left := self._left(application, folders):
             assert time.monotonic() < deadline, f"{within_s:g} s after the driver's end: {left}"

@@ -52,6 +52,7 @@ class TcpProxy:
         self._sockets = []
         self._listener = socket.create_server(listen)
         self._listener.settimeout(0.2)
+        self.address = self._listener.getsockname()
         self._threads = [threading.Thread(target=self._accept, name="proxy", daemon=True)]
         self._threads[0].start()
 
@@ -80,6 +81,8 @@ class TcpProxy:
             far = socket.create_connection(self._target, timeout=5.0)
             self.connections += 1
             self._sockets += [near, far]
+            for sock in (near, far):
+                sock.settimeout(0.2)
             state = {"replica": None}
             for source, sink, upward in ((near, far, True), (far, near, False)):
                 sock_thread = threading.Thread(
@@ -89,7 +92,6 @@ class TcpProxy:
                 sock_thread.start()
 
     def _pump(self, source, sink, upward, state):
-        source.settimeout(0.2)
         try:
             while not self._closed:
                 try:
@@ -102,12 +104,17 @@ class TcpProxy:
                     state["replica"] = int(found[1])  # the hello names it
                 if self._strikes(data, upward, state, source, sink):
                     return
-                sink.settimeout(None)
-                sink.sendall(data)
+                self._send(sink, data)
         except OSError:
             pass  # one end hung up: so does the other
         _hang_up(source)
         _hang_up(sink)
+
+    def _send(self, sink, data):
+        left = memoryview(data)
+        while left and not self._closed:
+            with contextlib.suppress(TimeoutError):
+                left = left[sink.send(left) :]
 
     def _strikes(self, data, upward, state, source, sink):
         """Whether the line is lost with this piece."""

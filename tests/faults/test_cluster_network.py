@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from cluster_fixtures import free_port
 from fault_models import estimator
@@ -52,13 +50,33 @@ def test_a_line_that_breaks_or_goes_dead_in_the_middle_of_an_update_voids_the_ro
 
 
 @pytest.mark.fault(rows=[12], phases="RT")
+def test_a_line_that_crawls_is_given_up_at_the_rounds_deadline_though_it_is_never_silent(
+    fault_frame, reference, leaks, tmp_path, caplog, through
+):
+    settings, near, far = through
+    # 54 s for an update, a piece every 2 s.
+    slow = LineFault(tmp_path / "slow", 1, "slow", bytes_per_s=8_000)
+    injector = Injector(tmp_path / "plan").call_at("transfer", 7, 1, action=Touch(slow.sign))
+    limits = {"stall_timeout_s": 20.0, "min_round_timeout_s": 6.0}
+    with injector.installed(), TcpProxy(near, far, [slow]) as proxy:
+        model = estimator(injector, **limits, **settings).fit(fault_frame)
+    injector.check_fired()
+    proxy.check_fired()
+    reference.check(model, retries=1)
+    assert [record.round for record in model.history if record.retries] == [7]
+    assert "replica 1 on 127.0.0." in caplog.text
+    assert "deadline" in caplog.text
+    leaks.check()
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(rows=[12], phases="RT")
 def test_a_line_of_one_megabit_slows_its_round_down_and_changes_nothing(
     fault_frame, reference, leaks, tmp_path, through
 ):
     settings, near, far = through
     slow = LineFault(tmp_path / "slow", 1, "slow", bytes_per_s=_MBIT)
     injector = Injector(tmp_path / "plan").call_at("transfer", 7, 1, action=Touch(slow.sign))
-    began = time.monotonic()
     with injector.installed(), TcpProxy(near, far, [slow]) as proxy:
         model = estimator(injector, stall_timeout_s=4.0, checkpoint_every=8, **settings).fit(fault_frame)
     injector.check_fired()
@@ -66,5 +84,4 @@ def test_a_line_of_one_megabit_slows_its_round_down_and_changes_nothing(
     reference.check(model, retries=0)
     by_round = {record.round: record.exchange_seconds for record in model.history}
     assert by_round[7] > 3 > by_round[6]
-    assert time.monotonic() - began < 60
     leaks.check()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from cluster_fixtures import HOSTS
 from fault_models import ROWS, LoseExecutor, estimator
 from fault_runs import verified_rounds
 
@@ -109,8 +108,9 @@ def test_rows_that_are_others_each_time_are_refused_when_an_executor_is_lost(
         estimator(injector).fit(frame)
     injector.check_fired()
     message = str(raised.value)
-    assert any(host in message for host in HOSTS)
-    assert "replica" in message
+    # Spark names an executor by the address that its connection came from, which on one machine is always the same.
+    assert "replica " in message
+    assert " on 127.0.0." in message
     assert "not deterministic" in message
     assert "write it to Parquet" in message
     leaks.check()

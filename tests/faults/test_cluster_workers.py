@@ -113,13 +113,15 @@ def test_the_daemon_that_forks_workers_is_killed(fault_frame, reference, leaks, 
 @pytest.mark.slow_fault
 @pytest.mark.fault(rows=[11], phases="TR")
 def test_a_straggler_is_waited_for_and_its_host_told(fault_frame, leaks):
-    slow, quick = HOSTS
-    model = estimator(preprocess=SlowHost(slow, 0.15), stall_timeout_s=10.0).fit(fault_frame)
+    model = estimator(preprocess=SlowHost(HOSTS[0], 0.3), stall_timeout_s=10.0).fit(fault_frame)
     assert sum(record.retries for record in model.history) == 0
+    # The same replica all along, by its four batches of 0.3 s; Spark tells one address for both hosts of this machine.
+    slowest = {record.slowest for record in model.history}
+    assert len(slowest) == 1
     for record in model.history:
-        seconds = {replica.host: replica.compute_seconds for replica in record.replicas}
-        assert seconds[slow] > 5 * seconds[quick]
-        assert record.compute_seconds == seconds[slow]
+        part = record.replicas[record.slowest]
+        assert part.compute_seconds == record.compute_seconds > 1.2
+        assert part.host.startswith("127.0.0.")
     leaks.check()
 
 
