@@ -17,8 +17,15 @@ from pathlib import Path
 import pytest
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
+# JVMs that live for a minute: compiling well costs them more than it gains.
+_BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # Workers are forked with torch imported: a fault costs a moment, not an import. The cluster's tests do without.
-FAULT_CONF = {"spark.python.daemon.module": "sparkdeep.spark.daemon", "spark.locality.wait": "1s"}
+FAULT_CONF = {
+    "spark.python.daemon.module": "sparkdeep.spark.daemon",
+    "spark.locality.wait": "1s",
+    "spark.driver.extraJavaOptions": _BRIEF,
+    "spark.executor.extraJavaOptions": _BRIEF,
+}
 _TESTS = Path(__file__).resolve().parent
 
 
@@ -42,6 +49,7 @@ def environment(**more):
         "PYTHONPATH": path,
         "SPARK_NO_DAEMONIZE": "1",
         "SPARK_DAEMON_MEMORY": "256m",
+        "SPARK_DAEMON_JAVA_OPTS": _BRIEF,
         **more,
     }
 
