@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -140,11 +141,25 @@ class Cluster:
         return kill_executor(str(self.root), host, delete_folders, application)
 
     def kill_worker(self, host):
-        """SIGKILL of the worker daemon."""
+        """SIGKILL of the worker daemon alone; its executor has to notice."""
         process = self.processes[host]
         assert process.pid > 1
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait(timeout=15)
+
+    def kill_machine(self, host, application):
+        """SIGKILL of the worker daemon and of what it started, and the executor's folders are gone."""
+        process = self.processes[host]
+        pid = self.executor_pid(host, application)
+        assert pid is not None
+        assert min(pid, process.pid) > 1
+        folders = _variable(pid, "SPARK_EXECUTOR_DIRS").split(":")
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # of the same process group
+            os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=15)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def stop(self):
         for process in self.processes.values():
@@ -212,6 +227,7 @@ def session_on(url, **conf):
     os.environ.update(environment(SPARK_LOCAL_IP="127.0.0.1"))
     settings = {
         "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
         "spark.driver.host": "127.0.0.1",
         "spark.executor.memory": "512m",
         "spark.executor.cores": "1",

@@ -32,9 +32,7 @@ def two_hosts(tight_cluster):
 
 
 def machine_lost(cluster, child):
-    application = (child.folder / "session").read_text()
-    cluster.kill_worker(HOSTS[0])
-    cluster.kill_executor(HOSTS[0], delete_folders=True, application=application)
+    cluster.kill_machine(HOSTS[0], (child.folder / "session").read_text())
 
 
 def same_bits(weights, reference):
