@@ -141,9 +141,7 @@ def test_both_executors_are_lost_at_once(fault_frame, reference, leaks, tmp_path
 
 @pytest.mark.slow_fault
 @pytest.mark.fault(rows=[6], phases="LD RT")
-def test_an_executor_lost_while_it_loads_and_while_it_sends_leaves_a_folder_that_the_next_fit_sweeps(
-    fault_cluster, fault_frame, reference, leaks, tmp_path
-):
+def test_an_executor_lost_while_it_loads_and_while_it_sends_costs_no_bit(fault_frame, reference, leaks, tmp_path):
     injector = Injector(tmp_path / "plan")
     injector.call_at("load", 1, 1, action=LoseExecutor()).call_at("transfer", 5, 0, action=LoseExecutor())
     with injector.installed():
