@@ -49,6 +49,7 @@ def test_a_line_that_breaks_or_goes_dead_in_the_middle_of_an_update_voids_the_ro
     leaks.check()
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault(rows=[12], phases="RT")
 def test_a_line_that_crawls_is_given_up_at_the_rounds_deadline_though_it_is_never_silent(
     fault_frame, reference, leaks, tmp_path, caplog, through
