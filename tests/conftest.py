@@ -6,8 +6,10 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("launcher_contract", "store_contract")
+pytest.register_assert_rewrite("launcher_contract", "store_contract", "leaks", "fault_runs")
 
+from cluster_fixtures import cluster, cluster_session, fault_cluster, fault_session  # noqa: E402, F401 (fixtures)
+from fault_runs import fault_frame, leaks, reference  # noqa: E402, F401 (as above)
 
 # The same examples in every run: a gate that fails by luck teaches people to run it again.
 hypothesis.settings.register_profile("gate", derandomize=True)

@@ -219,17 +219,17 @@ def clean_executors(
     access = access_to(spark)
     reached: set[str] = set()
     for attempt in range(_CLEAN_ATTEMPTS):
-        # Each task stays in its slot for a moment, so that every executor gets one.
-        slots = max(1, access.slots(None) or 2 * num_workers)
-        task = partial(clean_task, run, shard_dir, exchange)
-        frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string")
-        job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
-        try:
+        try:  # all of it, as nothing can be asked of a session that was stopped
+            # Each task stays in its slot for a moment, so that every executor gets one.
+            slots = max(1, access.slots(None) or 2 * num_workers)
+            task = partial(clean_task, run, shard_dir, exchange)
+            frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string")
+            job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
             reached |= {row["executor"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
+            executors = access.executors()
         except Exception as error:  # noqa: BLE001 (a failed clean-up must not hide the fit's own outcome; it is logged)
             _LOG.warning("cleaning up failed: %s", error)
             return False
-        executors = access.executors()
         if executors is None or len(reached) >= executors:
             return True
     return False

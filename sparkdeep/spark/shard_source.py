@@ -136,5 +136,9 @@ class ShardSource:
         return self.ingest().facts
 
     def close(self) -> None:
-        """Let go of the persisted manifest."""
-        self.frame.unpersist()
+        """Let go of the persisted manifest; a session that was stopped has done so already."""
+        try:
+            self.frame.unpersist()
+        except Exception as error:  # noqa: BLE001 (it must not hide the fit's own outcome; it is logged)
+            first_line = str(error).partition("\n")[0]
+            _LOG.warning("the shards' manifest could not be unpersisted: %s: %s", type(error).__name__, first_line)

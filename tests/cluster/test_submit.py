@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
-from conftest import environment
+from cluster_fixtures import environment
 
 pytestmark = pytest.mark.cluster
 
