@@ -116,6 +116,8 @@ class Line:
         self._since = time.monotonic()
         self._deadline = math.inf if deadline_s is None else self._since + deadline_s
         self._limit = "" if deadline_s is None else f"{deadline_s:.0f}"
+        # Also while bytes come and go: a line that crawls never falls silent.
+        self.connection.until, self.connection.late = self._deadline, self._check_deadline
 
     def await_update(self, give_up: Callable[[], bool]) -> Frame | None:
         """The round's update, or None when `give_up` says that it is not waited for any longer.
@@ -230,7 +232,6 @@ class Line:
             part = self._scratch[: codec.num_bytes(stop - start, dtype)]
             view = raw_bytes(part)
             self.connection.read_into(view, timeout_s=self._stall_s)
-            self._check_deadline()
             checksum.update(view)
             return codec.decode(part, stop - start, dtype)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import math
 import select
 import socket
 import struct
@@ -84,6 +85,9 @@ class Connection:
         self._sending = threading.Lock()
         self.check = check
         self.peer = "a process of this host" if self._nearby else str(sock.getpeername())
+        self.until = math.inf
+        """When `late` is called, in `time.monotonic`, however much still comes and goes."""
+        self.late: Callable[[], None] = lambda: None
         self.sent_bytes = 0
         self.received_bytes = 0
         self.heard = time.monotonic()
@@ -148,7 +152,7 @@ class Connection:
         """Send a frame without a body unless another one is on its way, which is a sign of life too."""
         if self._sending.acquire(blocking=False):
             try:
-                self._write(memoryview(self._head(kind, header, 0)), 1.0)
+                self._write(memoryview(self._head(kind, header, 0)), 1.0, bounded=False)
             finally:
                 self._sending.release()
 
@@ -211,7 +215,9 @@ class Connection:
             raise ProtocolError(f"header of {len(text)} bytes for {kind!r} exceeds {HEADER_LIMIT_BYTES}.")
         return _PREFIX.pack(_MAGIC, self._token, len(text), body_bytes) + text
 
-    def _write(self, view: memoryview, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
+    def _write(
+        self, view: memoryview, timeout_s: float, check: Callable[[], None] = lambda: None, *, bounded: bool = True
+    ) -> None:
         last = time.monotonic()
         while view.nbytes:
             try:
@@ -227,6 +233,8 @@ class Connection:
             view = view[sent:]
             self.sent_bytes += sent
             last = time.monotonic()
+            if last > self.until and bounded:
+                self.late()
 
     def _read(self, view: memoryview, timeout_s: float) -> None:
         last = time.monotonic()
@@ -245,3 +253,5 @@ class Connection:
             view = view[got:]
             self.received_bytes += got
             last = time.monotonic()
+            if last > self.until:
+                self.late()
