@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -190,6 +191,30 @@ def test_a_reader_that_takes_nothing_meets_the_senders_deadline(pair):
     a, _ = pair
     with pytest.raises(ConnectionLostError, match=r"took nothing for 0\.4 s"):
         a.send("body", {}, bytes(64 << 20), timeout_s=0.4)
+
+
+def test_a_line_that_crawls_meets_the_limit_though_it_is_never_silent(raw):
+    sock, connection = raw
+    heard = []
+
+    def late():
+        heard.append(time.monotonic())
+        raise TimeoutError("too slow")
+
+    def crawl():
+        with contextlib.suppress(OSError):  # the other end gives up
+            for _ in range(200):
+                sock.sendall(b"x")
+                time.sleep(0.02)
+
+    sock.sendall(frame(b'{"kind": "state"}', body_bytes=4000))
+    got = connection.receive(timeout_s=2.0)
+    threading.Thread(target=crawl, daemon=True).start()
+    began = time.monotonic()
+    connection.until, connection.late = began + 0.3, late
+    with pytest.raises(TimeoutError, match="too slow"):
+        connection.read_body(got.body_bytes, limit_bytes=4096, timeout_s=2.0)
+    assert 0.25 < heard[0] - began < 2.0
 
 
 def test_a_wait_can_be_given_up(pair):
