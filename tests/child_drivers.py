@@ -72,6 +72,11 @@ class ChildDriver:
         path = self.folder / "rounds"
         return path.read_text().splitlines() if path.exists() else []
 
+    def changes(self):
+        """Of the number of replicas, such as "5: 2 -> 1"."""
+        path = self.folder / "changes"
+        return path.read_text().splitlines() if path.exists() else []
+
     def wait_for_round(self, number, timeout_s=120):
         wait_for(lambda: self.process.poll() is not None or str(number) in self.rounds(), timeout_s, f"round {number}")
         assert self.process.poll() is None, self.log()

@@ -5,7 +5,7 @@
 `job.json` in the folder holds the cluster's `url`, the fit's `options`, and what else is to happen (`stop_at`: the
 session is stopped after that round; `interrupts`: Ctrl-C comes once in each of these phases, in a fit of its own).
 `plan.pkl` is an injector, if there is one. Left there are `pid`, `session` (the application's id), `rounds` (a line a
-round), and `weights.pt`, or `error` (type and message) where the fit failed.
+round), `changes` (of the number of replicas), and `weights.pt`, or `error` (type and message) where the fit failed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(folder):
 
     def told(record):
         note(folder / "rounds", record.round)
+        if record.num_workers_changed:
+            note(folder / "changes", f"{record.round}: {record.num_workers_changed}")
         if record.round == job["stop_at"]:
             session.stop()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from cluster_fixtures import HOSTS
 
-from sparkdeep.commit import Commit, commit_name
+from sparkdeep.commit import Commit, commit_keys, commit_name
 from sparkdeep.store import open_store
 
 
@@ -45,12 +44,12 @@ def weights_of(model):
 def verified_rounds(folder):
     """The committed rounds of a checkpoint folder, each file read and held against its digest."""
     store = open_store(str(folder))
-    numbers = sorted(int(Path(name).stem) for name in store.list("commits"))
-    for number in numbers:
-        commit = Commit.from_bytes(store.read(commit_name(number), max_bytes=1 << 24), number)
+    keys = commit_keys(store.list("commits"))
+    for key in keys:
+        commit = Commit.from_bytes(store.read(commit_name(key), max_bytes=1 << 24), key)
         for name in commit.entries:
             commit.read(store, name)
-    return numbers
+    return sorted(number for number, _ in keys)
 
 
 @pytest.fixture(scope="session")

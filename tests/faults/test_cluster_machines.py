@@ -94,3 +94,23 @@ def test_a_worker_daemon_that_is_killed_takes_its_executor_along_and_the_fit_goe
         assert [int(number) for number in child.rounds()] == list(range(1, len(reference.rows) + 1))
         assert same_bits(child.weights(), reference)
         child.check_gone()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["ingested anew", "dealt anew"])
+@pytest.mark.fault(rows=[7, 8], phases="TR,BT")
+def test_a_run_goes_on_with_fewer_replicas_and_with_all_again_when_the_machine_is_back(two_hosts, tmp_path, shared):
+    options = {"min_workers": 1, "replacement_timeout_s": 3.0, "rounds_per_stage": 1, "epochs": 8}
+    if shared:
+        options["shard_dir"] = str(tmp_path / "shards")
+    with ChildDriver(two_hosts, tmp_path / "child", **options) as child:
+        child.wait_for_round(3)
+        machine_lost(two_hosts, child)
+        wait_for(lambda: child.changes() or child.process.poll() is not None, 90, "fewer replicas")
+        assert child.changes()[0].endswith(": 2 -> 1"), child.log()
+        two_hosts.start_worker(HOSTS[0])
+        assert child.wait() == 0, child.log()
+        assert [change.partition(": ")[2] for change in child.changes()] == ["2 -> 1", "1 -> 2"], child.log()
+        numbers = [int(number) for number in child.rounds()]
+        assert numbers == list(range(1, numbers[-1] + 1))
+        child.weights()
+        child.check_gone()
