@@ -196,7 +196,7 @@ class _Enumeration:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a crash leaves nothing that a reader takes for damage
             values, fit = self._fit(folder)
-        assert CheckpointDirectory(LocalStore(folder), identity={}).rounds()[-1] == fit.schedule.num_rounds
+        assert CheckpointDirectory(LocalStore(folder), identity={}).rounds()[-1] == fit.num_rounds
         return values, fit.resumed_from
 
     def _fit(
