@@ -28,11 +28,13 @@ def test_a_job_group_cancelled_from_outside_ends_the_fit_by_name_and_the_callers
             threading.Thread(target=context.cancelJobGroup, args=("of the caller",)).start()
 
     options = {"checkpoint_dir": str(tmp_path / "checkpoints")}
+    # Long enough a round for the cancellation to come in it.
+    injector = Injector(tmp_path / "plan").delay_at("train", 4, 0, seconds=4.0)
     context.setJobGroup("of the caller", "what the caller does", interruptOnCancel=True)
     try:
         before = [context.getLocalProperty(name) for name in names]
         with pytest.raises(SparkdeepError, match="cancelled from outside") as raised:
-            estimator(callbacks=[cancel], **options).fit(fault_frame)
+            estimator(injector, callbacks=[cancel], **options).fit(fault_frame)
         assert [context.getLocalProperty(name) for name in names] == before
     finally:
         for name in names:
@@ -42,7 +44,7 @@ def test_a_job_group_cancelled_from_outside_ends_the_fit_by_name_and_the_callers
     # The oracle does see what there is while a stage is open.
     assert {"jobs", "persisted", "folders", "processes", "sockets", "threads"} <= open_[0].keys()
     assert verified_rounds(tmp_path / "checkpoints")[-1] >= 3
-    reference.check(estimator(**options).fit(fault_frame))
+    reference.check(estimator(injector, **options).fit(fault_frame))
     leaks.check()
 
 

@@ -63,7 +63,8 @@ def test_an_executor_that_goes_with_its_disk_in_and_between_rounds_costs_no_bit(
         model = estimator(injector).fit(fault_frame)
     injector.check_fired()
     reference.check(model)
-    assert {record.round for record in model.history if record.retries} == {3, 6}
+    # The driver may have heard of all of round 6 before the executor is gone.
+    assert [record.round for record in model.history if record.retries] in ([3, 6], [3, 7])
     leaks.check()
     assert leaks.of_the_dead() == []
 

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spark_models import estimator, same_bits, weights
 
 from sparkdeep.errors import ConfigError, PreflightError
-from sparkdeep.spark import barrier, training, transports
+from sparkdeep.spark import barrier, transports
+from sparkdeep.spark import shard_source as shard_source_module
 
 pytestmark = pytest.mark.spark
 
@@ -148,7 +149,7 @@ def test_where_spark_encrypts_disks_nothing_runs_until_somebody_answers_for_them
         raise AssertionError("rows were dealt")
 
     monkeypatch.setattr(transports, "access_to", Encrypting)
-    monkeypatch.setattr(training, "dealt", nothing_runs)
+    monkeypatch.setattr(shard_source_module, "dealt", nothing_runs)
     with pytest.raises(PreflightError, match=r"spark.io.encryption.enabled=true.*encrypted_disks=True"):
         estimator(transport=transport).fit(blobs)
     with pytest.raises(AssertionError, match="rows were dealt"):
