@@ -147,7 +147,7 @@ class TimeSchedule:
         return tuple(
             RoundSpec(
                 round=committed + 1,
-                epoch=done // own if own else 0,
+                epoch=min(done // own, self.epochs - 1) if own else 0,
                 first_step=done % own if own else 0,
                 num_steps=max(0, rest),
                 budget_s=self.budget_s,

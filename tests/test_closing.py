@@ -238,6 +238,8 @@ def test_rounds_of_seconds_take_what_each_gets_done_and_see_every_row_of_every_e
     assert sum(r.rows for r in records) == 2 * sum(sizes)
     assert len(records) > 2
     assert {p.dropped for r in records for p in r.replicas} == {""}
+    assert [r.epoch for r in records] == sorted(r.epoch for r in records)
+    assert records[-1].epoch == 2
     repeated, same = again(tmp_path, records, own=adam(), sizes=sizes, time_budget_s=0.02, epochs=2, batch_size=2)
     assert torch.equal(repeated, trained)
     assert [[p.steps for p in r.replicas] for r in same] == steps.tolist()
