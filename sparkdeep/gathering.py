@@ -18,7 +18,7 @@ from sparkdeep.line import Line
 from sparkdeep.messages import Saved, Update, parse
 from sparkdeep.parameters import Layout, raw_bytes, unlike
 from sparkdeep.partition import Partition
-from sparkdeep.round_values import Globals, RoundResult, Traffic
+from sparkdeep.round_values import Globals, RoundResult, RoundWork, Traffic
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors
 from sparkdeep.weighting import shares_of
@@ -60,12 +60,7 @@ class Plane:
 class TrainOrder:
     """What replicas are told at the start of a round."""
 
-    specs: Sequence[RoundSpec]
-    """Of every replica; all of the same round."""
-    clocks: Sequence[int]
-    """Steps of every replica's learning-rate schedule before the round."""
-    rows: Sequence[int]
-    """Training rows of every replica's shard."""
+    work: RoundWork
     start: Globals
     ahead: RoundSpec | None
     """The round that follows if a replica may begin it on its own (`overlap`)."""
@@ -74,16 +69,11 @@ class TrainOrder:
     held: bool
     """Whether replicas hold the parameters already: in a ring, the mean of the round before."""
 
-    @property
-    def round(self) -> int:
-        """Its number."""
-        return self.specs[0].round
-
     def header(self, plane: Plane, replica: int, buffers: bytes) -> dict[str, Any]:
         """The frame's header."""
         return {
-            "spec": asdict(self.specs[replica]),
-            "clock": self.clocks[replica],
+            "spec": asdict(self.work.specs[replica]),
+            "clock": self.work.clocks[replica],
             "may_undo": plane.terms.may_undo,
             "ahead": asdict(self.ahead) if self.ahead is not None else None,
             "sections": self.start.sections,
@@ -126,7 +116,6 @@ class Gathering:
         num_replicas: in the stage.
         check: called while a replica waits for others; raises to give up.
         stall_timeout_s: after which a replica that takes nothing counts as lost.
-        deadline_s: for the whole round; None: there is none.
     """
 
     def __init__(
@@ -137,16 +126,14 @@ class Gathering:
         *,
         check: Callable[[], None],
         stall_timeout_s: float,
-        deadline_s: float | None = None,
     ) -> None:
-        self._deadline_s = deadline_s
         self._plane = plane
         self._order = order
         self._count = num_replicas
         self._check = check
         self._stall_s = stall_timeout_s
         self._buffers = pack_tensors(order.start.buffers)
-        self._admission = Admission(num_replicas, check, order.round, self._prepare, plane.terms)
+        self._admission = Admission(num_replicas, check, order.work.round, self._prepare, plane.terms)
         self._sum: OrderedSum | None = None
         self._mean: Tensor | None = None
         self._sections: list[str] = []
@@ -167,7 +154,7 @@ class Gathering:
         connection = line.connection
         sent, received = connection.sent_bytes, connection.received_bytes
         self._saved[replica] = Saved(bytes=0, seconds=0.0)
-        line.begin_round(self._deadline_s)
+        line.begin_round(self._order.work.deadline_s)
         if line.settle(self._late(replica)):
             self._ask(replica, line)
         self._traffic[replica] = Traffic(
@@ -186,7 +173,7 @@ class Gathering:
         self.sent.add(replica)
         frame = line.await_update(self._late(replica))
         if frame is None:
-            line.undo(self._order.round)
+            line.undo(self._order.work.round)
             return
         update = parse(Update, frame.header)
         line.waiting = True
@@ -198,7 +185,7 @@ class Gathering:
             verdict = self._admission.enter(replica, line.hello.host, update)
             if verdict in {"late", "rolled back"}:
                 line.drain(frame)
-                line.undo(self._order.round)
+                line.undo(self._order.work.round)
                 if verdict == "rolled back":
                     line.settle(_never)
                 return
@@ -209,16 +196,16 @@ class Gathering:
                 raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
         self._saved[replica] = parse(Saved, line.expect("saved").header)
-        line.kept_round = self._order.round
+        line.kept_round = self._order.work.round
 
     def _prepare(self, updates: list[Update]) -> None:
-        seams.reach("average", round_number=self._order.round)
+        seams.reach("average", round_number=self._order.work.round)
         self._sections = common_sections(updates)
         self._weights = [update.weight for update in updates]
         self._mean = mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
         if self._plane.ring:
             return
-        shares = shares_of(updates, self._order.rows, self._plane.weighting)
+        shares = shares_of(updates, self._order.work.rows, self._plane.weighting)
         base, base_share = self._order.start.base, 1.0
         if base is None and shares.rest:
             base, base_share = self._order.start.parameters.detach(), shares.rest

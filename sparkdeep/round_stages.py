@@ -20,7 +20,7 @@ from sparkdeep.messages import Hello, Saved, Update, parse
 from sparkdeep.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
 from sparkdeep.parameters import Layout
 from sparkdeep.planning import stage_description
-from sparkdeep.round_values import Globals, RoundResult
+from sparkdeep.round_values import Globals, RoundResult, RoundWork
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import versions
@@ -110,24 +110,15 @@ class RoundStages:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        specs: Sequence[RoundSpec],
-        start: Globals,
-        ahead: RoundSpec | None = None,
-        *,
-        clocks: Sequence[int],
-        rows: Sequence[int],
-        deadline_s: float | None = None,
-    ) -> RoundResult:
+    def train(self, work: RoundWork, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
         """Run one round as one job, the same for all replicas; none is begun ahead, and the job has its own deadline.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a task was lost, or gave no reply in time; the round can be repeated.
         """
-        del ahead, clocks, rows, deadline_s
-        spec = specs[0]
+        del ahead
+        spec = work.specs[0]
         began = time.perf_counter()
         assert self._state is not None
         what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from sparkdeep.messages import Saved, Update
+from sparkdeep.schedule import RoundSpec
 
-__all__ = ["Globals", "RoundResult", "Traffic"]
+__all__ = ["Globals", "RoundResult", "RoundWork", "Traffic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,25 @@ class Globals:
     """With `overlap`: the parameters of a round ago, (numel,), which a replica that is new to the stage needs."""
     base: Tensor | None = None
     """Where updates are differences: (numel,), what their mean is added to; else None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundWork:
+    """What replicas do in a round, and how long it may take."""
+
+    specs: Sequence[RoundSpec]
+    """One a replica, all of the same round."""
+    clocks: Sequence[int]
+    """Steps of every replica's learning-rate schedule before it."""
+    rows: Sequence[int]
+    """Training rows of every replica's shard."""
+    deadline_s: float | None = None
+    """For the whole round; None: only silence is a failure."""
+
+    @property
+    def round(self) -> int:
+        """Its number, from 1."""
+        return self.specs[0].round
 
 
 @dataclass(frozen=True, kw_only=True)

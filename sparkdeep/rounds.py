@@ -22,7 +22,7 @@ from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
 from sparkdeep.replaying import replayed
-from sparkdeep.round_values import RoundResult
+from sparkdeep.round_values import RoundResult, RoundWork
 from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.transport import OpenStage, StageOpener
@@ -124,19 +124,18 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     planned = state.specs()
     assert planned is not None
     specs = replayed(planned, run.replay.get(state.committed + 1))
+    work = RoundWork(
+        specs=specs,
+        clocks=state.clocks(),
+        rows=[shard.rows["train"] for shard in state.generation.shards],
+        deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s),
+    )
     began = time.perf_counter()
     result: RoundResult | None = None
 
     def closure() -> RoundResult:
         nonlocal result
-        result = stage.train(
-            specs,
-            state.starting(base=run.base),
-            _ahead(run, specs[0]),
-            clocks=state.clocks(),
-            rows=[shard.rows["train"] for shard in state.generation.shards],
-            deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s),
-        )
+        result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
         if result.rolled_back or all(spec.skip for spec in specs):
             raise _RolledBackError
         check_divergence(result.loss, state.records, run.settings, specs[0].round)

@@ -16,7 +16,7 @@ from sparkdeep.line import Line
 from sparkdeep.meeting import Meeting
 from sparkdeep.messages import Hello, Open, Opened, parse, to_header
 from sparkdeep.parameters import raw_bytes
-from sparkdeep.round_values import Globals, RoundResult
+from sparkdeep.round_values import Globals, RoundResult, RoundWork
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors, unpack_dict
 from sparkdeep.wire import Connection, ConnectionLostError, SilentError
@@ -200,42 +200,21 @@ class Stage:
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        specs: Sequence[RoundSpec],
-        start: Globals,
-        ahead: RoundSpec | None = None,
-        *,
-        clocks: Sequence[int],
-        rows: Sequence[int],
-        deadline_s: float | None = None,
-    ) -> RoundResult:
+    def train(self, work: RoundWork, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
         """Run one round: the updates that it counts are in the result, or it raises and none counts.
 
         Args:
-            specs: of the round, one a replica.
+            work: of the round.
             start: what it starts from.
             ahead: the next round, if replicas may begin it before this one's mean is taken (`overlap`).
-            clocks: steps of every replica's learning-rate schedule before the round.
-            rows: training rows of every replica's shard.
-            deadline_s: for the whole round; None: only silence is a failure.
 
         Raises:
             NonFiniteError, UserCodeError: never mended by repeating.
             ReplicaLostError: a replica went away or its update was damaged; the round can be repeated.
         """
         began = time.perf_counter()
-        order = TrainOrder(
-            specs=specs, clocks=clocks, rows=rows, start=start, ahead=ahead, fresh=self._fresh, held=self._held
-        )
-        gathering = Gathering(
-            self._plane,
-            order,
-            self.num_replicas,
-            check=self._check,
-            stall_timeout_s=self._stall_s,
-            deadline_s=deadline_s,
-        )
+        order = TrainOrder(work=work, start=start, ahead=ahead, fresh=self._fresh, held=self._held)
+        gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
         self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
         self._fresh, self._held = False, gathering.held
         return gathering.result(time.perf_counter() - began)

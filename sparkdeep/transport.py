@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sparkdeep.messages import Hello
-from sparkdeep.round_values import Globals, RoundResult
+from sparkdeep.round_values import Globals, RoundResult, RoundWork
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
 
@@ -20,16 +20,7 @@ class OpenStage(Protocol):
     def hellos(self) -> Mapping[int, Hello]:
         """Who they are, by replica."""
 
-    def train(
-        self,
-        specs: Sequence[RoundSpec],
-        start: Globals,
-        ahead: RoundSpec | None = None,
-        *,
-        clocks: Sequence[int],
-        rows: Sequence[int],
-        deadline_s: float | None = None,
-    ) -> RoundResult:
+    def train(self, work: RoundWork, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
         """Run one round: the updates that count are in the result, or it raises and none counts.
 
         Replicas may begin the round `ahead` meanwhile; what they did of it is undone if the next order is another one.

@@ -20,7 +20,7 @@ from sparkdeep.gathering import Plane
 from sparkdeep.messages import Hello, Open, Update, to_header
 from sparkdeep.parameters import Layout, raw_bytes
 from sparkdeep.partition import Partition
-from sparkdeep.round_values import Globals
+from sparkdeep.round_values import Globals, RoundWork
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import versions
 from sparkdeep.stage import Stage
@@ -213,7 +213,9 @@ class Driver:
             start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
             if self._ring:
                 stage.form_ring(timeout_s=SILENCE_S)
-            stage.train([SPEC] * count, start, clocks=[0] * count, rows=[2] * count, deadline_s=2 * SILENCE_S)
+            stage.train(
+                RoundWork(specs=[SPEC] * count, clocks=[0] * count, rows=[2] * count, deadline_s=2 * SILENCE_S), start
+            )
             if not self._ring:
                 merge_scores(stage.evaluate(start), {})
                 stage.states([0] * count)

@@ -27,7 +27,7 @@ from sparkdeep.messages import Hello
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.program import Program
 from sparkdeep.replica import Replica
-from sparkdeep.round_values import Globals
+from sparkdeep.round_values import Globals, RoundWork
 from sparkdeep.session import serve
 from sparkdeep.state_files import StateFiles
 from sparkdeep.trees import pack_tensors
@@ -59,7 +59,9 @@ class ReplicaEnd:
         """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
         plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
         start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
-        order = TrainOrder(specs=[SPEC], clocks=[0], rows=[2], start=start, ahead=None, fresh=True, held=False)
+        order = TrainOrder(
+            work=RoundWork(specs=[SPEC], clocks=[0], rows=[2]), start=start, ahead=None, fresh=True, held=False
+        )
         buffers = pack_tensors(BUFFERS)
         train = frame_of("train", order.header(plane, 0, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
         terms = Terms(quorum=1)
