@@ -76,7 +76,7 @@ extras_tests() {
     env -u SPARK_HOME PATH="$folder/bin:$PATH" PYSPARK_PYTHON="$folder/bin/python" \
         PYSPARK_DRIVER_PYTHON="$folder/bin/python" SPARK_CONF_DIR="$PWD/conf" SPARK_LOCAL_IP=127.0.0.1 \
         AIRFLOW_HOME="$scratch/airflow" HF_HUB_OFFLINE=1 \
-        timeout "$limit_s" "$folder/bin/python" -m pytest -q --junitxml="$scratch/report.xml" "$@" || code=$?
+        timeout "$limit_s" "$folder/bin/python" -m pytest -q -o junit_family=xunit1 --junitxml="$scratch/report.xml" "$@" || code=$?
     if [[ $code == 0 ]] && ! grep -q ' skipped="0"' "$scratch/report.xml"; then
         printf 'skipped tests fail this step: they are listed above\n' >&2
         code=1

@@ -60,7 +60,7 @@ lts_tests() {
     report="$(mktemp)"
     PATH="$folder/bin:$PATH" SPARK_HOME="$lts_spark_home" PYSPARK_PYTHON="$folder/bin/python" \
         PYSPARK_DRIVER_PYTHON="$folder/bin/python" SPARK_CONF_DIR="$PWD/conf" SPARK_LOCAL_IP=127.0.0.1 \
-        timeout "$limit_s" "$folder/bin/python" -m pytest -q --junitxml="$report" "$@" || code=$?
+        timeout "$limit_s" "$folder/bin/python" -m pytest -q -o junit_family=xunit1 --junitxml="$report" "$@" || code=$?
     if [[ $code == 0 ]] && ! grep -q ' skipped="0"' "$report"; then
         printf 'skipped tests fail this step: they are listed above\n' >&2
         code=1

@@ -40,7 +40,7 @@ step "format" 60 ruff format --check .
 step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
-    tier "tests without a JVM" 120 -m "not spark" tests/test_*.py
+    tier "tests without a JVM" 200 -m "not spark" tests/test_*.py
     tier "tests on local[2]" 300 -m "spark and not jobs" tests/spark tests/test_readme.py
     tier "tests on two workers" 240 -m cluster tests/cluster
 fi
