@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from faults import Plan, marked_table
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
+from twin_faults import Plan, marked_table
 
 from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.errors import (

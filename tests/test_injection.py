@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from faults import marked_table
 from torch import nn
 from torch.optim import SGD
 from twin import deal, flat, run, schema_of
+from twin_faults import marked_table
 
 from sparkdeep import seams
 from sparkdeep.errors import ReplicaLostError

@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from faults import Plan, lost
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, run, schema_of
+from twin_faults import Plan, lost
 
 from sparkdeep.overlapping import Pace
 from sparkdeep.program import Program

@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from faults import Plan, Watched, marked_table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 from twin import deal, run, schema_of
+from twin_faults import Plan, Watched, marked_table
 
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.planning import rounds_to_run, stage_description

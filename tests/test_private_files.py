@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from faults import marked_table
 from torch import nn
 from twin import deal, local_coordinator, make_fit, schema_of
+from twin_faults import marked_table
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.data.scratch import claim, release

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from faults import Plan, marked_table
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
+from twin_faults import Plan, marked_table
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import EarlyStopping, RunSettings

@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from faults import Plan, lost, marked_table
 from torch import nn
 from torch.optim import SGD, Adam
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
+from twin_faults import Plan, lost, marked_table
 
 from sparkdeep.aggregation import Trial, choose, needs_trial, ring_s, star_s
 from sparkdeep.averaging import OrderedSum, weighted_mean

@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from faults import Plan, lost, marked_table, raises
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
+from twin_faults import Plan, lost, marked_table, raises
 
 from sparkdeep.config import EarlyStopping
 from sparkdeep.data.shards import Shard
@@ -145,7 +145,7 @@ class Metric:
         self.key = key
 
     def __call__(self, output, label):
-        from faults import PLANS
+        from twin_faults import PLANS
 
         return PLANS[self.key].meet_metric(output, label)
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from faults import Plan, marked_table, raises
 from torch import nn
 from torch.optim import SGD
 from twin import deal, flat, local_coordinator, make_fit, schema_of
+from twin_faults import Plan, marked_table, raises
 
 from sparkdeep import launch as launch_module
 from sparkdeep.channel import Channel, LogStream

@@ -11,13 +11,13 @@ from functools import partial
 import boto3
 import pytest
 import torch
-from faults import marked_table
 from moto.server import ThreadedMotoServer
 from pyarrow import fs as pafs
 from store_contract import StoreContract
 from torch import nn
 from torch.optim import AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
+from twin_faults import marked_table
 
 from sparkdeep import s3
 from sparkdeep.checkpoint import CheckpointDirectory

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from faults import marked_table
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, facts_of, flat, local_coordinator, make_fit_on, schema_of, write_shards
+from twin_faults import marked_table
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.program import Program

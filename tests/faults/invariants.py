@@ -10,10 +10,10 @@ from functools import partial
 
 import psutil
 import torch
-from faults import Plan, marked_table
 from torch import nn
 from torch.optim import AdamW
 from twin import deal, local_coordinator, make_fit, schema_of
+from twin_faults import Plan, marked_table
 
 from sparkdeep.program import Program
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import marked_table
 from torch import nn
 from torch.optim import AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
+from twin_faults import marked_table
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.data.shards import ShardWriter

@@ -8,7 +8,6 @@ import time
 
 import psutil
 import pytest
-from faults import Plan
 from invariants import (
     OPTIONS,
     SIZES,
@@ -22,6 +21,7 @@ from invariants import (
     train,
 )
 from twin import deal, schema_of, write_shards
+from twin_faults import Plan
 
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.injection import Injector

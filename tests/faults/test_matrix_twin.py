@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Plan
 from invariants import SIZES, Outcome, X, Y, assert_invariants, last_word, program, tensors_of, threads, train
 from torch import nn
 from torch.optim import SGD
 from twin import deal, run, schema_of
+from twin_faults import Plan
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError, ReplicaLostError, UserCodeError

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import Plan
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from invariants import ROUNDS, assert_invariants, train
+from twin_faults import Plan
 
 from sparkdeep import rounds, session
 from sparkdeep.injection import Injector
