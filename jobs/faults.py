@@ -1,7 +1,7 @@
 """What happens when things go wrong, tried: the fault matrix, random faults, a soak on two hosts, fuzzing, the guards' price.
 
 python jobs/faults.py --out runs/faults [--only matrix,soak] [--rounds 200] [--seed 1] [--examples 1000] [--pairs 15]
-    [--fuzz-seconds 60] [--tiers twin,local,jobs,connect,cluster]
+    [--fuzz-seconds 60] [--tiers twin,local,jobs,connect,cluster,hosts]
 
 (or spark-submit jobs/faults.py ...: every part starts what it needs in processes of its own.) Parts: matrix (the tests that
 carry a row of jobs/fault_matrix.toml), counts (crash points, calls without the run's token), schedules, fuzz, soak,

@@ -153,7 +153,8 @@ class Admission:
             return self.verdicts[replica]
 
     def _good(self) -> int:
-        return sum(update.finite for update in self._headers.values())
+        """Updates that a quorum is made of: a replica that is out of rows answers at once, and must not shut others out."""
+        return sum(update.finite and update.rows > 0 for update in self._headers.values())
 
     def _close(self) -> None:
         bad = [i for i, update in sorted(self._headers.items()) if not update.finite]

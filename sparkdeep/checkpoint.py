@@ -169,6 +169,7 @@ class CheckpointDirectory:
                 try:
                     loaded = self._load(key, skipped)
                     self._newest = loaded.round_number
+                    self._clear_own(keys, loaded.round_number)
                     return loaded, keys
                 except DamagedError as exc:
                     skipped.append(f"{commit_name(key)}: {exc}")
@@ -185,6 +186,12 @@ class CheckpointDirectory:
             )
         self._newest = -1
         return None, keys
+
+    def _clear_own(self, keys: list[Key], round_number: int) -> None:
+        """Remove this driver's own damaged commits: their rounds come again, under the same names."""
+        for number, epoch in keys:
+            if self._lease is not None and epoch == self._lease.epoch and number > round_number:
+                self._store.delete(commit_name((number, epoch)))
 
     def _keys(self, *, warn: bool) -> list[Key]:
         """The commits that count, oldest first."""

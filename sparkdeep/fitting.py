@@ -30,7 +30,7 @@ from sparkdeep.ring import available as ring_available
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
-from sparkdeep.staffing import Staffing
+from sparkdeep.staffing import Staffing, deal_rest
 from sparkdeep.stages import Stages
 from sparkdeep.transport import StageOpener
 from sparkdeep.trees import pack_tensors
@@ -136,6 +136,8 @@ class Fit:
         latest = self.snapshots.begin(resume=self.resume) if isinstance(self.snapshots, CheckpointSnapshots) else None
         if latest is not None:
             self.outer.load_state_dict(self.state.restore(self.layout, latest.files, self.local, self.settings))
+            if self.runner is not None and self.state.generation.num_replicas != len(self.shards):
+                deal_rest(self.state, self.shards, self.local, self.settings)  # nothing there does it stage by stage
         elif self.snapshots is not None and self.settings.replica_state == "durable":
             files = self.state.to_files(self.layout, self.outer.state_dict(), [])
             self.snapshots.save(Snapshot(round=0, files=files))

@@ -184,7 +184,7 @@ class Gathering:
         else:
             verdict = self._admission.enter(replica, line.hello.host, update)
             if verdict in {"late", "rolled back"}:
-                line.drain(frame)
+                line.leave(frame)
                 line.undo(self._order.work.round)
                 if verdict == "rolled back":
                     line.settle(_never)

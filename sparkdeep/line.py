@@ -61,6 +61,7 @@ class Line:
         """The last round of this stage after which the replica has said that its state is kept."""
         self._owes: int | None = None
         self._owed_at = 0.0
+        self._left = 0
         self._since = 0.0
         self._deadline = math.inf
         self._limit = ""
@@ -146,38 +147,46 @@ class Line:
         What it sent before it heard of that is read and forgotten.
         """
         while self._owes is not None:
-            if not self._speaks(give_up):
+            if not self._drained(give_up) or not self._speaks(give_up):
                 return False
             frame = self.connection.receive(timeout_s=self._stall_s)
             if frame.kind == "undone" and frame.header.get("round") == self._owes:
                 self.kept_round, self._owes = self._owes, None
             elif frame.kind == "update":
-                self.drain(frame)
+                self.leave(frame)
             elif frame.kind not in {"saved", "undone"} and not self._passed_on(frame):
                 raise ProtocolError(f"{self.who} sent {frame.kind!r}; expected 'undone'.")
         return True
 
-    def drain(self, frame: Frame) -> None:
-        """Read a body, and forget it."""
-        piece = memoryview(bytearray(min(_PIECE_BYTES, frame.body_bytes)))
-        left = frame.body_bytes
-        while left:
-            part = piece[: min(left, len(piece))]
+    def leave(self, frame: Frame) -> None:
+        """Do not wait for a body; `settle` reads and forgets it, before anything that comes after it."""
+        self._left = frame.body_bytes
+
+    def _drained(self, give_up: Callable[[], bool]) -> bool:
+        """Read what is left of a body, and forget it; whether all of it came before `give_up`."""
+        piece = memoryview(bytearray(min(_PIECE_BYTES, self._left)))
+        while self._left:
+            if not self._speaks(give_up):
+                return False
+            part = piece[: min(self._left, len(piece))]
             self.connection.read_into(part, timeout_s=self._stall_s)
-            left -= len(part)
+            self._left -= len(part)
+        return True
 
     def _speaks(self, give_up: Callable[[], bool]) -> bool:
         """Wait for the replica to say something; False when `give_up` says that it is not waited for any longer."""
-        while not self.connection.readable(_LOOK_S):
+        while True:
             self.connection.check()
+            ready = self.connection.readable()
             # One that a round went on without is not to gain time by each round that follows.
             since = self._since if self._owes is None else self._owed_at
-            if time.monotonic() - max(since, self.connection.heard) > self._stall_s:
+            if not ready and time.monotonic() - max(since, self.connection.heard) > self._stall_s:
                 raise SilentError(f"{self.connection.peer} sent nothing for {self._stall_s:g} s.")
             if give_up():
                 return False
             self._check_deadline()
-        return True
+            if ready or self.connection.readable(_LOOK_S):
+                return True
 
     def _check_deadline(self) -> None:
         if time.monotonic() > self._deadline:

@@ -33,7 +33,7 @@ def replayed(specs: Sequence[RoundSpec], record: RoundRecord | None) -> tuple[Ro
         dataclasses.replace(
             spec,
             budget_s=None,
-            num_steps=part.steps if spec.own_clock else spec.num_steps,
+            num_steps=part.steps + part.skipped_steps if spec.own_clock else spec.num_steps,
             skip=bool(part.dropped),
         )
         for spec, part in zip(specs, record.replicas, strict=True)

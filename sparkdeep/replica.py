@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkdeep import seams
 from sparkdeep.config import LocalSettings
@@ -28,6 +27,7 @@ from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.schedule import RoundSpec
+from sparkdeep.single_row_norms import single_row_norms
 from sparkdeep.trees import pack, pack_tensors, unpack_dict, unpack_tensors
 from sparkdeep.validation import Evaluator
 
@@ -225,6 +225,10 @@ class Replica:
         if not spec.own_clock:
             self._keep_time(spec.num_steps)
 
+    def forget_logged(self) -> None:
+        """Drop what the model logged in a round that was undone."""
+        self._loss.take_logged(training=True)
+
     def catch_up(self, clock: int) -> None:
         """Advance the learning-rate clock to where it is without this replica, which missed rounds."""
         self._keep_time(max(0, clock - self._clock))
@@ -278,7 +282,7 @@ class Replica:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _norms(self, rows: int) -> AbstractContextManager[Any]:
-        return _single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
+        return single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
 
     def _result(self, spec: RoundSpec, progress: Progress, began: float) -> LocalResult:
         weight = progress.weight
@@ -333,18 +337,3 @@ class Replica:
                     evaluator.add(self.model, batch)
                 progress.add(batch.rows, 0.0, None)
         return evaluator.scores()
-
-
-class _single_row_norms:  # noqa: N801 (reads as a verb at its one call site)
-    """Batch norms use their running statistics while a shard of one row trains: one row has no variance."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-
-    def __enter__(self) -> None:
-        for norm in self._norms:
-            norm.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for norm in self._norms:
-            norm.train()

@@ -191,6 +191,7 @@ class ReplicaRounds:
         assert self._before is not None
         spec, state = self._before
         self._replica.load_state(state)
+        self._replica.forget_logged()
         self._replica.skip(spec)
 
     def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:

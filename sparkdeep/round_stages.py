@@ -56,8 +56,6 @@ class RoundStages:
     """Of the last job."""
     last_opening_s: float = field(default=0.0, init=False)
     """Always 0: what a job's start costs is part of its exchange."""
-    last_change: str = field(default="", init=False)
-    """Always "": the number of replicas does not change."""
     _state: RunState | None = field(default=None, init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
     _send_states: bool = field(default=True, init=False)
@@ -84,6 +82,10 @@ class RoundStages:
         self._state = state
         self._snapshot = latest() if self._send_states else None
         return self
+
+    def take_change(self) -> str:
+        """Always "": the number of replicas does not change."""
+        return ""
 
     def committed_round(self) -> list[int]:
         """The replicas whose state was lost before the last round, told once."""

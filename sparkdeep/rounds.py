@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -17,10 +17,10 @@ from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.divergence import check_divergence
 from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
 from sparkdeep.failure_ledger import FailureLedger
-from sparkdeep.messages import Update
-from sparkdeep.metrics import ReplicaRecord, RoundRecord
+from sparkdeep.metrics import RoundRecord
 from sparkdeep.outer import OuterOptimizer
 from sparkdeep.parameters import Layout
+from sparkdeep.recording import Told, record_of
 from sparkdeep.replaying import replayed
 from sparkdeep.round_values import RoundResult, RoundWork
 from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
@@ -153,7 +153,19 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
     assert result is not None
     _count_rolled_back(run, stage, result)
-    record = _record(run, stage, specs, result, time.perf_counter() - began)
+    record = record_of(
+        specs,
+        result,
+        hosts=[stage.hellos[i].host for i in range(len(specs))],
+        seconds=time.perf_counter() - began,
+        told=Told(
+            opening_s=run.stages.last_opening_s,
+            failures=run.ledger.take(),
+            aggregation=state.aggregation,
+            state_reset=run.stages.committed_round(),
+            changed=run.stages.take_change(),
+        ),
+    )
     epochs = state.epochs_done()
     if run.settings.time_budget_s is not None:
         state.consumed = [
@@ -189,60 +201,6 @@ def _ahead(run: Run, spec: RoundSpec) -> RoundSpec | None:
     if _validates_at(run, spec.round, ends_epoch) or _snapshot_at(run, spec.round):
         return None
     return state.schedule.next(spec.round)
-
-
-def _record(run: Run, stage: OpenStage, specs: Sequence[RoundSpec], result: RoundResult, seconds: float) -> RoundRecord:
-    compute_s = max(update.compute_s for update in result.updates)
-    failures = run.ledger.take()
-    return RoundRecord(
-        round=specs[0].round,
-        epoch=max(spec.epoch for spec in specs) + 1,
-        rows=sum(update.rows for update in result.updates),
-        loss=result.loss,
-        logged=_logged(result.updates),
-        seconds=seconds + run.stages.last_opening_s,
-        compute_seconds=compute_s,
-        exchange_seconds=max(0.0, result.seconds - compute_s),
-        outer_seconds=max(0.0, seconds - result.seconds),
-        stage_seconds=run.stages.last_opening_s,
-        state_seconds=max(saved.seconds for saved in result.saved),
-        state_bytes=sum(saved.bytes for saved in result.saved),
-        retries=len(failures),
-        failures=failures,
-        slowest=max(range(len(specs)), key=lambda i: result.updates[i].compute_s),
-        sent_bytes=result.traffic.sent_bytes,
-        received_bytes=result.traffic.received_bytes,
-        aggregation=run.state.aggregation,
-        state_reset=run.stages.committed_round(),
-        num_workers_changed=run.stages.last_change,
-        replicas=[
-            ReplicaRecord(
-                replica=i,
-                host=stage.hellos[i].host,
-                rows=update.rows,
-                weight=update.weight,
-                steps=update.steps,
-                compute_seconds=update.compute_s,
-                input_seconds=update.input_s,
-                dropped="late" if spec.skip else result.dropped.get(i, ""),
-                skipped_steps=result.passed_over.get(i, 0)
-                if spec.own_clock
-                else spec.num_steps
-                if i in result.dropped or spec.skip
-                else 0,
-            )
-            for i, (spec, update) in enumerate(zip(specs, result.updates, strict=True))
-        ],
-    )
-
-
-def _logged(updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the rows of those replicas that logged a name."""
-    means: dict[str, float] = {}
-    for name in [name for update in updates for name in update.logged]:
-        parts = [(update.logged[name], update.rows) for update in updates if name in update.logged]
-        means[name] = sum(value * rows for value, rows in parts) / sum(rows for _, rows in parts)
-    return means
 
 
 def _validation_due(run: Run) -> bool:

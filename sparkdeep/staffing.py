@@ -15,10 +15,17 @@ from sparkdeep.launch import Launcher
 from sparkdeep.run_state import RunState
 from sparkdeep.schedule import Position
 
-__all__ = ["Staffing"]
+__all__ = ["Staffing", "deal_rest"]
 
 _LOG = logging.getLogger("sparkdeep")
 _LOOK_EVERY_S: Final = 0.25
+
+
+def deal_rest(state: RunState, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
+    """Go on with other shards, the same share of the epoch behind each of them."""
+    start = Position(round=state.committed, epoch=state.epochs_done(), step=0)
+    share = state.schedule.share_of_epoch(state.committed, state.consumed)
+    state.deal(Generation.over(shards, local, settings, start, share))
 
 
 @final
@@ -48,16 +55,14 @@ class Staffing:
             ReplicaLostError: too few slots for `open_timeout_s`; the message counts them.
         """
         count = self._available()
-        if count != self.launcher.num_replicas:
+        if count != self.launcher.num_replicas or count != len(self.shards):  # the last attempt at it may have failed
             _LOG.warning("the rows are dealt anew to %d replicas in place of %d", count, self.launcher.num_replicas)
             self.shards = self.launcher.resize(count)
         before = state.generation.num_replicas
         if before == count:
             return ""
         # Also when a checkpoint goes on that was written with another number.
-        start = Position(round=state.committed, epoch=state.epochs_done(), step=0)
-        share = state.schedule.share_of_epoch(state.committed, state.consumed)
-        state.deal(Generation.over(self.shards, self.local, self.settings, start, share))
+        deal_rest(state, self.shards, self.local, self.settings)
         return f"{before} -> {count}"
 
     def _available(self) -> int:

@@ -91,8 +91,8 @@ class Stages:
     on_log: Callable[[int, str], None]
     last_opening_s: float = field(default=0.0, init=False)
     """What opening the stage took, if the last call of `current` opened one."""
-    last_change: str = field(default="", init=False)
-    """"3 -> 2" where the last call of `current` went on with another number of replicas; else ""."""
+    _change: str = field(default="", init=False)
+    """Such as "3 -> 2" where the number of replicas changed since a round was counted."""
     _stage: Stage | None = field(default=None, init=False)
     _opened_at: float = field(default=0.0, init=False)
     _opening_s: float = field(default=0.0, init=False)
@@ -110,7 +110,7 @@ class Stages:
             ReplicaLostError: it could not be opened now, but perhaps later.
             StateLostError: a durable state must be restored first.
         """
-        self.last_opening_s, self.last_change = 0.0, ""
+        self.last_opening_s = 0.0
         if self._stage is None:
             self._stage = self._open(state, latest())
         return self._stage
@@ -118,8 +118,9 @@ class Stages:
     def _open(self, state: RunState, snapshot: Snapshot | None) -> Stage:
         began = time.monotonic()
         seams.reach("slots", round_number=state.committed + 1)
-        self.last_change = self.staffing.settle(state)
-        if self.last_change:
+        changed = self.staffing.settle(state)
+        self._change = changed or self._change
+        if changed:
             self._kept.clear()
         elif self._renew:
             self.launcher.renew()
@@ -154,7 +155,7 @@ class Stages:
             raise
         finally:
             self.coordinator.route(None)
-        self._reset = [i for i, what in enumerate(outcome) if what == "reset" or self.last_change]
+        self._reset = [i for i, what in enumerate(outcome) if what == "reset" or self._change]
         if "reset" in outcome and self.settings.replica_state == "durable":
             stage.abort()
             raise StateLostError(
@@ -170,6 +171,8 @@ class Stages:
         """Choose once where updates are added up, and have the stage's replicas form a ring if that is how."""
         count, size = stage.num_replicas, self.plane.layout.num_bytes
         wanted = self.settings.aggregation
+        if self.settings.closing:  # also where an earlier call, without these settings, chose a ring
+            state.aggregation = "star"
         if wanted == "auto" and not state.aggregation:
             state.aggregation = "star"  # what a ring that cannot be formed leaves behind for the next attempt
             if self.ring_possible and needs_trial(count, size):
@@ -217,6 +220,11 @@ class Stages:
             f"A barrier stage needs {self.launcher.num_replicas} free slots at the same time: check that no other job holds "
             "them, that executors are up, and that num_workers is at most executors x cores / spark.task.cpus."
         )
+
+    def take_change(self) -> str:
+        """Such as "3 -> 2" where the number of replicas changed since this was asked last; else ""."""
+        change, self._change = self._change, ""
+        return change
 
     def committed_round(self) -> list[int]:
         """Count a round of the open stage; returns the replicas whose state was lost before it, told once."""

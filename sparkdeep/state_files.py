@@ -1,4 +1,4 @@
-"""Replica states on an executor's disk, one file a round, the last two kept."""
+"""Replica states on an executor's disk, one file a round, the last three kept."""
 
 from __future__ import annotations
 
@@ -65,13 +65,17 @@ class StateFiles:
         return self._path(round_number, attempt).read_bytes()
 
     def write(self, round_number: int, data: bytes) -> None:
-        """Keep the state after `round_number`, and of earlier rounds only the last."""
+        """Keep the state after `round_number`, and of earlier rounds only the last two.
+
+        Two: the round that is written may never count, and the one before it may be one that went on without this
+        replica, so that what the driver means is the one before that.
+        """
         temporary = self._directory / f".{secrets.token_hex(8)}.part"
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
         temporary.replace(self._path(round_number, self._attempt))
         older = [(kept, attempt) for kept, attempt in self.kept() if kept < round_number]
-        recent = sorted({kept for kept, _ in older})[-1:]
+        recent = sorted({kept for kept, _ in older})[-2:]
         for kept, attempt in older:
             if kept not in recent:
                 self._path(kept, attempt).unlink(missing_ok=True)

@@ -40,9 +40,8 @@ class StageOpener(Protocol):
     def last_opening_s(self) -> float:
         """What opening the stage took, if the last call of `current` opened one."""
 
-    @property
-    def last_change(self) -> str:
-        """Such as "3 -> 2" where that call went on with another number of replicas; else ""."""
+    def take_change(self) -> str:
+        """Such as "3 -> 2" where the number of replicas changed since this was asked last; else ""."""
 
     def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> OpenStage:
         """The open stage; opens one if there is none."""

@@ -85,6 +85,8 @@ class Connection:
         self._sending = threading.Lock()
         self.check = check
         self.peer = "a process of this host" if self._nearby else str(sock.getpeername())
+        self._poll = select.poll()  # unlike select, it takes descriptors above 1023, of which a notebook may have many
+        self._poll.register(sock.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
         self.until = math.inf
         """When `late` is called, in `time.monotonic`, however much still comes and goes."""
         self.late: Callable[[], None] = lambda: None
@@ -102,7 +104,7 @@ class Connection:
         """Whether a frame, or the end of the connection, can be read, now or within `wait_s`."""
         if isinstance(self._socket, TlsSocket) and self._socket.pending():
             return True
-        return bool(select.select([self._socket], [], [], wait_s)[0])
+        return bool(self._poll.poll(1000 * wait_s))
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer, timeout_s: float = 60.0) -> None:
         """Send one frame; its body is the concatenation of `bodies`.

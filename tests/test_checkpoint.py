@@ -624,3 +624,15 @@ def test_file_names_are_checked_before_anything_is_written(store):
 def test_a_negative_round_is_refused(store):
     with pytest.raises(ConfigError, match="round -1 cannot be committed"):
         save(directory(store), -1)
+
+
+def test_a_round_that_the_same_driver_finds_damaged_is_committed_anew(store):
+    own = directory(store)
+    own.begin()
+    save(own, 1, 2)
+    name = next(name for name in store.list("rounds") if name.startswith("rounds/000002"))
+    store.write(name, b"damaged")
+    with pytest.warns(RuntimeWarning, match="round 2 .* is damaged"):
+        assert own.latest().round_number == 1
+    save(own, 2)
+    assert_is_round(directory(store).latest(), 2)

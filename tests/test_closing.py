@@ -255,6 +255,28 @@ def test_a_run_by_seconds_resumes_from_its_snapshot_to_rows_that_are_still_due(t
     assert torch.equal(repeated, trained)
 
 
+def test_a_replica_out_of_rows_is_no_part_of_a_quorum_and_the_last_one_gets_to_its_end(tmp_path):
+    sizes = [8, 8, 40]
+    own = dataclasses.replace(adam(), augment=partial(_wait, 0.004))
+    options = {"time_budget_s": 0.05, "quorum": 2, "quorum_grace_s": 0.0, "epochs": 1, "batch_size": 2}
+    _, records, _ = fitted(tmp_path, own, sizes=sizes, **options)
+    assert sum(p.steps for r in records for p in r.replicas if p.replica == 2) == 20
+
+
+def test_rows_passed_over_by_seconds_are_passed_over_again_in_a_replay(tmp_path):
+    own = dataclasses.replace(adam(), augment=poisoned((1, 3)))
+    options = {"time_budget_s": 0.01, "epochs": 3}
+    trained, records, _ = fitted(tmp_path, own, on_nonfinite="drop", **options)
+    (dropped,) = [p for r in records for p in r.replicas if p.dropped]
+    assert (dropped.dropped, dropped.replica) == ("nonfinite", 1)
+    assert dropped.skipped_steps > 0
+    repeated, same = again(tmp_path, records, own=adam(), **options)
+    assert torch.equal(repeated, trained)
+    assert [[p.skipped_steps for p in r.replicas] for r in same] == [
+        [p.skipped_steps for p in r.replicas] for r in records
+    ]
+
+
 # -- deadlines and the ledger -----------------------------------------------------------------------------------------
 
 

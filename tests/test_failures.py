@@ -63,6 +63,11 @@ def test_an_error_without_a_name_is_left_as_it_is_inside_a_task_and_on_the_drive
         ("ModuleNotFoundError: No module named 'torch.nn'", VersionMismatchError, "torch is missing on an executor"),
         ("ModuleNotFoundError: No module named 'shop.nets'", UserCodeError, "--py-files"),
         ("ExecutorLostFailure (executor 1 exited with code 137)", ReplicaDiedError, "memoryOverhead"),
+        (
+            "ExecutorLostFailure (executor 1 exited unrelated to the running tasks)",
+            ReplicaLostError,
+            "Spark lost a task",
+        ),
         ("Could not find block rdd_3_1", ReplicaLostError, "Spark lost a task"),
         ("[SPARK_JOB_CANCELLED] Job 3 cancelled as part of ...", SparkdeepError, "not repeated"),
     ],
@@ -77,3 +82,12 @@ def test_what_spark_says_is_named_with_the_remedy(text, kind, part):
 def test_a_line_that_only_looks_like_ours_is_left_as_it_is(content):
     error = RuntimeError(f"sparkdeep-failure:{content}")
     assert translate(error) is error
+
+
+def test_the_task_and_the_host_are_read_from_sparks_words():
+    text = (
+        "Stage failed because barrier task ResultTask(4, 1) finished unsuccessfully. Lost task 1.0 in stage 4.0 (TID 7) "
+        "(10.0.0.3 executor 2): Python worker exited unexpectedly (crashed)"
+    )
+    error = translate(RuntimeError(text))
+    assert (type(error), error.replica, error.host) == (ReplicaDiedError, 1, "10.0.0.3")

@@ -140,16 +140,16 @@ def test_averaged_state_is_written_where_it_was_read():
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_two_rounds_are_kept_whole_and_private(tmp_path):
+def test_the_last_three_rounds_are_kept_whole_and_private(tmp_path):
     files = StateFiles(tmp_path / "state", "a")
     for number in range(1, 6):
         files.write(number, b"%d" % number)
-    assert files.kept() == [(4, "a"), (5, "a")]
+    assert files.kept() == [(3, "a"), (4, "a"), (5, "a")]
     assert files.read(4, "a") == b"4"
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "state").iterdir()} == {0o600}
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     with pytest.raises(FileNotFoundError):
-        files.read(3, "a")
+        files.read(2, "a")
 
 
 def test_a_repeated_round_replaces_its_file_and_keeps_the_one_before(tmp_path):
@@ -157,7 +157,7 @@ def test_a_repeated_round_replaces_its_file_and_keeps_the_one_before(tmp_path):
     for number in (1, 2, 3):
         files.write(number, b"first")
     files.write(3, b"again")
-    assert files.kept() == [(2, "a"), (3, "a")]
+    assert files.kept() == [(1, "a"), (2, "a"), (3, "a")]
     assert files.read(3, "a") == b"again"
 
 
@@ -179,4 +179,5 @@ def test_an_attempt_that_was_given_up_writes_over_nothing_of_the_one_after_it(tm
     assert living.read(1, "zombie") == b"1"
     living.write(3, b"3")
     living.write(4, b"4")
-    assert living.kept() == [(3, "living"), (4, "living")]
+    living.write(5, b"5")
+    assert living.kept() == [(3, "living"), (4, "living"), (5, "living")]

@@ -179,3 +179,21 @@ def test_by_seconds_a_run_shrinks_as_well(tmp_path, coordinator):
         launcher.available = 2 if record.round >= 3 else 3
     assert len(fit.state.records[-1].replicas) == 2
     assert abs(sum(r.rows for r in fit.state.records) - 4 * ROWS) <= 4 * 3
+
+
+def test_a_dealing_that_failed_is_made_again(tmp_path, coordinator):
+    fit, launcher = fit_of(tmp_path, coordinator, min_workers=1)
+    failures = ["another executor went away"]
+
+    def resize(count):
+        launcher._inner.num_replicas = count  # as ShardSource, which knows before its ingest is done
+        if failures:
+            raise ReplicaLostError(failures.pop())
+        return type(launcher).resize(launcher, count)
+
+    launcher.resize = resize
+    for record in fit.rounds():
+        launcher.available = 2 if record.round >= 3 else 3
+    changes = {r.round: r.num_workers_changed for r in fit.state.records if r.num_workers_changed}
+    assert changes == {4: "3 -> 2"}
+    assert fit.state.records[3].retries == 1

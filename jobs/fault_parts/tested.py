@@ -47,7 +47,9 @@ TIERS: Final = (
     Tier(name="local", marks="spark", places=("tests/spark",), limit_s=1800.0),
     Tier(name="jobs", marks="jobs", places=("tests/jobs",), limit_s=1800.0),
     Tier(name="connect", marks="connect", places=("tests/connect",), limit_s=900.0),
-    Tier(name="cluster", marks="cluster", places=("tests/cluster", "tests/faults"), limit_s=3600.0),
+    # Apart: sessions of the two have other settings, and a process has one.
+    Tier(name="cluster", marks="cluster", places=("tests/faults",), limit_s=3600.0),
+    Tier(name="hosts", marks="cluster", places=("tests/cluster",), limit_s=1200.0),
 )
 
 

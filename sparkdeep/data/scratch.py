@@ -65,12 +65,16 @@ def claim(local_dirs: Sequence[str], run_id: str) -> Path:
     raise ConfigError(f"{path} belongs to another process: a run id is used once; start the run under another")
 
 
-def sweep(local_dirs: Sequence[str]) -> list[Path]:
+def sweep(local_dirs: Sequence[str], *, spare: str = "") -> list[Path]:
     """Remove folders that dead executors left in or near the given local directories.
 
     Looked at are the directories, up to three levels above them, and the places below those where Spark's block
     managers keep their files. A folder goes only when it is the user's own, no symbolic link, and its owner is provably
     dead; one that cannot be judged stays. At most 2000 folders are looked at.
+
+    Args:
+        local_dirs: where to look.
+        spare: a run that goes on, whose shards on shared storage outlive the executor that wrote them; "" for none.
 
     Returns:
         The folders removed.
@@ -83,6 +87,8 @@ def sweep(local_dirs: Sequence[str]) -> list[Path]:
         seen.add(folder)
         for name in _children(folder, _PREFIX):
             path = folder / name
+            if spare and name.startswith(f"{_PREFIX}{spare}"):
+                continue
             owner = _read_owner(path)
             if owner is not None and is_dead(owner) and _remove(path):
                 removed.append(path)

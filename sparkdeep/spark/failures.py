@@ -36,6 +36,8 @@ _LOST: Final = (
 
 # A process that ended by itself, and not because Spark or a neighbour wanted it to.
 _DIED: Final = ("ExecutorLostFailure", "exited unexpectedly")
+# Spark's words for hosts that were lost, decommissioned or taken away.
+_UNRELATED: Final = "unrelated to the running tasks"
 _TASK: Final = re.compile(r"barrier task (?:Result|ShuffleMap)Task\(\d+, (\d+)\)")
 _HOST: Final = re.compile(r"\(TID \d+\) \(([^\s)]+) executor")
 
@@ -99,7 +101,8 @@ def translate(error: BaseException) -> BaseException:
     if (missing := re.search(r"No module named '([\w.]+)'", text)) is not None:
         return missing_module(missing[1], text)
     if any(sign in text for sign in _LOST):
-        kind = ReplicaDiedError if any(sign in text for sign in _DIED) else ReplicaLostError
+        died = any(sign in text for sign in _DIED) and _UNRELATED not in text
+        kind = ReplicaDiedError if died else ReplicaLostError
         replica, host = _place(text)
         return kind(f"Spark lost a task: {_cause(text)}{_memory_hint(text)}", replica=replica, host=host)
     return error

@@ -296,7 +296,7 @@ def run_root(run: str, shard_dir: str | None) -> Path:
     if shard_dir is not None:
         Path(shard_dir).mkdir(parents=True, exist_ok=True)
         folders = [shard_dir]
-    sweep(folders)
+    sweep(folders, spare=run if shard_dir is not None else "")
     return claim(folders, run)
 
 

@@ -1,0 +1,95 @@
+"""A round's record: what its replicas told of it, and what the driver knows besides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparkdeep.messages import Update
+from sparkdeep.metrics import FailureRecord, ReplicaRecord, RoundRecord
+from sparkdeep.round_values import RoundResult
+from sparkdeep.schedule import RoundSpec
+
+__all__ = ["Told", "record_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What is not in the round's result."""
+
+    opening_s: float
+    """What opening the stage took, where this is its first round."""
+    failures: list[FailureRecord]
+    """Attempts that failed before."""
+    aggregation: str
+    state_reset: list[int]
+    """Replicas that began the round with a fresh optimizer."""
+    changed: str
+    """Such as "3 -> 2" where the number of replicas changed before it."""
+
+
+def record_of(
+    specs: Sequence[RoundSpec], result: RoundResult, *, hosts: Sequence[str], seconds: float, told: Told
+) -> RoundRecord:
+    """The record of a round that was just committed.
+
+    Args:
+        specs: by replica.
+        result: of the round.
+        hosts: by replica.
+        seconds: of the round and its outer step.
+        told: the rest.
+    """
+    compute_s = max(update.compute_s for update in result.updates)
+    return RoundRecord(
+        round=specs[0].round,
+        epoch=max(spec.epoch for spec in specs) + 1,
+        rows=sum(update.rows for update in result.updates),
+        loss=result.loss,
+        logged=_logged(result.updates),
+        seconds=seconds + told.opening_s,
+        compute_seconds=compute_s,
+        exchange_seconds=max(0.0, result.seconds - compute_s),
+        outer_seconds=max(0.0, seconds - result.seconds),
+        stage_seconds=told.opening_s,
+        state_seconds=max(saved.seconds for saved in result.saved),
+        state_bytes=sum(saved.bytes for saved in result.saved),
+        retries=len(told.failures),
+        failures=told.failures,
+        slowest=max(range(len(specs)), key=lambda i: result.updates[i].compute_s),
+        sent_bytes=result.traffic.sent_bytes,
+        received_bytes=result.traffic.received_bytes,
+        aggregation=told.aggregation,
+        state_reset=told.state_reset,
+        num_workers_changed=told.changed,
+        replicas=[
+            ReplicaRecord(
+                replica=i,
+                host=hosts[i],
+                rows=update.rows,
+                weight=update.weight,
+                steps=update.steps,
+                compute_seconds=update.compute_s,
+                input_seconds=update.input_s,
+                dropped="late" if spec.skip else result.dropped.get(i, ""),
+                skipped_steps=_skipped(spec, result, i),
+            )
+            for i, (spec, update) in enumerate(zip(specs, result.updates, strict=True))
+        ],
+    )
+
+
+def _skipped(spec: RoundSpec, result: RoundResult, replica: int) -> int:
+    """Steps of its rows that a replica's clock passes over."""
+    if spec.skip or (replica in result.dropped and not spec.own_clock):
+        return spec.num_steps
+    return result.passed_over.get(replica, 0)
+
+
+def _logged(updates: Sequence[Update]) -> dict[str, float]:
+    """Means over the rows of those replicas that logged a name."""
+    means: dict[str, float] = {}
+    for name in [name for update in updates for name in update.logged]:
+        parts = [(update.logged[name], update.rows) for update in updates if name in update.logged]
+        means[name] = sum(value * rows for value, rows in parts) / sum(rows for _, rows in parts)
+    return means
