@@ -65,6 +65,11 @@ class Staffing:
         deal_rest(state, self.shards, self.local, self.settings)
         return f"{before} -> {count}"
 
+    def enough(self) -> bool:
+        """Whether there are slots for the present replicas, as far as anybody knows."""
+        slots = self.launcher.slots()
+        return slots is None or slots >= self.launcher.num_replicas
+
     def _available(self) -> int:
         """The number of replicas that there are slots for, as soon as they are enough."""
         settings = self.settings

@@ -27,6 +27,8 @@ _ALIVE_EVERY_S = 5.0
 _REASON_S = 10.0
 _LAST_WORDS_S = 2.0
 _TRIALS = 5
+_ASK_EVERY_S = 1.0
+_SHORT_S = 5.0
 
 _T = TypeVar("_T")
 
@@ -96,8 +98,21 @@ class Stage:
             self.hellos[hello.replica] = hello
             self._arrived.notify_all()
 
-    def gather(self, running: RunningStage, *, timeout_s: float, waiting_for: Callable[[], str]) -> list[Hello]:
+    def gather(
+        self,
+        running: RunningStage,
+        *,
+        timeout_s: float,
+        waiting_for: Callable[[], str],
+        enough: Callable[[], bool] = lambda: True,
+    ) -> list[Hello]:
         """Wait for every replica's hello.
+
+        Args:
+            running: the stage.
+            timeout_s: for all of them.
+            waiting_for: what may be in the way, for the message.
+            enough: whether there are still slots for all. Spark lets a stage that was submitted wait without limit.
 
         Raises:
             ReplicaLostError: not all came within `timeout_s`, or the stage failed.
@@ -106,9 +121,15 @@ class Stage:
         self._running = running
         self._alive.start()
         deadline = time.monotonic() + timeout_s
+        asked = had = time.monotonic()
         with self._arrived:
             while len(self.hellos) < self.num_replicas:
                 self._arrived.wait(timeout=0.1)
+                if (now := time.monotonic()) - asked > _ASK_EVERY_S:
+                    asked = now
+                    had = now if enough() else had
+                    if now - had > _SHORT_S:
+                        raise ReplicaLostError(f"slots went away while the stage waited. {waiting_for()}")
                 if (failure := running.failure()) is not None:
                     raise _lost(failure)
                 if time.monotonic() > deadline:

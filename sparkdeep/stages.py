@@ -146,7 +146,12 @@ class Stages:
         try:
             ticket = Ticket(address=self.coordinator.address, token=self.coordinator.token, run=self.run, stage=name)
             running = self.launcher.launch(ticket, stage_description(state.committed, planned, last))
-            hellos = stage.gather(running, timeout_s=self.settings.open_timeout_s, waiting_for=self._waiting_for)
+            hellos = stage.gather(
+                running,
+                timeout_s=self.settings.open_timeout_s,
+                waiting_for=self._waiting_for,
+                enough=self.staffing.enough,
+            )
             self._check(hellos, state.generation.shards)
             outcome = stage.open(self._answers(state, snapshot), timeout_s=self.settings.open_timeout_s)
             self._settle(state, stage)

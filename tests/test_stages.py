@@ -15,6 +15,7 @@ from twin import deal, flat, local_coordinator, make_fit, schema_of
 from twin_faults import Plan, marked_table, raises
 
 from sparkdeep import launch as launch_module
+from sparkdeep import stage as stage_module
 from sparkdeep.channel import Channel, LogStream
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardMismatchError, VersionMismatchError
 from sparkdeep.messages import Hello
@@ -144,6 +145,18 @@ def test_replicas_that_do_not_come_in_time_are_named_and_cancelled(fit_of):
     assert time.monotonic() - began < 3.0
     assert nobody.cancelled >= 1
     assert "rounds 1-4 of 4" in nobody.description
+
+
+def test_slots_that_go_away_while_a_stage_waits_are_noticed_long_before_its_deadline(fit_of, monkeypatch):
+    monkeypatch.setattr(stage_module, "_ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(stage_module, "_SHORT_S", 0.2)
+    nobody, told = Nobody(), [2]
+    nobody.slots = lambda: told.pop() if told else 1
+    began = time.monotonic()
+    with pytest.raises(ReplicaLostError, match="slots went away while the stage waited"):
+        result(fit_of(wrap=lambda _: nobody, max_retries=0))
+    assert time.monotonic() - began < 3.0
+    assert nobody.cancelled >= 1
 
 
 def test_a_launch_that_fails_says_why_without_waiting(fit_of):
