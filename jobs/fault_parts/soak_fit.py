@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,9 +130,16 @@ class Watch:
                 "jvm_mb": _resident_mb(str(self._jvm)),
                 "descriptors": len(list(Path("/proc/self/fd").iterdir())),
                 "threads": len(list(Path("/proc/self/task").iterdir())),
-                "files": sum(len(names) for folder in self._folders for _, _, names in os.walk(folder)),
+                "files": sum(len(names) for folder in self._folders for _, _, names in _ours(folder)),
             }
         )
+
+
+def _ours(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """What is ours below a folder: Spark's own files of executors that were killed stay, and are Spark's to remove."""
+    for place, folders, names in os.walk(folder):
+        if folder.name == "checkpoints" or "/sparkdeep-" in place:
+            yield place, folders, names
 
 
 def _resident_mb(process: str) -> float:
