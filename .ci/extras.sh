@@ -89,7 +89,7 @@ timed "environment .venv-extras" 240 extras_venv .venv-extras constraints-extras
 timed "environment .venv-airflow" 90 extras_venv .venv-airflow constraints-airflow.txt "${airflow_packages[@]}"
 timed "Chromium" 60 extras_chromium
 if [[ "${1:-}" != build ]]; then
-    timed "tests with the packages beside ours" 180 extras_tests .venv-extras 540 -m extras tests/extras
+    timed "tests with the packages beside ours" 180 extras_tests .venv-extras 700 -m extras tests/extras
     # Airflow's Python has neither torch nor Spark: the fixtures of tests/conftest.py stay outside.
     timed "tests with Airflow" 30 extras_tests .venv-airflow 120 -m airflow -W default --confcutdir=tests/airflow tests/airflow
 fi
