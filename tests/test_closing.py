@@ -67,8 +67,8 @@ def adam():
 
 @pytest.mark.fault(rows=[11], phases="TR")
 def test_a_round_closes_without_the_slowest_which_goes_back_and_takes_part_again(tmp_path):
-    slow = Injector(tmp_path / "plan").delay_at("train", 3, 1, seconds=0.7)
-    options = {"quorum": 2, "quorum_grace_s": 0.2, "epochs": 8}
+    slow = Injector(tmp_path / "plan").delay_at("train", 3, 1, seconds=2.0)
+    options = {"quorum": 2, "quorum_grace_s": 0.6, "epochs": 8}
     trained, records, _ = fitted(tmp_path, adam(), injector=slow, **options)
     late = [(r.round, part.replica) for r in records for part in r.replicas if part.dropped]
     assert (3, 1) in late
@@ -87,12 +87,15 @@ def test_a_round_closes_without_the_slowest_which_goes_back_and_takes_part_again
 
 def test_one_that_is_late_again_and_again_finds_its_state_when_a_stage_is_opened_again(tmp_path):
     slow = Injector(tmp_path / "plan")
-    for number in (2, 3, 4):
-        slow.delay_at("train", number, 1, seconds=0.3)
+    for number in range(2, 9):  # which of them it meets is a matter of threads: in a round that it was too late for, none
+        slow.delay_at("train", number, 1, seconds=0.5)
     options = {"quorum": 2, "quorum_grace_s": 0.1, "epochs": 6}
-    own = dataclasses.replace(adam(), augment=partial(_wait, 0.12))  # long enough for it to be asked in every round
-    trained, records, _ = fitted(tmp_path, own, injector=slow, rounds_per_stage=5, **options)
-    assert {2, 3, 4} <= {r.round for r in records if r.replicas[1].dropped}
+    own = dataclasses.replace(adam(), augment=partial(_wait, 0.12))  # long enough for it to be asked again
+    with slow.installed():
+        trained, records, _ = fitted(tmp_path, own, rounds_per_stage=5, **options)
+    late = [r.round for r in records if r.replicas[1].dropped]
+    assert len(late) >= 2
+    assert late[0] <= 5 < len(records), "it was late before a stage was opened again"
     assert not any(r.state_reset for r in records)
     repeated, _ = again(tmp_path, records, own=adam(), epochs=6)
     assert torch.equal(repeated, trained)
