@@ -23,7 +23,11 @@ from sparkdeep.errors import (
 )
 
 if TYPE_CHECKING:
-    from sparkdeep import petastorm, tracking
+    from sparkdeep import algorithms, petastorm, tracking
+    from sparkdeep.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
+    from sparkdeep.asynchrony import Asynchronous
+    from sparkdeep.drift import FedProx, Scaffold
+    from sparkdeep.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
     from sparkdeep.registry import register
     from sparkdeep.spark.doctor import doctor
     from sparkdeep.spark.estimator import TorchEstimator
@@ -32,23 +36,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "QSR",
+    "AdaComm",
+    "Asynchronous",
     "Callback",
     "CheckpointError",
     "ConfigError",
     "CoordinatorUnreachableError",
     "DataError",
+    "DyLU",
     "EarlyStopping",
+    "Epochs",
+    "FedProx",
     "FitInfo",
+    "Median",
     "ModelLoadError",
     "NonFiniteError",
+    "NormClip",
+    "PostLocal",
     "PreflightError",
+    "RadialDirectional",
     "ReplicaLostError",
+    "Scaffold",
     "ShardMismatchError",
     "SparkdeepError",
     "TorchEstimator",
     "TorchModel",
+    "TrimmedMean",
     "UserCodeError",
     "VersionMismatchError",
+    "WarmStart",
+    "algorithms",
     "doctor",
     "petastorm",
     "register",
@@ -61,8 +79,12 @@ _LAZY = {
     "TorchModel": "sparkdeep.spark.model",
     "doctor": "sparkdeep.spark.doctor",
     "register": "sparkdeep.registry",
+    **dict.fromkeys(("Median", "NormClip", "RadialDirectional", "TrimmedMean"), "sparkdeep.aggregators"),
+    **dict.fromkeys(("AdaComm", "DyLU", "Epochs", "PostLocal", "QSR", "WarmStart"), "sparkdeep.local_work"),
+    **dict.fromkeys(("FedProx", "Scaffold"), "sparkdeep.drift"),
+    "Asynchronous": "sparkdeep.asynchrony",
 }
-_LAZY_MODULES = ("petastorm", "tracking")
+_LAZY_MODULES = ("algorithms", "petastorm", "tracking")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from sparkdeep.aggregators import Aggregator, Median, NormClip, RadialDirectional, TrimmedMean
+from sparkdeep.asynchrony import Asynchronous
+from sparkdeep.drift import DriftCorrection, FedProx, Scaffold
 from sparkdeep.errors import ConfigError
+from sparkdeep.local_work import LocalWork
+from sparkdeep.setting_checks import at_least, instance, not_negative, one_of, positive, refuse_unknown
 
 __all__ = [
     "EarlyStopping",
@@ -23,20 +27,6 @@ __all__ = [
 InnerState = Literal["keep", "average", "reset"]
 ReplicaState = Literal["local", "durable"]
 Codec = Literal["identity", "bf16", "int8"]
-
-
-def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse the first unknown name, with the nearest known one.
-
-    Raises:
-        ConfigError: with "did you mean".
-    """
-    names = sorted(known)
-    for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {where} {name!r}.{hint} Known: {', '.join(names)}.")
 
 
 def choose_keras_backend(backend: str) -> None:
@@ -56,21 +46,6 @@ def choose_keras_backend(backend: str) -> None:
         )
 
 
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}.")
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r}: must be a positive number.")
-
-
-def _one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
-    if value not in (listed := list(choices)):
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, listed))}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
     """What every replica needs to know about its local work; travels to the executors."""
@@ -85,6 +60,8 @@ class LocalSettings:
     """"bf16": forward and loss under `torch.autocast` in bfloat16; parameters keep their dtype."""
     inner_state: InnerState = "keep"
     """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round."""
+    drift_correction: DriftCorrection | None = None
+    """`FedProx(mu)` or `Scaffold()`: what is added to a replica's gradient where shards are unlike each other."""
     seed: int = 0
     """Of the order of rows and of each replica's random numbers (`seed + replica`)."""
     block_rows: int = 4096
@@ -109,17 +86,18 @@ class LocalSettings:
     """"auto" (the GPU that Spark gave the task, else the CPU), "cpu" or a torch device such as "cuda:0"."""
 
     def __post_init__(self) -> None:
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("accumulate_batches", self.accumulate_batches, 1)
-        _at_least("block_rows", self.block_rows, 1)
-        _at_least("window_rows", self.window_rows, 1)
-        _at_least("seed", self.seed, 0)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("accumulate_batches", self.accumulate_batches, 1)
+        at_least("block_rows", self.block_rows, 1)
+        at_least("window_rows", self.window_rows, 1)
+        at_least("seed", self.seed, 0)
         if self.prefetch != "auto":
-            _at_least("prefetch", self.prefetch, 0)
+            at_least("prefetch", self.prefetch, 0)
         if self.clip_grad_norm is not None:
-            _positive("clip_grad_norm", self.clip_grad_norm)
-        _one_of("precision", self.precision, (None, "bf16"))
-        _one_of("inner_state", self.inner_state, ("keep", "average", "reset"))
+            positive("clip_grad_norm", self.clip_grad_norm)
+        one_of("precision", self.precision, (None, "bf16"))
+        one_of("inner_state", self.inner_state, ("keep", "average", "reset"))
+        instance("drift_correction", self.drift_correction, (FedProx, Scaffold), "FedProx(mu) or Scaffold()")
         self._check_exchange()
         if self.window_rows < self.block_rows:
             raise ConfigError(
@@ -129,9 +107,9 @@ class LocalSettings:
 
     def _check_exchange(self) -> None:
         for name in ("codec", "down_codec"):
-            _one_of(name, getattr(self, name), ("identity", "bf16", "int8"))
-        _one_of("overlap", self.overlap, (0, 1))
-        _at_least("overlap_fragments", self.overlap_fragments, 1)
+            one_of(name, getattr(self, name), ("identity", "bf16", "int8"))
+        one_of("overlap", self.overlap, (0, 1))
+        at_least("overlap_fragments", self.overlap_fragments, 1)
         if self.error_feedback and self.codec == "identity":
             raise ConfigError(
                 "error_feedback=True with codec='identity': nothing is lost that could be fed back. Choose codec='int8' or "
@@ -167,11 +145,9 @@ class EarlyStopping:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least("early_stopping.patience", self.patience, 1)
-        _one_of("early_stopping.mode", self.mode, ("min", "max"))
-        delta = self.min_delta
-        if not isinstance(delta, int | float) or isinstance(delta, bool) or not 0 <= delta < math.inf:
-            raise ConfigError(f"early_stopping.min_delta={delta!r}: must be a number that is not negative.")
+        at_least("early_stopping.patience", self.patience, 1)
+        one_of("early_stopping.mode", self.mode, ("min", "max"))
+        not_negative("early_stopping.min_delta", self.min_delta)
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether `value` beats `best`; NaN never does."""
@@ -192,10 +168,23 @@ class RunSettings:
     """Passes over the data."""
     sync_every: int | Literal["epoch"] = 10
     """Local steps between averages."""
+    schedule: LocalWork | None = None
+    """A rule for the length of rounds, `PostLocal()`, `QSR(alpha)`, `AdaComm()`, `WarmStart(steps)`, `DyLU()` or
+    `Epochs(count)`; None: `sync_every`, from which they start."""
+    work: Literal["local", "gradient"] = "local"
+    """"local": replicas train; "gradient": they tell the gradient of their next `sync_every` steps' rows, of all their rows
+    with "epoch", and the outer optimizer alone steps."""
+    portions: int | Literal["auto"] | None = None
+    """With gradients of all rows: ordinary tasks, so many or 8 a worker, in place of a barrier stage's; Spark may back them up."""
+    asynchronous: Asynchronous | None = None
+    """`Asynchronous(n_fetch, n_push)`: replicas fetch and push within a round, and the driver takes each push as it comes."""
+    aggregator: Aggregator = "mean"
+    """"mean", or `NormClip()`, `Median()`, `TrimmedMean(share)` or `RadialDirectional()`."""
     time_budget_s: float | None = None
     """Seconds that every replica trains between averages, in place of `sync_every`: each takes the steps that it gets done."""
-    weighting: Literal["auto", "rows", "fednova"] = "auto"
-    """How much a replica counts: by "rows", or corrected for unequal steps; "auto": "fednova" with `time_budget_s`."""
+    weighting: Literal["auto", "rows", "equal", "fednova"] = "auto"
+    """How much a replica counts: by "rows", all alike, or corrected for unequal steps; "auto": "fednova" with
+    `time_budget_s` or `DyLU`, else "rows"."""
     quorum: int | None = None
     """So many updates close a round, without the slowest; None: all of them."""
     quorum_grace_s: float = 1.0
@@ -241,14 +230,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "epochs", "checkpoint_every"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name, word in (("sync_every", "epoch"), ("validate_every", "epoch"), ("rounds_per_stage", "auto")):
             value = getattr(self, name)
             if isinstance(value, str) and value != word:
                 raise ConfigError(f"{name}={value!r}: must be {word!r} or a whole number of at least 1.")
             if not isinstance(value, str):
-                _at_least(name, value, 1)
-        _at_least("max_retries", self.max_retries, 0)
+                at_least(name, value, 1)
+        at_least("max_retries", self.max_retries, 0)
         for name in (
             "max_stage_s",
             "retry_backoff_s",
@@ -257,11 +246,11 @@ class RunSettings:
             "min_round_timeout_s",
             "replacement_timeout_s",
         ):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         self._check_closing()
-        _one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
-        _one_of("replica_state", self.replica_state, ("local", "durable"))
-        _one_of("on_checkpoint_error", self.on_checkpoint_error, ("raise", "warn"))
+        one_of("aggregation", self.aggregation, ("auto", "star", "ring"))
+        one_of("replica_state", self.replica_state, ("local", "durable"))
+        one_of("on_checkpoint_error", self.on_checkpoint_error, ("raise", "warn"))
         if self.replica_state == "durable" and self.on_checkpoint_error == "warn":
             raise ConfigError(
                 "on_checkpoint_error='warn' with replica_state='durable': rounds would count whose replica state is nowhere "
@@ -272,26 +261,50 @@ class RunSettings:
     def _check_closing(self) -> None:
         for name in ("quorum", "min_workers"):
             if (value := getattr(self, name)) is not None:
-                _at_least(name, value, 1)
+                at_least(name, value, 1)
                 if value > self.num_workers:
                     raise ConfigError(
                         f"{name}={value}: there are num_workers={self.num_workers} replicas; give at most that."
                     )
         for name in ("time_budget_s", "divergence_factor"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         if self.divergence_factor is not None and self.divergence_factor <= 1:
             raise ConfigError(f"divergence_factor={self.divergence_factor!r}: must be above 1, such as 10.")
-        grace = self.quorum_grace_s
-        if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
-            raise ConfigError(f"quorum_grace_s={grace!r}: must be a number that is not negative.")
-        _one_of("weighting", self.weighting, ("auto", "rows", "fednova"))
-        _one_of("on_nonfinite", self.on_nonfinite, ("error", "drop", "rollback"))
+        not_negative("quorum_grace_s", self.quorum_grace_s)
+        one_of("weighting", self.weighting, ("auto", "rows", "equal", "fednova"))
+        one_of("on_nonfinite", self.on_nonfinite, ("error", "drop", "rollback"))
+        self._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        one_of("work", self.work, ("local", "gradient"))
+        if self.portions not in (None, "auto"):
+            at_least("portions", self.portions, 1)
+        instance("schedule", self.schedule, (LocalWork,), "a rule such as PostLocal(), QSR(alpha) or WarmStart(steps)")
+        instance("asynchronous", self.asynchronous, (Asynchronous,), "Asynchronous(n_fetch=1, n_push=1)")
+        if self.aggregator != "mean" and not isinstance(
+            self.aggregator, NormClip | Median | TrimmedMean | RadialDirectional
+        ):
+            raise ConfigError(
+                f"aggregator={self.aggregator!r}: must be 'mean', NormClip(), Median(), TrimmedMean(share) or RadialDirectional()."
+            )
+
+    @property
+    def own_clocks(self) -> bool:
+        """Whether each replica takes its own number of steps."""
+        return self.time_budget_s is not None or (self.schedule is not None and self.schedule.own_clock)
+
+    @property
+    def shares(self) -> Literal["rows", "equal", "fednova"]:
+        """How much each replica counts, decided."""
+        if self.weighting != "auto":
+            return self.weighting
+        return "fednova" if self.own_clocks and self.asynchronous is None else "rows"
 
     @property
     def fednova(self) -> bool:
         """Whether unequal numbers of steps are corrected for."""
-        return self.weighting == "fednova" or (self.weighting == "auto" and self.time_budget_s is not None)
+        return self.shares == "fednova"
 
     @property
     def closing(self) -> list[str]:
@@ -300,7 +313,11 @@ class RunSettings:
             "quorum": self.quorum,
             "on_nonfinite": None if self.on_nonfinite == "error" else self.on_nonfinite,
             "time_budget_s": self.time_budget_s,
-            "weighting": "fednova" if self.weighting == "fednova" else None,
+            "weighting": self.weighting if self.weighting in ("equal", "fednova") else None,
+            "schedule": self.schedule,
+            "work": None if self.work == "local" else self.work,
+            "asynchronous": self.asynchronous,
+            "aggregator": None if self.aggregator == "mean" else self.aggregator,
         }
         return [f"{name}={value!r}" for name, value in asked.items() if value is not None]
 

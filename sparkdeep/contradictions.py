@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError
 
 __all__ = ["check_together"]
@@ -15,6 +18,11 @@ def check_together(local: LocalSettings, run: RunSettings) -> None:
         ConfigError: naming both settings.
     """
     _check_aggregation(local, run)
+    _check_schedule(run)
+    _check_drift(local, run)
+    _check_gradient(local, run)
+    _check_asynchronous(local, run)
+    _check_aggregator(local, run)
     if local.overlap and run.closing:
         raise ConfigError(
             f"overlap=1 with {', '.join(run.closing)}: a replica that runs ahead cannot go back, and takes a fixed number of "
@@ -30,6 +38,114 @@ def check_together(local: LocalSettings, run: RunSettings) -> None:
             "inner_state='average' with FedNova's weights, which are of parameters: use inner_state='keep' or 'reset', or "
             "weighting='rows'."
         )
+
+
+def _refuse(setting: str, others: Sequence[str], why: str) -> None:
+    """Refuse `setting` beside `others`, if there are any."""
+    if others:
+        raise ConfigError(f"{setting} with {', '.join(others)}: {why}")
+
+
+def _check_schedule(run: RunSettings) -> None:
+    if run.schedule is None:
+        return
+    budget = [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
+    if run.asynchronous is None or run.schedule.own_clock:
+        _refuse(
+            f"schedule={run.schedule!r}",
+            budget,
+            "a rule for the number of local steps contradicts a deadline in seconds, which leaves the number open. Keep one.",
+        )
+    work = [f"work={run.work!r}"] if run.work != "local" else []
+    _refuse(f"schedule={run.schedule!r}", work, "replicas take no local steps there. Leave schedule out.")
+
+
+def _check_drift(local: LocalSettings, run: RunSettings) -> None:
+    if local.drift_correction is None:
+        return
+    name = f"drift_correction={local.drift_correction!r}"
+    others = [f"work={run.work!r}"] if run.work != "local" else []
+    others += [f"asynchronous={run.asynchronous!r}"] if run.asynchronous is not None else []
+    others += ["overlap=1"] if local.overlap else []
+    _refuse(name, others, "it corrects rounds of local steps that all begin at the same parameters. Leave one out.")
+    if not isinstance(local.drift_correction, Scaffold):
+        return
+    unsteady = [f"{one}={getattr(run, one)!r}" for one in ("quorum", "min_workers") if getattr(run, one) is not None]
+    unsteady += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
+    _refuse(
+        name,
+        unsteady,
+        "a control variate belongs to a replica that stays with its rows and counts in every round. Leave the others out, or use "
+        "FedProx(mu).",
+    )
+    travelling = [f"codec={local.codec!r}"] if local.codec != "identity" else []
+    travelling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
+    travelling += [f"weighting={run.shares!r}"] if run.fednova else []
+    _refuse(
+        name,
+        travelling,
+        "control variates travel with the parameters, whole, and are averaged by rows. Leave the others out.",
+    )
+
+
+def _check_gradient(local: LocalSettings, run: RunSettings) -> None:
+    if run.work == "local":
+        others = [f"portions={run.portions!r}"] if run.portions is not None else []
+        _refuse(
+            "work='local'", others, "portions are of gradients of all rows. Use work='gradient', sync_every='epoch'."
+        )
+        return
+    others = [
+        f"{one}={getattr(run, one)!r}"
+        for one in ("time_budget_s", "quorum", "min_workers", "asynchronous")
+        if getattr(run, one) is not None
+    ]
+    others += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
+    others += [f"weighting={run.weighting!r}"] if run.weighting not in ("auto", "rows") else []
+    others += [f"aggregator={run.aggregator!r}"] if run.aggregator != "mean" else []
+    others += [f"{one}={getattr(local, one)!r}" for one in ("codec", "down_codec") if getattr(local, one) != "identity"]
+    others += ["overlap=1"] if local.overlap else []
+    others += [f"inner_state={local.inner_state!r}"] if local.inner_state != "keep" else []
+    _refuse(
+        "work='gradient'",
+        others,
+        "a gradient is the sum over the rows of every replica, exact and on time. Leave the others out, or use work='local'.",
+    )
+    if run.portions is not None and run.sync_every != "epoch":
+        raise ConfigError(
+            f"portions={run.portions!r} with sync_every={run.sync_every!r}: portions are of all rows. Use sync_every='epoch'."
+        )
+
+
+def _check_asynchronous(local: LocalSettings, run: RunSettings) -> None:
+    if run.asynchronous is None:
+        return
+    others = [
+        f"{one}={getattr(run, one)!r}" for one in ("quorum", "divergence_factor") if getattr(run, one) is not None
+    ]
+    others += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
+    others += [f"aggregator={run.aggregator!r}"] if run.aggregator != "mean" else []
+    others += [f"weighting={run.weighting!r}"] if run.weighting != "auto" else []
+    others += [f"{one}={getattr(local, one)!r}" for one in ("codec", "down_codec") if getattr(local, one) != "identity"]
+    others += ["overlap=1"] if local.overlap else []
+    others += [f"inner_state={local.inner_state!r}"] if local.inner_state != "keep" else []
+    _refuse(
+        f"asynchronous={run.asynchronous!r}",
+        others,
+        "each push is taken whole and by itself, when it comes. Leave the others out.",
+    )
+
+
+def _check_aggregator(local: LocalSettings, run: RunSettings) -> None:
+    if run.aggregator == "mean":
+        return
+    others = [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
+    others += ["overlap=1"] if local.overlap else []
+    others += [f"drift_correction={local.drift_correction!r}"] if isinstance(local.drift_correction, Scaffold) else []
+    others += [f"weighting={run.shares!r}"] if run.fednova else []
+    _refuse(
+        f"aggregator={run.aggregator!r}", others, "it is of parameters, and weighs them itself. Leave the others out."
+    )
 
 
 def _check_aggregation(local: LocalSettings, run: RunSettings) -> None:

@@ -20,6 +20,7 @@ from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
 from sparkdeep.gathering import Plane
 from sparkdeep.generation import Generation, ShardFacts
+from sparkdeep.inner_rates import InnerRates
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
@@ -110,6 +111,8 @@ class Fit:
             parameters=self.layout.read(self.program.model, self.layout.empty()),
             buffers=self.layout.read_buffers(self.program.model),
             inner=self.layout.empty(0),
+            rates=InnerRates(self.program),
+            sync_every=self.settings.sync_every,
         )
         self.down_codec = codec_named(self.local.down_codec)
         if self.down_codec.lossy or self.local.overlap:
@@ -189,7 +192,7 @@ class Fit:
                 layout=self.layout,
                 codec=codec_named(self.local.codec),
                 wide=self.outer_optimizer is not None,
-                weighting="fednova" if self.settings.fednova else "rows",
+                weighting=self.settings.shares,
                 terms=Terms(
                     quorum=self.settings.quorum,
                     grace_s=self.settings.quorum_grace_s,

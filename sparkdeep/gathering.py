@@ -39,7 +39,7 @@ class Plane:
     """Of updates."""
     wide: bool
     """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
-    weighting: Literal["rows", "fednova"] = "rows"
+    weighting: Literal["rows", "equal", "fednova"] = "rows"
     """How much each replica counts."""
     terms: Terms = field(default_factory=Terms)
     """When a round closes, and whom it counts."""

@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.fields import misfit
+from sparkdeep.local_work import DyLU
 from sparkdeep.replica import steps_per_epoch
+from sparkdeep.ruled_schedules import PacedSchedule, RuledSchedule
 from sparkdeep.schedule import Position, Schedule, TimeSchedule
 
 __all__ = ["AnySchedule", "Generation", "ShardFacts"]
 
-AnySchedule: TypeAlias = Schedule | TimeSchedule
+AnySchedule: TypeAlias = Schedule | TimeSchedule | RuledSchedule | PacedSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Generation:
     """Committed rounds when the rows were dealt."""
     consumed: tuple[int, ...] = ()
     """Own steps of each replica when the rows were dealt: 0, or its part of an epoch that was under way."""
+    steps: tuple[int, ...] = ()
+    """Local steps an epoch, by replica."""
 
     @classmethod
     def over(
@@ -64,8 +68,16 @@ class Generation:
             raise ConfigError("no training rows are left: every row went to validation. Lower validation=.")
         seen = [min(own - 1, round(share * own)) if own else 0 for own in steps]
         schedule: AnySchedule
-        if settings.time_budget_s is not None:
+        if isinstance(settings.schedule, DyLU):
+            schedule = PacedSchedule(steps=steps, epochs=settings.epochs, rule=settings.schedule)
+        elif settings.time_budget_s is not None:
             schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s)
+        elif settings.schedule is not None:
+            schedule = RuledSchedule(steps_per_epoch=max(steps), epochs=settings.epochs, rule=settings.schedule)
+            common = start.epoch * max(steps) + max(seen)
+            return cls(
+                shards=tuple(shards), schedule=schedule, began=start.round, consumed=(common,) * len(steps), steps=steps
+            )
         else:
             schedule = Schedule(
                 steps_per_epoch=max(steps),
@@ -74,7 +86,7 @@ class Generation:
                 start=Position(round=start.round, epoch=start.epoch, step=max(seen)),
             )
         consumed = tuple(start.epoch * own + done for own, done in zip(steps, seen, strict=True))
-        return cls(shards=tuple(shards), schedule=schedule, began=start.round, consumed=consumed)
+        return cls(shards=tuple(shards), schedule=schedule, began=start.round, consumed=consumed, steps=steps)
 
     @property
     def num_replicas(self) -> int:
@@ -113,7 +125,13 @@ class Generation:
             if min(start.round, start.epoch) < 0 or not 0 <= start.step < schedule.steps_per_epoch:
                 raise CheckpointError(f"a checkpoint is damaged: replicas that began at {start}.")
             schedule = replace(schedule, start=start)
-        return cls(shards=fresh.shards, schedule=schedule, began=value["began"], consumed=tuple(value["consumed"]))
+        return cls(
+            shards=fresh.shards,
+            schedule=schedule,
+            began=value["began"],
+            consumed=tuple(value["consumed"]),
+            steps=fresh.steps,
+        )
 
 
 def _counts(shards: Sequence[ShardFacts]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, nn.Module):
         plain = {k: v for k, v in vars(value).items() if isinstance(v, bool | int | float | str) and k != "training"}
         return [_name(type(value)), plain, tensors_digest(value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": _name(type(value))} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -66,7 +69,9 @@ def run_identity(
         "shards": [[shard.digest, shard.rows] for shard in shards],
         "num_workers": run.num_workers,
         "sync_every": run.sync_every,
-        "rounds": [run.time_budget_s is not None, run.fednova, run.on_nonfinite],
+        "rounds": [run.time_budget_s is not None, run.shares, run.on_nonfinite],
+        "algorithm": [describe(one) for one in (run.work, run.schedule, run.asynchronous, run.aggregator)],
+        "drift_correction": describe(local.drift_correction),
         "batch_size": local.batch_size,
         "accumulate_batches": local.accumulate_batches,
         "clip_grad_norm": local.clip_grad_norm,

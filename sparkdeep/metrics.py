@@ -36,7 +36,8 @@ class ReplicaRecord:
     input_seconds: float
     """Part of it spent on getting batches."""
     dropped: str = ""
-    """Why the round does not count it: "late" (`quorum`), "nonfinite" or "rolled back" (`on_nonfinite`); "" when it does."""
+    """Why the round does not count it: "late" (`quorum`), "nonfinite" or "rolled back" (`on_nonfinite`), "idle" (`WarmStart`);
+    "" when it does."""
     skipped_steps: int = 0
     """Local steps of its rows that the run passes over because of that."""
 

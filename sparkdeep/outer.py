@@ -39,6 +39,11 @@ class RoundMean(Protocol):
 class OuterOptimizer(Protocol):
     """Moves the global parameters once a round."""
 
+    wants_rate: bool
+    """Whether it needs the replicas' learning rate of each round."""
+    inner_lr: float
+    """That rate."""
+
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """Run one round and move `parameters`, shape (numel,), in place.
 
@@ -55,6 +60,9 @@ class OuterOptimizer(Protocol):
 @final
 class Assign:
     """Plain parameter averaging: the mean itself is written, bit for bit (delta arithmetic would round)."""
+
+    wants_rate = False
+    inner_lr = 1.0
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """Write the round's mean into `parameters`, rounded once to their dtype."""
@@ -99,6 +107,8 @@ class TorchOuter:
             )
         self._optimizer = optimizer
         self._leaves = leaves
+        self.wants_rate = hasattr(optimizer, "inner_lr")
+        self.inner_lr = 1.0
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """One `optimizer.step(closure)`; the closure runs the round and sets `.grad = start - mean`."""
@@ -112,6 +122,8 @@ class TorchOuter:
                     self._grad[start:stop] = own[start:stop].to(torch.float64) - result.mean[start:stop]
             return result.loss
 
+        if self.wants_rate:
+            self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
         self._optimizer.step(closure)
 
     def state_dict(self) -> Mapping[str, Any]:

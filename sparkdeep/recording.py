@@ -71,7 +71,7 @@ def record_of(
                 steps=update.steps,
                 compute_seconds=update.compute_s,
                 input_seconds=update.input_s,
-                dropped="late" if spec.skip else result.dropped.get(i, ""),
+                dropped=spec.skip or result.dropped.get(i, ""),
                 skipped_steps=_skipped(spec, result, i),
             )
             for i, (spec, update) in enumerate(zip(specs, result.updates, strict=True))

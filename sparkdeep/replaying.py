@@ -34,7 +34,7 @@ def replayed(specs: Sequence[RoundSpec], record: RoundRecord | None) -> tuple[Ro
             spec,
             budget_s=None,
             num_steps=part.steps + part.skipped_steps if spec.own_clock else spec.num_steps,
-            skip=bool(part.dropped),
+            skip=part.dropped,
         )
         for spec, part in zip(specs, record.replicas, strict=True)
     )

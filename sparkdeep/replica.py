@@ -17,6 +17,7 @@ from sparkdeep.data.batches import Batch
 from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
+from sparkdeep.drift_terms import CONTROL, term_of
 from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError
 from sparkdeep.local_progress import Progress
 from sparkdeep.local_update import LocalResult, LocalUpdate
@@ -26,7 +27,7 @@ from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, unlike
 from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
-from sparkdeep.schedule import RoundSpec
+from sparkdeep.schedule import RoundSpec, stretches
 from sparkdeep.single_row_norms import single_row_norms
 from sparkdeep.trees import pack, pack_tensors, unpack_dict, unpack_tensors
 from sparkdeep.validation import Evaluator
@@ -81,6 +82,7 @@ class Replica:
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self.exchange = LocalUpdate(self.layout, settings, self._parameters)
         self._own_buffers: dict[str, Tensor] | None = None
+        self._drift = term_of(settings.drift_correction, self._parameters)
         self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
@@ -109,6 +111,8 @@ class Replica:
         self._start_optimizer(scheduler_steps)
         self.exchange.restart()
         self._own_buffers = None
+        if scheduler_steps:  # in mid-run
+            self._drift.restart()
 
     def save_state(self) -> bytes:
         """Optimizer, learning-rate clock and random stream, without pickle."""
@@ -121,6 +125,7 @@ class Replica:
                 "exchange": self.exchange.state_dict(),
                 "buffers": self._own_buffers,
                 "clock": self._clock,
+                "drift": self._drift.state_dict(),
             }
         )
 
@@ -141,6 +146,7 @@ class Replica:
             self.exchange.load_state_dict(state["exchange"])
             self._own_buffers = self._checked_buffers(state["buffers"])
             self._clock = int(state["clock"])
+            self._drift.load_state_dict(state["drift"])
         except SparkdeepError:
             raise
         except Exception as error:
@@ -185,6 +191,9 @@ class Replica:
         """Take over averaged optimizer state, shape (len(sections) * numel,)."""
         size = self.layout.numel
         parts = [self.layout.views(values[i * size : (i + 1) * size]) for i in range(len(sections))]
+        if CONTROL in sections:
+            self._drift.take(parts.pop(sections.index(CONTROL)))
+            sections = [name for name in sections if name != CONTROL]
         write_inner_state(self._optimizer, self._parameters, sections, parts)
 
     def train(self, spec: RoundSpec, between: Callable[[float], None] = lambda _share: None) -> LocalResult:
@@ -200,9 +209,10 @@ class Replica:
             self._optimizer.state.clear()
         progress = Progress(self._beat)
         self.model.train()
+        self._drift.begin()
         seams.reach("train", round_number=spec.round, replica=self.number)
         with self._random.installed():
-            for epoch, first, last in self._stretches(spec):
+            for epoch, first, last in stretches(spec, self.steps_per_epoch):
                 with self._reader.training(epoch, first, last) as steps:
                     for _ in range(first, last):
                         if (
@@ -239,19 +249,6 @@ class Replica:
         for _ in range(num_steps if self._scheduler is not None else 0):
             self._scheduler.step()
 
-    def _stretches(self, spec: RoundSpec) -> Iterator[tuple[int, int, int]]:
-        """The round's steps as (epoch, first, last), each within one epoch."""
-        own = self.steps_per_epoch
-        if not spec.own_clock:
-            yield spec.epoch, spec.first_step, min(spec.first_step + spec.num_steps, own)
-            return
-        at, end = spec.epoch * own + spec.first_step, spec.epoch * own + spec.first_step + spec.num_steps
-        while at < end:
-            epoch, first = divmod(at, own)
-            last = min(own, first + end - at)
-            yield epoch, first, last
-            at += last - first
-
     def _local_step(self, batches: list[Batch], progress: Progress) -> None:
         weights = [float(b.rows) if b.weights is None else float(b.weights.sum()) for b in batches]
         total = sum(weights)
@@ -263,9 +260,11 @@ class Replica:
             share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
             share.backward()
             progress.add(batch.rows, weight, loss)
+        self._drift.adjust()
         if self._settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
         self._optimizer.step()
+        self._drift.stepped(self._optimizer.param_groups[0].get("lr", 0.0))
         if self._scheduler is not None:
             self._scheduler.step()
         progress.end_step()
@@ -292,8 +291,8 @@ class Replica:
             self._own_buffers = self.layout.read_buffers(self.model)
             vector = self.exchange.end()
         if weight > 0:
-            if self._settings.inner_state == "average":
-                sections, state = read_inner_state(self._optimizer, self._parameters)
+            sections, state = self._travelling()
+            if sections:
                 vector = self.exchange.end(len(sections))
                 for i, tensors in enumerate(state):
                     start = (i + 1) * self.layout.numel
@@ -318,6 +317,14 @@ class Replica:
             logged={name: total / rows for name, (total, rows) in self._loss.take_logged(training=True).items()},
         )
         return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange, replica=self.number)
+
+    def _travelling(self) -> tuple[list[str], list[list[Tensor]]]:
+        """State that travels with the parameters, by name, one tensor a parameter."""
+        if (own := self._drift.end()) is not None:
+            return [CONTROL], [own]
+        if self._settings.inner_state == "average":
+            return read_inner_state(self._optimizer, self._parameters)
+        return [], []
 
     def _packed_buffers(self) -> bytes:
         if not self.layout.buffers:

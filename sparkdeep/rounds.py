@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -128,7 +128,9 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         specs=specs,
         clocks=state.clocks(),
         rows=[shard.rows["train"] for shard in state.generation.shards],
-        deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s),
+        deadline_s=round_deadline_s(
+            state.records, run.settings.min_round_timeout_s, _known_steps(specs) if run.settings.schedule else 0
+        ),
     )
     began = time.perf_counter()
     result: RoundResult | None = None
@@ -143,6 +145,8 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
             state.downlink.before_step()
         return result
 
+    if run.outer.wants_rate:
+        run.outer.inner_lr = state.rates.at(max(work.clocks))
     with contextlib.suppress(_RolledBackError):
         run.outer.step(state.parameters, closure)
         assert result is not None
@@ -167,10 +171,8 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         ),
     )
     epochs = state.epochs_done()
-    if run.settings.time_budget_s is not None:
-        state.consumed = [
-            done + part.steps + part.skipped_steps for done, part in zip(state.consumed, record.replicas, strict=True)
-        ]
+    taken = [part.steps + part.skipped_steps for part in record.replicas]
+    state.consumed = state.schedule.advanced(state.consumed, specs, taken)
     state.committed = specs[0].round
     run.epoch_ended = state.epochs_done() > epochs
     state.records.append(record)
@@ -178,6 +180,10 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         run.furthest = state.committed
         run.ledger.progressed()
     return record
+
+
+def _known_steps(specs: Sequence[RoundSpec]) -> int:
+    return max(0 if spec.budget_s is not None else spec.num_steps for spec in specs)
 
 
 def _count_rolled_back(run: Run, stage: OpenStage, result: RoundResult) -> None:

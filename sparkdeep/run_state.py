@@ -14,6 +14,8 @@ from sparkdeep.downlink import Downlink
 from sparkdeep.errors import CheckpointError, DataError
 from sparkdeep.fields import misfit
 from sparkdeep.generation import AnySchedule, Generation
+from sparkdeep.inner_rates import NoRates, Rates
+from sparkdeep.local_work import Clock
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.parameters import Layout, unlike
 from sparkdeep.round_values import Globals
@@ -60,6 +62,10 @@ class RunState:
     stopped: str = ""
     """Why the run is over before its last round; "" while it is not."""
     records: list[RoundRecord] = field(default_factory=list)
+    rates: Rates = field(default_factory=NoRates)
+    """The inner learning rate by local steps."""
+    sync_every: int | Literal["epoch"] = "epoch"
+    """From which a rule for the length of rounds starts."""
 
     @property
     def schedule(self) -> AnySchedule:
@@ -68,7 +74,18 @@ class RunState:
 
     def specs(self) -> tuple[RoundSpec, ...] | None:
         """The next round, by replica; None when the run is over."""
-        return self.schedule.specs(self.committed, self.consumed)
+        return self.schedule.specs(self.committed, self.consumed, self._clock())
+
+    def _clock(self) -> Clock:
+        epoch = max(self.generation.steps)
+        return Clock(
+            step=max(self.clocks()),
+            steps_per_epoch=epoch,
+            sync_every=epoch if self.sync_every == "epoch" else min(self.sync_every, epoch),
+            rate=self.rates.at,
+            highest=self.rates.highest,
+            records=self.records,
+        )
 
     def epochs_done(self) -> int:
         """Epochs that are over."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["Position", "RoundSpec", "Schedule", "TimeSchedule"]
+from sparkdeep.local_work import Clock
+
+__all__ = ["Position", "RoundSpec", "Schedule", "TimeSchedule", "stretches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,28 @@ class RoundSpec:
     """Stop after the step in which so many seconds are over; None: after `num_steps`."""
     own_clock: bool = False
     """Whether `epoch`, `first_step` and `num_steps` count this replica's own steps, and may cross an epoch's end."""
-    skip: bool = False
-    """Do nothing but advance the common clock: this round was recorded as one that went on without the replica."""
+    period: int = 0
+    """Local steps of an epoch on the common clock, where a round may cross its end; else 0."""
+    skip: str = ""
+    """Why the replica does nothing but advance the clock: "idle", or why the round was recorded as going on without it."""
+
+
+def stretches(spec: RoundSpec, own: int) -> Iterator[tuple[int, int, int]]:
+    """A round's steps of a replica with `own` steps an epoch, as (epoch, first, last), each within one epoch."""
+    at, left = spec.first_step, spec.num_steps
+    if not spec.own_clock:
+        period = spec.period or at + left
+        for epoch in range(spec.epoch, spec.epoch + 1 + (at + left - 1) // period):
+            last = min(at + left, period)
+            yield epoch, min(at, own), min(last, own)
+            at, left = 0, left - (last - at)
+        return
+    at, end = spec.epoch * own + at, spec.epoch * own + at + left
+    while at < end:
+        epoch, first = divmod(at, own)
+        last = min(own, first + end - at)
+        yield epoch, first, last
+        at += last - first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +121,16 @@ class Schedule:
         left = self.steps_per_epoch - at.step
         return RoundSpec(round=committed + 1, epoch=at.epoch, first_step=at.step, num_steps=min(self.stride, left))
 
-    def specs(self, committed: int, consumed: Sequence[int]) -> tuple[RoundSpec, ...] | None:
+    def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
         """The next round of every replica; on the common clock they are alike."""
+        del clock
         spec = self.next(committed)
         return None if spec is None else (spec,) * len(consumed)
+
+    def advanced(self, consumed: Sequence[int], specs: Sequence[RoundSpec], taken: Sequence[int]) -> list[int]:
+        """Unchanged: where a run is follows from its committed rounds."""
+        del specs, taken
+        return list(consumed)
 
     def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
         """Epochs that are over."""
@@ -139,8 +167,9 @@ class TimeSchedule:
     num_rounds: None = None
     """Nobody knows before."""
 
-    def specs(self, committed: int, consumed: Sequence[int]) -> tuple[RoundSpec, ...] | None:
+    def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
         """The next round of every replica, or None when all have been through their rows."""
+        del clock
         left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
         if max(left) <= 0:
             return None
@@ -160,6 +189,11 @@ class TimeSchedule:
         """Not known before the round is due."""
         del committed
         return None
+
+    def advanced(self, consumed: Sequence[int], specs: Sequence[RoundSpec], taken: Sequence[int]) -> list[int]:
+        """What each replica has consumed after a round in which it has taken so many steps."""
+        del specs
+        return [done + own for done, own in zip(consumed, taken, strict=True)]
 
     def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
         """Whole epochs in what all replicas have consumed together."""

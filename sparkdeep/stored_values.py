@@ -1,7 +1,7 @@
 """Settings as JSON, callables by name: what comes back is what `registry.resolve` allows, and nothing of it is called.
 
 Beside plain values and lists there are objects of one key: {"tuple": [...]}, {"map": {...}}, {"early_stopping": {...}},
-{"name": "torch.optim:SGD"}, {"partial": name, "args": [...], "kwargs": {...}} and, for a module without tensors such as
+{"value": "QSR", "fields": {...}}, {"name": "torch.optim:SGD"}, {"partial": name, "args": [...], "kwargs": {...}} and, for a module without tensors such as
 a loss, {"module": name, "kwargs": {...}}.
 """
 
@@ -12,16 +12,21 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
 
+from sparkdeep.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
+from sparkdeep.algorithms import Algorithm
+from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.config import EarlyStopping
+from sparkdeep.drift import FedProx, Scaffold
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.fields import misfit, shown
+from sparkdeep.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
 from sparkdeep.parameters import named_tensors
 from sparkdeep.registry import reference_of, resolve
 
@@ -29,6 +34,14 @@ __all__ = ["from_json", "to_json"]
 
 _KINDS: Final = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _MODULES: Final = ("torch.nn", "torch.optim")
+_VALUES: Final[dict[str, Any]] = {
+    cls.__name__: cls
+    for cls in (
+        *(AdaComm, Algorithm, Asynchronous, DyLU, Epochs, FedProx, Median, NormClip, PostLocal, QSR, RadialDirectional),
+        *(Scaffold, TrimmedMean, WarmStart),
+    )
+}
+"""Our own values, of which nothing but their fields is stored."""
 _SCALARS: Final = (bool, int, float, str, type(None))
 
 
@@ -56,6 +69,9 @@ def to_json(value: Any, name: str) -> Any:
         return {"map": {key: to_json(one, f"{name}[{key!r}]") for key, one in value.items()}}
     if isinstance(value, EarlyStopping):
         return {"early_stopping": asdict(value)}
+    if type(value) in _VALUES.values():
+        parts = {f.name: to_json(getattr(value, f.name), f"{name}.{f.name}") for f in fields(value)}
+        return {"value": type(value).__name__, "fields": parts}
     if isinstance(value, functools.partial):
         return {
             "partial": _stored_name(value.func, f"{name}.func"),
@@ -112,6 +128,11 @@ def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
             if complaint := misfit(EarlyStopping, rule, defaults=True):
                 raise ModelLoadError(f"{name} is damaged: {complaint}")
             return EarlyStopping(**rule)
+        case {"value": str(of), "fields": dict(parts), **rest} if not rest and of in _VALUES:
+            try:
+                return _VALUES[of](**{key: again(one) for key, one in parts.items()})
+            except (TypeError, ConfigError) as error:
+                raise _damaged(name, stored) from error
         case {"name": str(of), **rest} if not rest:
             return found(of)
         case {"partial": str(of), "args": list(args), "kwargs": dict(kwargs), **rest} if not rest:

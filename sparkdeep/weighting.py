@@ -1,4 +1,4 @@
-"""How much each replica's update counts in a round: by rows, or corrected for unequal numbers of steps (FedNova)."""
+"""How much each replica's update counts in a round: by rows, alike, or corrected for unequal steps (FedNova)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Shares:
     """0 for a mean."""
 
 
-def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal["rows", "fednova"]) -> Shares:
+def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal["rows", "equal", "fednova"]) -> Shares:
     """The shares of a round's updates, in replica order.
 
     Args:
         updates: the headers; one of weight 0 does not count.
         rows: training rows of each replica's shard.
-        weighting: "rows": by the rows, or their weights, that were trained on. "fednova": Wang et al. (2020, "Tackling the
+        weighting: "rows": by the rows, or their weights, that were trained on. "equal": all that trained alike. "fednova": Wang et al. (2020, "Tackling the
             objective inconsistency problem in heterogeneous federated optimization"): with `p_i` the replica's part of the
             rows that there are, and `t_i` its steps, the parameters move by
             `(sum_j p_j t_j) * sum_i p_i (x_i - start) / t_i`, so that a replica which takes more steps does not pull the
@@ -36,6 +36,8 @@ def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal
     """
     weights = reduced_weights([update.weight for update in updates])
     counted = [i for i, weight in enumerate(weights) if weight > 0]
+    if weighting == "equal":
+        return Shares(weights=tuple(float(weight > 0) for weight in weights), divisor=float(len(counted)))
     steps = {updates[i].steps for i in counted}
     if weighting == "rows" or len(steps) <= 1:
         return Shares(weights=tuple(weights), divisor=sum(weights))

@@ -87,7 +87,9 @@ def test_a_round_closes_without_the_slowest_which_goes_back_and_takes_part_again
 
 def test_one_that_is_late_again_and_again_finds_its_state_when_a_stage_is_opened_again(tmp_path):
     slow = Injector(tmp_path / "plan")
-    for number in range(2, 9):  # which of them it meets is a matter of threads: in a round that it was too late for, none
+    for number in range(
+        2, 9
+    ):  # which of them it meets is a matter of threads: in a round that it was too late for, none
         slow.delay_at("train", number, 1, seconds=0.5)
     options = {"quorum": 2, "quorum_grace_s": 0.1, "epochs": 6}
     own = dataclasses.replace(adam(), augment=partial(_wait, 0.12))  # long enough for it to be asked again

@@ -12,6 +12,7 @@ from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
+from sparkdeep.algorithms import Algorithm, preset_of
 from sparkdeep.callbacks import Callback
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.data.schema import ColumnNames
@@ -45,6 +46,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         model_args: keyword arguments for `model`.
         learning_rate: the optimizer's `lr`, in place of the one it was given with; what a grid searches over.
         lr_scheduler: called with the optimizer; stepped once a local step, on the cumulative clock.
+        algorithm: a preset of `sparkdeep.algorithms` such as `diloco()`, or its name: defaults for other arguments, of which
+            those that you set win.
         outer_optimizer: a torch.optim factory for the driver's step on the averaged parameters; None assigns the mean.
         weight_col: row weights, in the loss and in the mean of replicas.
         validation: a fraction of rows, a boolean column, or a second DataFrame.
@@ -100,6 +103,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         model_args: Mapping[str, Any] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
         learning_rate: float | None = None,
+        algorithm: Algorithm | str | None = None,
         outer_optimizer: Callable[..., Any] | None = None,
         weight_col: str | None = None,
         validation: float | str | DataFrame | None = None,
@@ -148,7 +152,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         values = values_of(self)
         if values["feature_cols"] is None:
             raise ConfigError('give feature_cols=, such as ["pixels"], or {argument of forward: column}.')
-        return FitSettings.of(values)
+        preset = preset_of(values.pop("algorithm"))
+        return FitSettings.of(values | {name: value for name, value in preset.items() if not self.isSet(name)})
 
     def fit(self, dataset: Any, params: Any = None, *, warm_start: TorchModel | None = None) -> Any:
         """Train on `dataset`.
@@ -239,7 +244,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
 
 def _defaults() -> dict[str, Any]:
     """Each param's default, from the one place where it is written."""
-    found = {"learning_rate": None}
+    found: dict[str, Any] = {"learning_rate": None, "algorithm": None}
     for settings in (LocalSettings, RunSettings, FitSettings):
         for one in fields(settings):
             value = one.default_factory() if one.default_factory is not MISSING else one.default

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Final
 
@@ -42,6 +42,7 @@ _PASSING: Final = frozenset(
         "on_checkpoint_error",
         "overlap_fragments",
         "plain_ring",
+        "portions",
         "quorum",
         "quorum_grace_s",
         "replacement_timeout_s",
@@ -196,7 +197,8 @@ class FitSettings:
 def described(settings: FitSettings) -> dict[str, Any]:
     """Every setting as a JSON value, for a log: callables and classes by name, and no password of a URI."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model")}
-    values |= asdict(settings.local) | asdict(settings.run)
+    for part in (settings.local, settings.run):
+        values |= {f.name: getattr(part, f.name) for f in fields(part)}
     for name in ("checkpoint_dir", "exchange_dir", "shard_dir"):
         values[name] = values[name] and shown_uri(os.fspath(values[name]))
     model = settings.model
