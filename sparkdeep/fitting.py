@@ -18,6 +18,7 @@ from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.contradictions import check_together
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
+from sparkdeep.fitting_optimizers import check_inner_optimizer
 from sparkdeep.gathering import Plane
 from sparkdeep.generation import Generation, ShardFacts
 from sparkdeep.inner_rates import InnerRates
@@ -103,6 +104,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         check_together(self.local, self.settings)
+        check_inner_optimizer(self.program, self.local)
         self.layout = Layout.of(self.program.model)
         generation = Generation.over(self.shards, self.local, self.settings)
         self.state = RunState(

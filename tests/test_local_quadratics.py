@@ -1,0 +1,185 @@
+"""Local steps on quadratics, whose fixed points are known: averaging, FedProx and SCAFFOLD against closed forms."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from twin import deal, flat, run, schema_of
+
+from sparkdeep.drift import FedProx, Scaffold
+from sparkdeep.errors import ConfigError
+from sparkdeep.local_work import Epochs
+from sparkdeep.program import Program
+
+SIZE, REPLICAS, STEPS, RATE = 3, 4, 6, 0.05
+
+
+class Point(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+
+
+def quadratic(model, batch):
+    """Each row is a quadratic: its Hessian, then the place of its least value."""
+    rows = batch.features
+    hessians, centres = rows[:, : SIZE * SIZE].view(-1, SIZE, SIZE), rows[:, SIZE * SIZE :]
+    away = model.at - centres
+    return (0.5 * torch.einsum("bi,bij,bj->b", away, hessians, away)).mean()
+
+
+def problem(alike=False):
+    rng = np.random.default_rng(5)
+    roots = rng.normal(size=(REPLICAS, SIZE, SIZE))
+    hessians = roots @ roots.transpose(0, 2, 1) + np.eye(SIZE)
+    if alike:
+        hessians[:] = hessians[0]
+    return hessians, rng.normal(size=(REPLICAS, SIZE)) * 3
+
+
+def trained(tmp_path, hessians, centres, rounds, optimizer=None, **options):
+    """One row a replica, so that a local step is one step on its quadratic."""
+    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centres], axis=1)
+    model = Point()
+    optimizer = optimizer or partial(SGD, lr=RATE)
+    own = Program(model=model, loss=None, training_step=quadratic, optimizer=optimizer)
+    own = {"sync_every": "epoch", "schedule": Epochs(STEPS), "epochs": STEPS * rounds, "batch_size": 1, **options}, own
+    _, records, _ = run(tmp_path, own[1], deal(rows, None, [1] * REPLICAS), schema_of(rows), **own[0])
+    assert len(records) == rounds
+    assert all(part.steps == STEPS for record in records for part in record.replicas)
+    return flat(model).numpy()
+
+
+def start():
+    return flat(Point()).numpy()
+
+
+def after_steps(at, hessian, centre):
+    """`centre + (I - rate A)^H (at - centre)`."""
+    return centre + np.linalg.matrix_power(np.eye(SIZE) - RATE * hessian, STEPS) @ (at - centre)
+
+
+def optimum(hessians, centres):
+    return np.linalg.solve(hessians.sum(0), np.einsum("nij,nj->i", hessians, centres))
+
+
+def averaged_fixed_point(hessians, centres):
+    gone = np.array([np.eye(SIZE) - np.linalg.matrix_power(np.eye(SIZE) - RATE * a, STEPS) for a in hessians])
+    return np.linalg.solve(gone.sum(0), np.einsum("nij,nj->i", gone, centres))
+
+
+@pytest.mark.identity(6)
+def test_a_shared_hessian_makes_averaging_the_steps_of_one_machine(tmp_path):
+    hessians, centres = problem(alike=True)
+    expected = start()
+    for _ in range(3 * STEPS):  # gradient descent on the mean of the quadratics
+        expected = expected - RATE * hessians[0] @ (expected - centres.mean(0))
+    got = trained(tmp_path, hessians, centres, 3)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
+    unlike, _ = problem()
+    other = trained(tmp_path, unlike, centres, 3)
+    descent = start()
+    for _ in range(3 * STEPS):
+        descent = descent - RATE * np.einsum("nij,nj->i", unlike, descent - centres) / REPLICAS
+    assert np.abs(other - descent).max() > 1e-3, "with unlike Hessians averaging is another method"
+
+
+@pytest.mark.identity(6)
+def test_a_round_is_the_mean_of_closed_forms(tmp_path):
+    hessians, centres = problem()
+    expected = start()
+    for _ in range(2):
+        expected = np.mean([after_steps(expected, a, b) for a, b in zip(hessians, centres, strict=True)], axis=0)
+    np.testing.assert_allclose(trained(tmp_path, hessians, centres, 2), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.identity(7)
+def test_averaging_goes_to_its_own_fixed_point_and_scaffold_to_the_optimum(tmp_path):
+    hessians, centres = problem()
+    fixed, best = averaged_fixed_point(hessians, centres), optimum(hessians, centres)
+    plain = trained(tmp_path, hessians, centres, 150)
+    np.testing.assert_allclose(plain, fixed, rtol=0, atol=1e-10)
+    assert np.abs(plain - best).max() > 0.02
+    corrected = trained(tmp_path, hessians, centres, 150, drift_correction=Scaffold())
+    np.testing.assert_allclose(corrected, best, rtol=0, atol=1e-9)
+
+
+@pytest.mark.identity(7)
+def test_scaffold_is_the_papers_recurrence(tmp_path):
+    hessians, centres = problem()
+    at, common, own = start(), np.zeros(SIZE), np.zeros((REPLICAS, SIZE))
+    for _ in range(4):
+        ends, kept = [], []
+        for i in range(REPLICAS):
+            x = at.copy()
+            for _ in range(STEPS):
+                x = x - RATE * (hessians[i] @ (x - centres[i]) - own[i] + common)
+            ends.append(x)
+            kept.append(own[i] - common + (at - x) / (STEPS * RATE))
+        common, own = common + np.mean(np.array(kept) - own, axis=0), np.array(kept)
+        at = np.mean(ends, axis=0)
+    got = trained(tmp_path, hessians, centres, 4, drift_correction=Scaffold())
+    np.testing.assert_allclose(got, at, rtol=0, atol=1e-13)
+    assert np.abs(got - trained(tmp_path, hessians, centres, 4)).max() > 1e-3
+
+
+@pytest.mark.identity(7)
+def test_the_fixed_point_of_fedprox_comes_nearer_to_the_optimum_with_mu(tmp_path):
+    hessians, centres = problem()
+    best = optimum(hessians, centres)
+    away = []
+    for mu in (0.0, 1.0, 4.0):
+        options = {"drift_correction": FedProx(mu)} if mu else {}
+        got = trained(tmp_path, hessians, centres, 150, **options)
+        expected = start()
+        for _ in range(150):
+            ends = []
+            for a, b in zip(hessians, centres, strict=True):
+                x = expected.copy()
+                for _ in range(STEPS):
+                    x = x - RATE * (a @ (x - b) + mu * (x - expected))
+                ends.append(x)
+            expected = np.mean(ends, axis=0)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+        away.append(np.linalg.norm(got - best))
+    assert away[0] > away[1] > away[2] > 0
+
+
+@pytest.mark.parametrize("options", [{"rounds_per_stage": 1}, {"replica_state": "durable", "checkpoint_every": 1}])
+def test_control_variates_outlive_a_stage(tmp_path, options):
+    hessians, centres = problem()
+    one = trained(tmp_path, hessians, centres, 5, drift_correction=Scaffold())
+    assert np.array_equal(trained(tmp_path, hessians, centres, 5, drift_correction=Scaffold(), **options), one)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (partial(Adam, lr=RATE), r"Scaffold\(\) with the optimizer Adam: .* Give partial\(torch.optim.SGD"),
+        (partial(SGD, lr=RATE, momentum=0.9), r"Scaffold\(\) with the optimizer SGD\(momentum=0\.9\)"),
+    ],
+)
+def test_scaffold_wants_plain_gradient_steps(tmp_path, optimizer, said):
+    with pytest.raises(ConfigError, match=said):
+        trained(tmp_path, *problem(), 1, optimizer=optimizer, drift_correction=Scaffold())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quorum": 2},
+        {"min_workers": 2},
+        {"on_nonfinite": "drop"},
+        {"codec": "int8"},
+        {"inner_state": "average"},
+        {"overlap": 1},
+    ],
+)
+def test_scaffold_wants_replicas_that_stay_and_count(tmp_path, options):
+    with pytest.raises(ConfigError, match=r"drift_correction=Scaffold\(\) with"):
+        trained(tmp_path, *problem(), 1, drift_correction=Scaffold(), **options)
