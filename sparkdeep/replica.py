@@ -212,6 +212,7 @@ class Replica:
         self._drift.begin()
         seams.reach("train", round_number=spec.round, replica=self.number)
         with self._random.installed():
+            began = time.perf_counter()  # replicas of one process take turns, and that is no work
             for epoch, first, last in stretches(spec, self.steps_per_epoch):
                 with self._reader.training(epoch, first, last) as steps:
                     for _ in range(first, last):
