@@ -66,6 +66,7 @@ def test_the_mean_is_that_of_numpy_in_float64(weights, seed):
     np.testing.assert_array_less(np.abs(got - expected), 1e-14 * scale)
 
 
+@pytest.mark.identity(2)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), count=st.integers(2, 6))
 def test_not_a_bit_depends_on_who_arrives_first(data, count):
@@ -92,6 +93,7 @@ def test_random_delays_change_not_a_bit_while_another_order_of_adding_would():
     assert not torch.equal(forwards, reverse)
 
 
+@pytest.mark.identity(2)
 @pytest.mark.parametrize("count", [2, 3, 7, 10, 49])
 def test_the_mean_of_identical_replicas_is_the_replica_to_the_last_bit(count):
     (part,) = vectors(1, numel=2000)

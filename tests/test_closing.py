@@ -178,6 +178,7 @@ def poisoned(*places):
     return Poison(plan)
 
 
+@pytest.mark.identity(13)
 @pytest.mark.fault(rows=[19], phases="AV")
 def test_a_replica_that_is_not_finite_is_left_out_and_goes_on_from_before(tmp_path):
     own = adam()
@@ -190,6 +191,7 @@ def test_a_replica_that_is_not_finite_is_left_out_and_goes_on_from_before(tmp_pa
     assert torch.equal(repeated, trained)
 
 
+@pytest.mark.identity(13)
 @pytest.mark.fault(rows=[19], phases="AV")
 def test_when_nobody_is_left_the_fit_ends_and_the_mean_is_untouched(tmp_path):
     own = program(augment=poisoned((0, 2), (1, 2), (2, 2)))
@@ -208,6 +210,7 @@ def test_a_round_is_taken_back_as_a_whole_and_its_rows_are_passed_over(tmp_path)
     assert torch.equal(repeated, trained)
 
 
+@pytest.mark.identity(13)
 def test_an_outer_optimizer_takes_no_step_in_a_round_that_is_taken_back(tmp_path):
     outer = partial(SGD, lr=0.7, momentum=0.9)
     own = program(augment=poisoned((0, 2)))

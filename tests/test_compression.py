@@ -38,6 +38,7 @@ def values(numel, seed=0, spread=30):
     return torch.randn(numel, generator=generator) * 2.0**exponents
 
 
+@pytest.mark.identity(11)
 @settings(max_examples=60, deadline=None)
 @given(numel=st.integers(1, 1500), seed=st.integers(0, 1000), spread=st.integers(1, 120))
 def test_int8_is_off_by_at_most_half_a_step_of_its_block(numel, seed, spread):
@@ -100,6 +101,7 @@ class Moved(nn.Module):
         self.w = nn.Parameter(torch.zeros(numel))
 
 
+@pytest.mark.identity(11)
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_what_feedback_sends_adds_up_to_what_was_meant(codec):
     module = Moved(500)
@@ -148,6 +150,7 @@ def floor(lr, **options):
     return sum(seen) / len(seen)
 
 
+@pytest.mark.identity(11)
 def test_with_feedback_the_floor_falls_with_the_learning_rate_and_without_it_does_not():
     """int8 of what replicas change that disagree: without feedback a bias remains (Karimireddy et al., 2019)."""
     rates = (0.2, 0.02)

@@ -81,6 +81,7 @@ def same_bits(a, b):
     return torch.equal(flat(a), flat(b))
 
 
+@pytest.mark.identity(1)
 @pytest.mark.parametrize("sync_every", [1, 3, "epoch"])
 @pytest.mark.parametrize(
     "optimizer",
@@ -166,6 +167,7 @@ def distance(a, b):
     return float((flat(a) - flat(b)).abs().max())
 
 
+@pytest.mark.identity(3)
 @pytest.mark.parametrize("sizes", [[20, 20], [7, 40], [10, 30, 24], [16, 16, 16]], ids=str)
 @pytest.mark.parametrize("kind", SGDS)
 def test_full_batches_averaged_every_step_are_gradient_descent_on_all_rows(tmp_path, sizes, kind):
@@ -176,6 +178,7 @@ def test_full_batches_averaged_every_step_are_gradient_descent_on_all_rows(tmp_p
     assert distance(trained, expected) < 1e-12
 
 
+@pytest.mark.identity(3)
 def test_gradient_descent_survives_averaged_inner_state_but_not_a_reset_one(tmp_path):
     momentum = SGDS["momentum"]
     averaged, start, x, y, _ = replicas(tmp_path, [10, 30, 24], momentum, inner_state="average")
@@ -199,6 +202,7 @@ def test_a_short_batch_counts_for_less_when_batches_accumulate(tmp_path):
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.identity(4)
 @pytest.mark.fault(rows=[29], phases="TR")
 def test_uneven_shards_weigh_their_rows(tmp_path):
     sizes = [10, 30, 24]
@@ -222,6 +226,7 @@ def test_a_replica_that_is_out_of_rows_weighs_nothing_and_each_row_counts_once_a
         assert sum(record.rows for record in records if record.epoch == epoch) == 33
 
 
+@pytest.mark.identity(4)
 @pytest.mark.fault(rows=[27], phases="LD")
 def test_an_empty_shard_changes_nothing(tmp_path):
     with_empty, start, x, y, records = replicas(tmp_path, [20, 0, 13], SGDS["momentum"])

@@ -45,6 +45,7 @@ def normed(momentum=0.1):
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum), nn.ReLU(), nn.Linear(6, 1))
 
 
+@pytest.mark.identity(14)
 def test_batch_norm_statistics_are_those_of_the_concatenated_data(tmp_path):
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(-3, 1, size=(200, 4)), rng.normal(5, 2, size=(600, 4))])
@@ -94,6 +95,7 @@ class Flags(nn.Module):
         return self.linear(x * self.mask * self.scale)
 
 
+@pytest.mark.identity(14)
 def test_buffers_of_other_dtypes_survive_and_counters_take_the_maximum(tmp_path):
     x, y = table(40)
     trained, _, _ = fit(tmp_path, Flags(), x, y, [24, 16], epochs=1, sync_every=1)
@@ -121,6 +123,7 @@ class Tied(nn.Module):
         return self.frozen(torch.relu(self.second(torch.tanh(self.first(x)))))
 
 
+@pytest.mark.identity(14)
 def test_tied_parameters_stay_tied_frozen_ones_frozen_and_unused_ones_as_they_were(tmp_path):
     x, y = table(40)
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ def drive(factory, steps=12):
     return parameters.detach(), rounds, layout.read(module(), layout.empty())
 
 
+@pytest.mark.identity(5)
 def test_outer_sgd_of_rate_one_is_assignment():
     moved, rounds, expected = drive(partial(torch.optim.SGD, lr=1.0))
     for _ in range(12):
@@ -63,6 +64,7 @@ def test_assignment_writes_the_mean_to_the_last_bit():
     assert torch.equal(parameters, mean.float())
 
 
+@pytest.mark.identity(9)
 def test_nesterov_momentum_is_the_recurrence_of_diloco():
     moved, rounds, expected = drive(partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True))
     velocity = torch.zeros_like(expected)
@@ -77,6 +79,7 @@ def test_nesterov_momentum_is_the_recurrence_of_diloco():
     assert (moved - without_nesterov).abs().max() > 1e-3
 
 
+@pytest.mark.identity(9)
 def test_adam_is_the_recurrence_of_fedadam():
     moved, rounds, expected = drive(partial(torch.optim.Adam, lr=0.05, betas=(0.9, 0.99), eps=1e-3))
     first, second = torch.zeros_like(expected), torch.zeros_like(expected)

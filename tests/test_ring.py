@@ -36,6 +36,7 @@ def fitted(tmp_path, sizes, own=None, **options):
     return run(tmp_path, own or program(), deal(x, y, sizes), schema_of(x, y), **settings)
 
 
+@pytest.mark.identity(2)
 @pytest.mark.parametrize("sizes", [[12, 12], [9, 14, 30], [5, 5, 5, 21, 2]], ids=str)
 def test_the_ring_gives_the_bits_of_the_star(tmp_path, sizes):
     """Uneven rows, replicas that run out of them, and a vector that no number of replicas divides."""

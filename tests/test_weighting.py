@@ -97,6 +97,7 @@ def recurrence(weighting, lr, rounds):
     return at
 
 
+@pytest.mark.identity(8)
 @pytest.mark.parametrize("weighting", ["rows", "fednova"])
 def test_replicas_with_unequal_steps_follow_the_recurrence(tmp_path, weighting):
     got = trained(tmp_path, weighting, 0.02, rounds=5)
@@ -105,6 +106,7 @@ def test_replicas_with_unequal_steps_follow_the_recurrence(tmp_path, weighting):
     assert np.abs(got - other).max() > 1e-3
 
 
+@pytest.mark.identity(8)
 def test_the_bias_of_the_corrected_mean_vanishes_with_the_rate_and_the_plain_ones_stays():
     _, centres = targets()
     optimum = np.array(ROWS) / sum(ROWS) @ centres
