@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparkdeep.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
 from sparkdeep.algorithms import Algorithm
-from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.config import EarlyStopping
-from sparkdeep.drift import FedProx, Scaffold
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.fields import misfit, shown
-from sparkdeep.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
+from sparkdeep.named_values import VALUES
 from sparkdeep.parameters import named_tensors
 from sparkdeep.registry import reference_of, resolve
 
@@ -34,14 +31,7 @@ __all__ = ["from_json", "to_json"]
 
 _KINDS: Final = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _MODULES: Final = ("torch.nn", "torch.optim")
-_VALUES: Final[dict[str, Any]] = {
-    cls.__name__: cls
-    for cls in (
-        *(AdaComm, Algorithm, Asynchronous, DyLU, Epochs, FedProx, Median, NormClip, PostLocal, QSR, RadialDirectional),
-        *(Scaffold, TrimmedMean, WarmStart),
-    )
-}
-"""Our own values, of which nothing but their fields is stored."""
+_VALUES: Final[Mapping[str, Any]] = {**VALUES, Algorithm.__name__: Algorithm}
 _SCALARS: Final = (bool, int, float, str, type(None))
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparkdeep import QSR, Median, WarmStart
 from sparkdeep.callbacks import Callback
 from sparkdeep.errors import (
     CheckpointError,
@@ -269,6 +270,22 @@ def test_sections_become_the_estimators_arguments():
     assert list(made.settings().metrics) == ["accuracy"]
 
 
+def test_algorithms_rules_and_values_go_by_name():
+    made = estimator(
+        fit={
+            **FIT,
+            "algorithm": {"name": "diloco", "lr": 0.6},
+            "schedule": {"name": "WarmStart", "num_steps": 5, "then": {"name": "QSR", "alpha": 0.3}},
+            "aggregator": "Median",
+        }
+    ).settings()
+    assert made.outer_optimizer.keywords["lr"] == 0.6
+    assert made.run.sync_every == 500
+    assert made.run.schedule == WarmStart(5, then=QSR(0.3))
+    assert made.run.aggregator == Median()
+    assert estimator(fit={**FIT, "algorithm": "slowmo", "aggregator": "mean"}).settings().run.sync_every == 48
+
+
 def test_the_digits_configuration_makes_an_estimator(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     made = Job(config=load_config(DIGITS)).estimator()
@@ -317,6 +334,15 @@ def test_a_callbacks_class_stands_for_an_object_of_it():
         ({"fit": {**FIT, "metrics": []}}, "[fit] holds 'metrics': it has its own place, metrics = [...] at the top"),
         ({"fit": {"label_cols": "y"}}, '[fit] has no feature_cols: give feature_cols = ["column", ...]'),
         ({"fit": {**FIT, "early_stopping": {"patients": 3}}}, "'patients'. Did you mean 'patience'?"),
+        ({"fit": {**FIT, "schedule": {"name": "QRS"}}}, "unknown schedule 'QRS'. Did you mean 'QSR'?"),
+        (
+            {"fit": {**FIT, "schedule": {"name": "QSR", "alfa": 1}}},
+            "unknown argument of QSR 'alfa'. Did you mean 'alpha'?",
+        ),
+        ({"fit": {**FIT, "schedule": {"name": "QSR"}}}, "missing 1 required positional argument: 'alpha'"),
+        ({"fit": {**FIT, "algorithm": {"name": "dilocco"}}}, "unknown algorithm 'dilocco'. Did you mean 'diloco'?"),
+        ({"fit": {**FIT, "algorithm": {"name": "diloco", "rate": 1}}}, "unexpected keyword argument 'rate'"),
+        ({"fit": {**FIT, "drift_correction": {"mu": 0.1}}}, "must have a name"),
         (
             {"optimizer": {"name": "torch.optim:SGD", "args": {"momentun": 0.9}}},
             "unknown argument of 'torch.optim:SGD' 'momentun'. Did you mean 'momentum'?",

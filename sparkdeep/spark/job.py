@@ -17,6 +17,7 @@ from typing import Any
 from sparkdeep.callbacks import Callback
 from sparkdeep.config import EarlyStopping, from_mapping, refuse_unknown
 from sparkdeep.errors import ConfigError, SparkdeepError
+from sparkdeep.named_values import NAMED_SETTINGS, named_value
 from sparkdeep.registry import import_factory
 from sparkdeep.spark.jobconfig import JobConfig, ObjectSection, parse_config, read_toml, with_overrides
 from sparkdeep.spark.jobmetrics import score, validation_metrics
@@ -78,6 +79,7 @@ class Job:
         fit["callbacks"] = [watch, *map(_made, fit.get("callbacks", ()))]
         if isinstance(fit.get("early_stopping"), dict):
             fit["early_stopping"] = from_mapping(EarlyStopping, fit["early_stopping"])
+        fit |= {name: named_value(name, fit[name]) for name in NAMED_SETTINGS if name in fit}
         if "validation" in fit:
             fit["metrics"] = validation_metrics(config.metrics)
         parts = {"lr_scheduler": config.lr_scheduler, "outer_optimizer": config.outer_optimizer}
