@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Packages that stand beside ours, each set in an environment of its own: .venv-extras (transformers, Lightning, Keras,
-# MLflow, TensorBoard, ONNX, boto3, Chromium through Selenium) and .venv-airflow (Apache Airflow, which cannot live with them).
+# MLflow, TensorBoard, ONNX, boto3, Chromium through Selenium), .venv-airflow (Apache Airflow, which cannot live with them) and
+# .venv-oracles (optax and Flower, whose algorithms ours are compared with).
 # Run it by `make test-extras`, after .ci/setup.sh has set Java and .venv; `build` as its argument only makes the
 # environments. Settings: EXTRAS_TIMEOUT_S (pip and apt-get, each; default 900).
 set -euo pipefail
@@ -19,6 +20,7 @@ readonly extras_packages=(
     moto flask flask-cors xmltodict py-partiql-parser   # an S3 server; of moto[server] only what S3 needs
 )
 readonly airflow_packages=(apache-airflow-core apache-airflow-providers-standard pytest pytest-timeout)
+readonly oracle_packages=(optax flwr)   # asked by tests/extras/test_foreign_algorithms.py, in a process of their own
 
 extras_fail() {
     printf '[extras] error: %s\n' "$*" >&2
@@ -87,6 +89,7 @@ extras_tests() {
 
 timed "environment .venv-extras" 240 extras_venv .venv-extras constraints-extras.txt "${extras_packages[@]}"
 timed "environment .venv-airflow" 90 extras_venv .venv-airflow constraints-airflow.txt "${airflow_packages[@]}"
+timed "environment .venv-oracles" 90 extras_venv .venv-oracles constraints-oracles.txt "${oracle_packages[@]}"
 timed "Chromium" 60 extras_chromium
 if [[ "${1:-}" != build ]]; then
     timed "tests with the packages beside ours" 180 extras_tests .venv-extras 700 -m extras tests/extras
