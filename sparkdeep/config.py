@@ -314,7 +314,7 @@ class RunSettings:
             "on_nonfinite": None if self.on_nonfinite == "error" else self.on_nonfinite,
             "time_budget_s": self.time_budget_s,
             "weighting": self.weighting if self.weighting in ("equal", "fednova") else None,
-            "schedule": self.schedule,
+            "schedule": self.schedule if self.schedule is not None and not self.schedule.alike else None,
             "work": None if self.work == "local" else self.work,
             "asynchronous": self.asynchronous,
             "aggregator": None if self.aggregator == "mean" else self.aggregator,

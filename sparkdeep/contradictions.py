@@ -18,7 +18,7 @@ def check_together(local: LocalSettings, run: RunSettings) -> None:
         ConfigError: naming both settings.
     """
     _check_aggregation(local, run)
-    _check_schedule(run)
+    _check_schedule(local, run)
     _check_drift(local, run)
     _check_gradient(local, run)
     _check_asynchronous(local, run)
@@ -46,7 +46,7 @@ def _refuse(setting: str, others: Sequence[str], why: str) -> None:
         raise ConfigError(f"{setting} with {', '.join(others)}: {why}")
 
 
-def _check_schedule(run: RunSettings) -> None:
+def _check_schedule(local: LocalSettings, run: RunSettings) -> None:
     if run.schedule is None:
         return
     budget = [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
@@ -57,6 +57,12 @@ def _check_schedule(run: RunSettings) -> None:
             "a rule for the number of local steps contradicts a deadline in seconds, which leaves the number open. Keep one.",
         )
     work = [f"work={run.work!r}"] if run.work != "local" else []
+    ahead = ["overlap=1"] if local.overlap else []
+    _refuse(
+        f"schedule={run.schedule!r}",
+        ahead,
+        "the next round begins before a rule can say how long it is. Leave one out.",
+    )
     _refuse(f"schedule={run.schedule!r}", work, "replicas take no local steps there. Leave schedule out.")
 
 

@@ -40,6 +40,8 @@ class LocalWork(ABC):
 
     own_clock = False
     """Whether each replica has a number of steps of its own (`shares`)."""
+    alike = True
+    """Whether all replicas do the same in a round."""
 
     @abstractmethod
     def steps(self, clock: Clock) -> int:
@@ -154,6 +156,7 @@ class WarmStart(LocalWork):
     The others keep time: their rows of these steps come in the next epoch.
     """
 
+    alike = False
     num_steps: int
     then: LocalWork | None = None
     """The rule afterwards; None: `sync_every`."""
@@ -189,6 +192,7 @@ class DyLU(LocalWork):
     """
 
     own_clock = True
+    alike = False
     rounds: int = _LOOKED_AT
     """Newest rounds from which speeds are taken."""
 

@@ -267,6 +267,14 @@ def test_stages_snapshots_and_a_resume_change_not_a_bit(tmp_path, schedule):
     assert [r.loss for r in fit.state.records] == [r.loss for r in records]
 
 
+def test_a_ring_takes_rounds_of_any_length_that_all_have(tmp_path):
+    options = {"schedule": PostLocal(3), "sync_every": 2}
+    star, _, _ = fitted(tmp_path, aggregation="star", **options)
+    ring, records, _ = fitted(tmp_path, aggregation="ring", **options)
+    assert {r.aggregation for r in records} == {"ring"}
+    assert torch.equal(ring, star)
+
+
 # -- what cannot be meant --------------------------------------------------------------------------------------------
 
 
@@ -296,8 +304,8 @@ def test_rules_that_cannot_be_meant_are_refused(make, message):
             r"schedule=QSR.*time_budget_s=3.*contradicts a deadline in seconds",
         ),
         ({"schedule": DyLU(), "time_budget_s": 3.0}, r"schedule=DyLU.*time_budget_s=3"),
-        ({"schedule": QSR(1.0), "overlap": 1}, r"overlap=1 with schedule="),
-        ({"schedule": QSR(1.0), "aggregation": "ring"}, r"aggregation='ring' with schedule="),
+        ({"schedule": QSR(1.0), "overlap": 1}, r"schedule=QSR.*overlap=1: the next round begins before"),
+        ({"schedule": WarmStart(3), "aggregation": "ring"}, r"aggregation='ring' with schedule="),
         ({"quorum": 9}, r"quorum=9: there are num_workers=3 replicas"),
     ],
 )

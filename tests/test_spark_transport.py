@@ -15,6 +15,7 @@ from twin import deal, facts_of, flat, local_coordinator, make_fit_on, schema_of
 
 from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
+from sparkdeep.drift import FedProx, Scaffold
 from sparkdeep.errors import (
     NonFiniteError,
     ProtocolError,
@@ -26,6 +27,7 @@ from sparkdeep.errors import (
 )
 from sparkdeep.exchange import Exchange, run_folder
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.local_work import Epochs, PostLocal
 from sparkdeep.orders import Inline, Reply, Stored, digest_of
 from sparkdeep.program import Program
 from sparkdeep.round_runner import InProcessRunner
@@ -169,6 +171,22 @@ def test_not_a_bit_differs_from_sockets(rig, exchanged, options, tmp_path):
     # Negative control: another seed gives other bits.
     other = rig.jobs(program(), **{**settings, "seed": 1})
     assert not torch.equal(flat(other[0].program.model), flat(by_jobs[0].program.model))
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": PostLocal(3), "drift_correction": FedProx(0.5)}, {"schedule": Epochs(2)}]
+)
+def test_rules_and_drift_corrections_are_those_of_sockets(rig, options):
+    settings = {**OPTIONS, **options}
+    assert_same(rig.sockets(program(), **settings), rig.jobs(program(), **settings))
+
+
+def test_control_variates_travel_alike_by_jobs_and_through_storage(rig, tmp_path):
+    settings = {**OPTIONS, "drift_correction": Scaffold()}
+    fits = [rig.sockets(program(optimizer=partial(SGD, lr=0.05)), **settings)]
+    for exchange in (None, tmp_path / "exchange"):
+        fits.append(rig.jobs(program(optimizer=partial(SGD, lr=0.05)), exchange=exchange, **settings))
+        assert_same(fits[0], fits[-1])
 
 
 def test_float64_parameters_keep_all_their_bits(tmp_path):
