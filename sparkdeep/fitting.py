@@ -224,6 +224,16 @@ class Fit:
         return self.state.schedule.num_rounds
 
     @property
+    def rounds_left(self) -> int:
+        """Rounds that are not committed; where a rule makes them, as many as there would be if all were as long as the next."""
+        if (known := self.num_rounds) is not None:
+            return known - self.state.committed
+        if (specs := self.state.specs()) is None:
+            return 0
+        steps = self.settings.epochs * max(self.state.generation.steps) - max(self.state.consumed)
+        return -(-steps // max(1, *(spec.num_steps for spec in specs)))
+
+    @property
     def finished(self) -> bool:
         """Whether no round is left to train."""
         return bool(self.state.stopped) or self.state.specs() is None

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from sparkdeep.metrics import RoundRecord
 
-__all__ = ["rounds_to_run", "stage_description"]
+__all__ = ["job_description", "rounds_to_run", "stage_description"]
 
 # Opening costs at most 5 % of the time, as 20 times its cost is what follows it; a quarter more, for rounds vary.
 _WORK_PER_OPENING: Final = 25.0
@@ -44,12 +44,21 @@ def rounds_to_run(
 
 def stage_description(committed: int, planned: int | None, num_rounds: int | None) -> str:
     """What the Spark UI shows of a stage's job."""
-    first, of = committed + 1, "" if num_rounds is None else f" of {num_rounds}"
+    first, of = committed + 1, _of(num_rounds)
     if planned is None:
         return f"sparkdeep fit: rounds from {first}{of}"
     if planned == 0:
         return f"sparkdeep fit: scores and checkpoint of round {committed}{of}"
     return f"sparkdeep fit: rounds {first}-{committed + planned}{of}"
+
+
+def job_description(what: str, committed: int, num_rounds: int | None) -> str:
+    """What the Spark UI shows of a job between rounds."""
+    return f"sparkdeep fit: {what} after round {committed}{_of(num_rounds)}"
+
+
+def _of(num_rounds: int | None) -> str:
+    return "" if num_rounds is None else f" of {num_rounds}"
 
 
 def _last_stage(records: Sequence[RoundRecord]) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from sparkdeep.launch import ReplicaPlan
 from sparkdeep.messages import Hello, Saved, Update, parse
 from sparkdeep.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
 from sparkdeep.parameters import Layout
-from sparkdeep.planning import stage_description
+from sparkdeep.planning import job_description, stage_description
 from sparkdeep.round_values import Globals, RoundResult, RoundWork
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
@@ -152,14 +152,14 @@ class RoundStages:
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters as one job; one result a replica, in order."""
         assert self._state is not None
-        what = f"sparkdeep fit: validation after round {self._state.committed} of {self._state.schedule.num_rounds}"
+        what = job_description("validation", self._state.committed, self._state.schedule.num_rounds)
         return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
 
     def states(self, clocks: Sequence[int]) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job."""
         del clocks
         assert self._state is not None
-        what = f"sparkdeep fit: states after round {self._state.committed} of {self._state.schedule.num_rounds}"
+        what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
         return [reply.body for reply in self._run(self._order("states"), what)]
 
     def _order(

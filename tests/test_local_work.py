@@ -323,3 +323,25 @@ def test_an_optimizer_without_a_rate_is_refused_where_a_rule_needs_one(tmp_path)
 
     with pytest.raises(ConfigError, match=r"optimizer Rateless tells the learning rate nan"):
         fitted(tmp_path, program(optimizer=Rateless), schedule=QSR(1.0))
+
+
+def test_rounds_that_are_left_are_estimated_from_the_next_one(tmp_path):
+    _, _, fit = fitted(tmp_path, epochs=2, schedule=PostLocal(4))
+    assert fit.rounds_left == 0
+    x, y = table()
+    coordinator = local_coordinator()
+    try:
+        options = {"batch_size": 4, "epochs": 2, "sync_every": 2}
+        known = make_fit(tmp_path, program(), deal(x, y, ROWS), schema_of(x, y), coordinator=coordinator, **options)
+        ruled = make_fit(
+            tmp_path,
+            program(),
+            deal(x, y, ROWS),
+            schema_of(x, y),
+            coordinator=coordinator,
+            schedule=PostLocal(4),
+            **options,
+        )
+    finally:
+        coordinator.close()
+    assert (known.rounds_left, ruled.rounds_left) == (6, 12)

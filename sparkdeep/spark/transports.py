@@ -224,7 +224,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
-            rounds=(fit.num_rounds or 0) - fit.state.committed,
+            rounds=fit.rounds_left,
             wide=settings.outer_optimizer is not None,
             durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
         )
