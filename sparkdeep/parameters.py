@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError, ProtocolError
 
-__all__ = ["Entry", "Layout", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
+__all__ = ["Entry", "Layout", "fill", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,21 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of `module`, tied ones once, non-persistent buffers included."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+@torch.no_grad()
+def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the module's parameters and buffers of the same names; it has others, and other names are passed over.
+
+    Raises:
+        ProtocolError: one has another shape than the module's.
+    """
+    for name, tensor in named_tensors(module):
+        if name in values:
+            if values[name].shape != tensor.shape:
+                shape = tuple(values[name].shape)
+                raise ProtocolError(f"{name!r} came as {shape}; the model's is {tuple(tensor.shape)}.")
+            tensor.copy_(values[name])
 
 
 def float_dtype_of(module: nn.Module) -> torch.dtype:

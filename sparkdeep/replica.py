@@ -18,13 +18,13 @@ from sparkdeep.data.order import num_batches
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.drift_terms import CONTROL, term_of
-from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError
+from sparkdeep.errors import CheckpointError, SparkdeepError
 from sparkdeep.gradients import GradientWork
 from sparkdeep.local_progress import Progress
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
 from sparkdeep.messages import Update
-from sparkdeep.parameters import Layout, float_dtype_of, named_tensors, unlike
+from sparkdeep.parameters import Layout, fill, float_dtype_of, unlike
 from sparkdeep.program import Program, inner_optimizer, other_modules
 from sparkdeep.reading import Reader
 from sparkdeep.replica_state import RandomState, read_inner_state, write_inner_state
@@ -98,14 +98,7 @@ class Replica:
         Raises:
             ProtocolError: one has another shape than the model's.
         """
-        values = unpack_tensors(data) if data else {}
-        with torch.no_grad():
-            for name, tensor in named_tensors(self.model):
-                if name in values:
-                    if values[name].shape != tensor.shape:
-                        shape = tuple(values[name].shape)
-                        raise ProtocolError(f"{name!r} came as {shape}; the model's is {tuple(tensor.shape)}.")
-                    tensor.copy_(values[name])
+        fill(self.model, unpack_tensors(data) if data else {})
 
     def restart(self, scheduler_steps: int) -> None:
         """Begin with a fresh optimizer and random stream, the learning-rate clock at `scheduler_steps`."""

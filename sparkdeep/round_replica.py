@@ -30,7 +30,7 @@ from sparkdeep.exchange import Exchange
 from sparkdeep.local_update import LocalResult
 from sparkdeep.messages import Hello, Saved, Update, to_header
 from sparkdeep.orders import Order, Reply, unpack_globals
-from sparkdeep.parameters import Layout, named_tensors, raw_bytes
+from sparkdeep.parameters import Layout, fill, raw_bytes
 from sparkdeep.program import Program, unpack_program
 from sparkdeep.replica import Replica
 from sparkdeep.session import versions
@@ -119,11 +119,7 @@ def _build(order: Order, place: Place, shard: Shard) -> Replica:
         beat=lambda _rows, _steps: place.beat(),
     )
     if order.fixed is not None:
-        fixed = unpack_tensors(bytes(order.fixed.open()))
-        with torch.no_grad():
-            for name, tensor in named_tensors(replica.model):
-                if name in fixed:
-                    tensor.copy_(fixed[name])
+        fill(replica.model, unpack_tensors(bytes(order.fixed.open())))
     return replica
 
 
