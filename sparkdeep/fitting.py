@@ -28,6 +28,7 @@ from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import Program, pack_program
 from sparkdeep.ring import available as ring_available
+from sparkdeep.robust_mean import embeddings_of
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
@@ -193,6 +194,8 @@ class Fit:
                 codec=codec_named(self.local.codec),
                 wide=self.outer_optimizer is not None,
                 weighting=self.settings.shares,
+                aggregator=self.settings.aggregator,
+                embeddings=embeddings_of(self.program.model),
                 terms=Terms(
                     quorum=self.settings.quorum,
                     grace_s=self.settings.quorum_grace_s,
