@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from sparkdeep.spark.doctor import doctor
     from sparkdeep.spark.estimator import TorchEstimator
     from sparkdeep.spark.model import TorchModel
+    from sparkdeep.weight_averages import EMA, SWA, greedy_soup, soup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "QSR",
+    "SWA",
     "AdaComm",
     "Asynchronous",
     "Callback",
@@ -68,8 +71,10 @@ __all__ = [
     "WarmStart",
     "algorithms",
     "doctor",
+    "greedy_soup",
     "petastorm",
     "register",
+    "soup",
     "tracking",
 ]
 
@@ -82,6 +87,7 @@ _LAZY = {
     **dict.fromkeys(("Median", "NormClip", "RadialDirectional", "TrimmedMean"), "sparkdeep.aggregators"),
     **dict.fromkeys(("AdaComm", "DyLU", "Epochs", "PostLocal", "QSR", "WarmStart"), "sparkdeep.local_work"),
     **dict.fromkeys(("FedProx", "Scaffold"), "sparkdeep.drift"),
+    **dict.fromkeys(("EMA", "SWA", "greedy_soup", "soup"), "sparkdeep.weight_averages"),
     "Asynchronous": "sparkdeep.asynchrony",
 }
 _LAZY_MODULES = ("algorithms", "petastorm", "tracking")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["OrderedSum", "pool_buffers", "reduced_weights", "weighted_mean"]
+__all__ = ["Combining", "OrderedSum", "pool_buffers", "reduced_weights", "weighted_mean"]
 
 
 def reduced_weights(weights: Sequence[float]) -> list[float]:
@@ -28,6 +29,19 @@ def reduced_weights(weights: Sequence[float]) -> list[float]:
         return [float(w) for w in weights]
     divisor = math.gcd(*(int(w) for w in positive))
     return [w / divisor for w in weights]
+
+
+class Combining(Protocol):
+    """Takes in replicas' vectors as they arrive, each in a thread of its own, and makes one of them."""
+
+    numel: int
+    chunk: int
+
+    def add(self, replica: int, chunks: Callable[[int, int], Tensor], wait: Callable[[], None]) -> None:
+        """Take in one replica's vector, chunk by chunk."""
+
+    def mean(self) -> Tensor:
+        """The one, (numel,), once every replica of positive weight has added."""
 
 
 class OrderedSum:

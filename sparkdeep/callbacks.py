@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from torch import Tensor
 
 from sparkdeep.metrics import RoundRecord
 
@@ -44,8 +46,15 @@ class Callback:
     def on_fit_start(self, info: FitInfo) -> None:
         """Called once, after ingest and before the first round."""
 
-    def on_round_end(self, record: RoundRecord) -> bool | None:
-        """Called after each committed round; True ends the run."""
+    def on_round_parameters(self, record: RoundRecord, parameters: Mapping[str, Tensor]) -> None:
+        """Called before `on_round_end` with copies of the global parameters, by name in `named_parameters()`, on the CPU.
+
+        Only where it is overridden: otherwise nothing is copied. Parameters of less than 32 bits come as float32, as they are
+        averaged; frozen ones do not come.
+        """
+
+    def on_round_end(self, record: RoundRecord) -> bool | Literal["checkpoint"] | None:
+        """Called after each committed round; True ends the run, "checkpoint" has one written now, in `checkpoint_dir`."""
 
     def on_fit_end(self, model: TorchModel | None, error: BaseException | None) -> None:
         """Called once if `on_fit_start` was: with the trained model, or with what ended the fit."""
@@ -66,20 +75,37 @@ class Callbacks:
                 self._started.append(listener)
                 listener.on_fit_start(info)
 
-    def round(self, record: RoundRecord, free_slots: Callable[[], None]) -> str:
+    def round(
+        self,
+        record: RoundRecord,
+        free_slots: Callable[[], None],
+        *,
+        parameters: Callable[[], Mapping[str, Tensor]] = dict,
+        checkpoint: Callable[[str], None] = lambda _who: None,
+    ) -> str:
         """Tell of a committed round; returns "" or who asked for the end.
 
         Args:
             record: of the round.
             free_slots: called before a listener with `needs_spark`.
+            parameters: gives copies of the global ones; called once if a listener wants them.
+            checkpoint: called with the name of a listener that asks for one.
         """
         asked = ""
+        copies: Mapping[str, Tensor] | None = None
         for listener in self._listeners:
             if getattr(listener, "needs_spark", False):
                 free_slots()
+            if isinstance(listener, Callback) and _wants_parameters(listener):
+                copies = parameters() if copies is None else copies
+                listener.on_round_parameters(record, copies)
             told = listener.on_round_end if isinstance(listener, Callback) else listener
-            if told(record) is True:
-                asked = asked or getattr(listener, "__name__", type(listener).__name__)
+            answer = told(record)
+            name = getattr(listener, "__name__", type(listener).__name__)
+            if answer is True:
+                asked = asked or name
+            elif isinstance(answer, str) and answer == "checkpoint":
+                checkpoint(name)
         return asked
 
     def end(self, model: TorchModel | None, error: BaseException | None) -> None:
@@ -95,3 +121,7 @@ class Callbacks:
         for failure in failures:
             assert error is not None
             error.add_note(f"a callback's on_fit_end then raised {type(failure).__name__}: {failure}")
+
+
+def _wants_parameters(listener: Callback) -> bool:
+    return type(listener).on_round_parameters is not Callback.on_round_parameters

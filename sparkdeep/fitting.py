@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.admission import Terms
@@ -33,6 +35,7 @@ from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import Program, pack_program
 from sparkdeep.ring import available as ring_available
+from sparkdeep.robust_mean import embeddings_of
 from sparkdeep.round_stages import RoundStages
 from sparkdeep.rounds import Run, run_rounds
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
@@ -42,6 +45,8 @@ from sparkdeep.transport import StageOpener
 from sparkdeep.trees import pack_tensors
 
 __all__ = ["CheckpointSnapshots", "Fit", "new_run_id"]
+
+_LOG = logging.getLogger("sparkdeep")
 
 
 def new_run_id() -> str:
@@ -128,6 +133,7 @@ class Fit:
         self.outer = self._outer()
         self.snapshots = self._snapshots()
         self.resumed_from = self._begin()
+        self._warned = False
 
     def _outer(self) -> OuterOptimizer:
         self.evaluations: Evaluations | None = None
@@ -188,7 +194,7 @@ class Fit:
             overlap=bool(self.local.overlap),
             evaluations=self.evaluations,
         )
-        self._stages = stages
+        self._stages, self._run = stages, run
         with closing(run_rounds(run)) as records:
             yield from records
 
@@ -217,6 +223,8 @@ class Fit:
                 codec=codec_named(self.local.codec),
                 wide=self.outer_optimizer is not None,
                 weighting=self.settings.shares,
+                aggregator=self.settings.aggregator,
+                embeddings=embeddings_of(self.program.model),
                 terms=Terms(
                     quorum=self.settings.quorum,
                     grace_s=self.settings.quorum_grace_s,
@@ -267,6 +275,29 @@ class Fit:
     def stop(self, reason: str) -> None:
         """End the run after the round that was just yielded."""
         self.state.stopped = self.state.stopped or reason
+
+    def checkpoint(self, asked_by: str) -> None:
+        """Write a checkpoint of the round that was just yielded, before the next one begins.
+
+        With `overlap`, of the next one. Without a checkpoint directory it warns, once.
+
+        Args:
+            asked_by: who wants it.
+        """
+        if self.checkpoints is not None:
+            self._run.wanted = True
+        elif not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "callback %s asked for a checkpoint, and checkpoint_dir=None: none is written. Give checkpoint_dir=, a folder "
+                "or URI.",
+                asked_by,
+            )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Copies of the global parameters, by name, in their shapes and the layout's dtype."""
+        copied = self.state.parameters.detach().clone()
+        return dict(zip([entry.name for entry in self.layout.entries], self.layout.views(copied), strict=True))
 
     def load_result(self) -> None:
         """Put the best validated round's parameters (with early stopping) or the last ones into the program's model."""

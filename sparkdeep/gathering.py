@@ -11,13 +11,15 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.admission import Admission, Terms, common_sections
-from sparkdeep.averaging import OrderedSum, pool_buffers, reduced_weights
+from sparkdeep.aggregators import Aggregator
+from sparkdeep.averaging import Combining, OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
 from sparkdeep.errors import ProtocolError
 from sparkdeep.line import Line
 from sparkdeep.messages import Saved, Update, parse
 from sparkdeep.parameters import Layout, raw_bytes, unlike
 from sparkdeep.partition import Partition
+from sparkdeep.robust_mean import RobustMean
 from sparkdeep.round_values import Globals, RoundResult, RoundWork, Traffic
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack_tensors
@@ -41,6 +43,10 @@ class Plane:
     """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
     weighting: Literal["rows", "equal", "fednova"] = "rows"
     """How much each replica counts."""
+    aggregator: Aggregator = "mean"
+    """How their updates become one."""
+    embeddings: frozenset[str] = frozenset()
+    """Names of the embeddings' parameters."""
     terms: Terms = field(default_factory=Terms)
     """When a round closes, and whom it counts."""
     ring: bool = False
@@ -134,7 +140,7 @@ class Gathering:
         self._stall_s = stall_timeout_s
         self._buffers = pack_tensors(order.start.buffers)
         self._admission = Admission(num_replicas, check, order.work.round, self._prepare, plane.terms)
-        self._sum: OrderedSum | None = None
+        self._sum: Combining | None = None
         self._mean: Tensor | None = None
         self._sections: list[str] = []
         self._weights: list[float] = []
@@ -207,6 +213,17 @@ class Gathering:
             return
         shares = shares_of(updates, self._order.work.rows, self._plane.weighting)
         base, base_share = self._order.start.base, 1.0
+        if self._plane.aggregator != "mean":
+            self._sum = RobustMean(
+                self._plane.aggregator,
+                self._plane.layout,
+                shares.weights,
+                start=self._order.start.parameters if base is None else base,
+                differences=base is not None,
+                out=mean,
+                plain=self._plane.embeddings,
+            )
+            return
         if base is None and shares.rest:
             base, base_share = self._order.start.parameters.detach(), shares.rest
         self._sum = OrderedSum(

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from sparkdeep.averaging import OrderedSum
+from sparkdeep.averaging import Combining
 from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
 from sparkdeep.compression import CHUNK, Codec, encoded_bytes
 from sparkdeep.errors import ProtocolError, ReplicaLostError, RoundTimeoutError, SparkdeepError, UserCodeError
@@ -210,7 +210,7 @@ class Line:
         self,
         frame: Frame,
         update: Update,
-        total: OrderedSum,
+        total: Combining,
         codec: Codec,
         *,
         dtype: torch.dtype,

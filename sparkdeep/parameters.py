@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError, ProtocolError
 
-__all__ = ["Entry", "Layout", "fill", "float_dtype_of", "named_tensors", "raw_bytes", "unlike"]
+__all__ = ["Entry", "Layout", "fill", "float_dtype_of", "named_tensors", "raw_bytes", "unlike", "variances_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,19 @@ def unlike(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     )
 
 
+def variances_of(module: nn.Module) -> dict[str, str]:
+    """Names of running variances among the module's buffers -> the running mean they belong to."""
+    variance_of: dict[str, str] = {}
+    for name, child in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if hasattr(child, "variance_of"):
+            variance_of |= {f"{prefix}{var}": f"{prefix}{mean}" for var, mean in child.variance_of().items()}
+        if isinstance(child, _NormBase) and child.running_var is not None:
+            variance_of[f"{prefix}running_var"] = f"{prefix}running_mean"
+    names = {name for name, _ in module.named_buffers()}
+    return {var: mean for var, mean in variance_of.items() if var in names and mean in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How a module's trainable parameters lie in one flat vector, and how its buffers are averaged.
@@ -131,19 +144,11 @@ class Layout:
                 f"model {type(module).__name__} has no trainable parameter; set requires_grad=True on what should learn."
             )
         wide = any(entry.dtype == torch.float64 for entry in entries)
-        variance_of: dict[str, str] = {}
-        for name, child in module.named_modules():
-            prefix = f"{name}." if name else ""
-            if hasattr(child, "variance_of"):
-                variance_of |= {f"{prefix}{var}": f"{prefix}{mean}" for var, mean in child.variance_of().items()}
-            if isinstance(child, _NormBase) and child.running_var is not None:
-                variance_of[f"{prefix}running_var"] = f"{prefix}running_mean"
-        names = tuple(name for name, _ in module.named_buffers())
         return cls(
             entries=tuple(entries),
             dtype=torch.float64 if wide else torch.float32,
-            buffers=names,
-            variance_of={var: mean for var, mean in variance_of.items() if var in names and mean in names},
+            buffers=tuple(name for name, _ in module.named_buffers()),
+            variance_of=variances_of(module),
         )
 
     @property

@@ -58,6 +58,10 @@ class Run:
     """A committed round that is not validated or kept yet."""
     epoch_ended: bool = False
     """Whether the pending round was the last of its epoch."""
+    wanted: bool = False
+    """Whether a checkpoint was asked for, out of turn."""
+    told: bool = False
+    """Whether the pending round was yielded already, and only its checkpoint is missing."""
     ledger: FailureLedger = field(init=False)
     """What has failed."""
     rolled_back: int = 0
@@ -100,7 +104,12 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
                 continue
             record, run.pending = run.pending, None
             run.state.records[-1] = record
-            yield record
+            if not run.told:
+                yield record
+            run.told = _owed(run, record)
+            if run.told:
+                run.pending = record
+                continue
             seams.reach("between", round_number=record.round)
             if not _over(run) and run.stages.due(record.seconds - record.stage_seconds):
                 _close(run)
@@ -275,7 +284,15 @@ def _snapshot_due(run: Run) -> bool:
 
 
 def _snapshot_at(run: Run, committed: int) -> bool:
-    return run.snapshots is not None and committed % run.settings.checkpoint_every == 0
+    return run.snapshots is not None and (run.wanted or committed % run.settings.checkpoint_every == 0)
+
+
+def _owed(run: Run, record: RoundRecord) -> bool:
+    """Whether the round that was just told of is to be kept, out of turn, before the next one begins."""
+    if record.checkpoint_bytes:
+        run.wanted = False
+    # With `overlap` replicas are in the next round by now: the checkpoint is of that one.
+    return run.wanted and not run.told and not run.overlap
 
 
 def _keep(run: Run, stage: OpenStage) -> None:
@@ -292,6 +309,7 @@ def _keep(run: Run, stage: OpenStage) -> None:
             raise
         _LOG.warning("%s", error)
         problem = str(error)
+    run.wanted = False
     seconds = time.perf_counter() - began
     run.pending = dataclasses.replace(
         run.pending,
@@ -326,5 +344,5 @@ def _recover(run: Run, error: ReplicaLostError) -> None:
         assert snapshot is not None, "a durable run keeps a snapshot from its start"
         if snapshot.round < run.state.committed:
             run.outer.load_state_dict(run.state.restore(run.layout, snapshot.files, run.local, run.settings))
-            run.pending = None
+            run.pending, run.told = None, False
     run.sleep(run.settings.retry_backoff_s * 2 ** (len(run.ledger.running) - 1))

@@ -16,6 +16,7 @@ PUBLIC = [
     "CoordinatorUnreachableError",
     "DataError",
     "DyLU",
+    "EMA",
     "EarlyStopping",
     "Epochs",
     "FedProx",
@@ -29,6 +30,7 @@ PUBLIC = [
     "QSR",
     "RadialDirectional",
     "ReplicaLostError",
+    "SWA",
     "Scaffold",
     "ShardMismatchError",
     "SparkdeepError",
@@ -40,8 +42,10 @@ PUBLIC = [
     "WarmStart",
     "algorithms",
     "doctor",
+    "greedy_soup",
     "petastorm",
     "register",
+    "soup",
     "tracking",
 ]
 

@@ -66,7 +66,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         checkpoint_dir: a local path or URI; a fit that was killed goes on from its newest checkpoint.
         resume: "auto" goes on with a run that `checkpoint_dir` holds; False forgets it and starts over.
         keep_checkpoints: how many to keep.
-        callbacks: called with each round's record; returning True ends the run. A `Callback` hears of start and end too.
+        callbacks: called with each round's record; returning True ends the run, "checkpoint" has one written now. A
+            `Callback`, such as `EMA(0.99)` or `SWA(start_round=30)`, hears of start and end too, and of the parameters.
         cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
         coordinator_host: the driver's name as executors reach it; default spark.driver.host.
         coordinator_port: a port, or a range (first, last), for the coordinator; default any free one.

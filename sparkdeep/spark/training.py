@@ -211,7 +211,7 @@ def _run_rounds(fit: Fit, progress: Progress, callbacks: Callbacks, lease: Lease
             for record in records:
                 lease.alive()
                 progress.advance(record)
-                if asked := callbacks.round(record, free_slots):
+                if asked := callbacks.round(record, free_slots, parameters=fit.parameters, checkpoint=fit.checkpoint):
                     fit.stop(f"callback {asked} asked for it")
                 lease.lent = False
                 if courtesy is not None and courtesy.asks():
