@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: train test test-jobs test-faults test-lts test-extras lint clean help
+.PHONY: train test test-algorithms test-jobs test-faults test-lts test-extras lint clean help
 
 CONF ?= conf/digits.toml
 ARGS ?=
@@ -21,6 +21,10 @@ test:  ## set up, then format, lint, types and the three tiers of tests, each ti
 test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect
 	@$(SETUP)
 	bash .ci/test.sh jobs
+
+test-algorithms:  ## set up, then the algorithms against their papers, and a small run of each preset
+	@$(SETUP)
+	bash .ci/test.sh algorithms
 
 test-faults:  ## set up, then the fault matrix, fuzzing and eight rows on the real cluster
 	@$(SETUP)

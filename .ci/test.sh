@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The gate, in the environment that .ci/setup.sh made: format, lint, types, then the tests by tier, each timed.
-# .ci/test.sh lint: the first three only; .ci/test.sh jobs, .ci/test.sh faults: the further tiers, which are slower.
+# .ci/test.sh lint: the first three only; .ci/test.sh algorithms, faults, jobs: the further tiers.
 set -euo pipefail
 
 readonly budget_s=720
@@ -28,6 +28,10 @@ tier() {
 if [[ "${1:-}" == jobs ]]; then
     tier "jobs, notebooks and searches on local[2]" 720 -m jobs tests/jobs tests/spark
     tier "Spark Connect" 180 -m connect tests/connect
+    exit 0
+fi
+if [[ "${1:-}" == algorithms ]]; then
+    tier "algorithms: identities, and a small run of each preset" 180 tests/algorithms
     exit 0
 fi
 if [[ "${1:-}" == faults ]]; then

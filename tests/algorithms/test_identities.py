@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 IDENTITIES = {
     1: "one replica with averaging is a plain loop over the same batches, to the last bit, across a resume too",
@@ -52,6 +52,6 @@ def test_every_number_is_one_of_these_and_none_is_left_out():
 
 
 @pytest.mark.parametrize("number", IDENTITIES)
-def test_an_identity_is_shown_in_the_gate(number):
-    gate = [*TESTS.glob("test_*.py"), *(TESTS / "spark").glob("test_*.py"), *(TESTS / "cluster").glob("test_*.py")]
-    assert any(number in marks for path in gate for marks in numbers_of(path).values())
+def test_an_identity_is_shown_without_a_jvm(number):
+    quick = [*TESTS.glob("test_*.py"), *(TESTS / "algorithms").glob("test_*.py")]
+    assert any(number in marks for path in quick for marks in numbers_of(path).values())
