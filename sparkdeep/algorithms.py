@@ -199,19 +199,27 @@ def delayed_nesterov(lr: float = 0.7, momentum: float = 0.9, delay: int = 4, ste
     )
 
 
-def lbfgs(history_size: int = 10, iterations: int = 100, tolerance_grad: float = 1e-7) -> Algorithm:
+def lbfgs(
+    history_size: int = 10, iterations: int = 100, tolerance_grad: float = 1e-7, tolerance_change: float = 1e-12
+) -> Algorithm:
     """Sandblaster L-BFGS: every gradient is one of all rows, taken in many portions by ordinary tasks.
 
     Args:
         history_size: pairs that the Hessian is approximated from.
         iterations: at most; a round is one.
         tolerance_grad: the largest component of a gradient at which the run is over.
+        tolerance_change: of the loss and of every parameter from round to round, at which it is over too. torch's own 1e-9 ends
+            where the fifth digit of the parameters still moves.
     """
     return Algorithm(
         "lbfgs",
         {
             "outer_optimizer": functools.partial(
-                LBFGS, history_size=history_size, tolerance_grad=tolerance_grad, line_search_fn="strong_wolfe"
+                LBFGS,
+                history_size=history_size,
+                tolerance_grad=tolerance_grad,
+                tolerance_change=tolerance_change,
+                line_search_fn="strong_wolfe",
             ),
             "work": "gradient",
             "portions": "auto",

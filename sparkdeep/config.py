@@ -290,6 +290,13 @@ class RunSettings:
             )
 
     @property
+    def gradient(self) -> Literal["", "batches", "all"]:
+        """What a round's gradient is of, decided: "" where replicas train."""
+        if self.work == "local":
+            return ""
+        return "all" if self.sync_every == "epoch" else "batches"
+
+    @property
     def own_clocks(self) -> bool:
         """Whether each replica takes its own number of steps."""
         return self.time_budget_s is not None or (self.schedule is not None and self.schedule.own_clock)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -18,9 +19,12 @@ from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.contradictions import check_together
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
+from sparkdeep.evaluations import Evaluations
 from sparkdeep.fitting_optimizers import check_inner_optimizer
 from sparkdeep.gathering import Plane
 from sparkdeep.generation import Generation, ShardFacts
+from sparkdeep.gradient_checks import check_factory, check_model
+from sparkdeep.gradient_outer import GradientOuter
 from sparkdeep.inner_rates import InnerRates
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
@@ -126,9 +130,26 @@ class Fit:
         self.resumed_from = self._begin()
 
     def _outer(self) -> OuterOptimizer:
+        self.evaluations: Evaluations | None = None
+        check_factory(self.outer_optimizer, self.settings)
+        if self.settings.work == "gradient":
+            return self._gradient_outer()
         if self.outer_optimizer is None:
             return Assign()
         return TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
+
+    def _gradient_outer(self) -> GradientOuter:
+        assert self.outer_optimizer is not None
+        outer = GradientOuter(
+            self.outer_optimizer,
+            self.state.parameters,
+            self.layout,
+            clip=self.local.clip_grad_norm,
+            lr_scheduler=self.program.lr_scheduler,
+        )
+        check_model(self.program, self.settings, line_search=outer.line_search)
+        self.evaluations = Evaluations(remember=outer.line_search)
+        return outer
 
     def _snapshots(self) -> Snapshots | None:
         if self.checkpoints is not None:
@@ -165,6 +186,7 @@ class Fit:
             replay={record.round: record for record in self.replay},
             base=self._base,
             overlap=bool(self.local.overlap),
+            evaluations=self.evaluations,
         )
         self._stages = stages
         with closing(run_rounds(run)) as records:
@@ -261,6 +283,15 @@ class Fit:
         return pack_tensors(tensors) if tensors else b""
 
 
-def plan_of(program: Program, local: LocalSettings, schema: Any) -> ReplicaPlan:
-    """What every replica is made from; refuses what cannot be pickled."""
+def plan_of(program: Program, local: LocalSettings, schema: Any, *, steps: bool = True) -> ReplicaPlan:
+    """What every replica is made from; refuses what cannot be pickled.
+
+    Args:
+        program: of the fit.
+        local: settings of the local work.
+        schema: of the rows.
+        steps: whether replicas take steps: with `work="gradient"` they need neither optimizer nor schedule, which are the driver's.
+    """
+    if not steps:
+        program = replace(program, optimizer=partial(torch.optim.SGD, lr=0.0), lr_scheduler=None)
     return ReplicaPlan(program=pack_program(program), settings=local, schema=schema)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sparkdeep.errors import DataError
 from sparkdeep.fields import misfit
 
-__all__ = ["FailureRecord", "ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
+__all__ = ["EvaluationRecord", "FailureRecord", "ReplicaRecord", "RoundRecord", "read_jsonl", "summary", "write_jsonl"]
 
 
 _MAY_BE_NONE: Final = frozenset({"slowest", "replica", "host"})
@@ -54,6 +54,18 @@ class FailureRecord:
     """Which one it was, where that is known."""
     host: str | None
     """Where that ran."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """One loss and its gradient, as an outer optimizer asked for it (`work="gradient"`)."""
+
+    loss: float
+    gradient_norm: float
+    """Of the whole gradient, not clipped."""
+    seconds: float
+    cached: bool = False
+    """Whether it was known already: the parameters are those of an evaluation before, to the last bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +124,8 @@ class RoundRecord:
     """Replicas whose optimizer state was lost with their executor and began anew (`replica_state="local"`)."""
     replicas: list[ReplicaRecord] = field(default_factory=list)
     """Each replica's part."""
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    """With `work="gradient"`: every call of the outer optimizer's closure, in order; L-BFGS's line search makes several."""
 
     def __getitem__(self, name: str) -> Any:
         """A field by name."""
@@ -146,7 +160,8 @@ class RoundRecord:
             raise DataError(f"this is no round's record: {complaint}")
         parts = [ReplicaRecord(**r) for r in values.get("replicas", [])]
         failures = [FailureRecord(**f) for f in values.get("failures", [])]
-        return cls(**{**values, "replicas": parts, "failures": failures})
+        evaluations = [EvaluationRecord(**e) for e in values.get("evaluations", [])]
+        return cls(**{**values, "replicas": parts, "failures": failures, "evaluations": evaluations})
 
 
 def summary(records: Sequence[RoundRecord]) -> str:

@@ -17,7 +17,7 @@ from sparkdeep.compression import chunks_of
 from sparkdeep.errors import ConfigError
 from sparkdeep.parameters import Layout
 
-__all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter"]
+__all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter", "driven"]
 
 # From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
 # host, waiting for more, for longer than they had worked.
@@ -39,6 +39,8 @@ class RoundMean(Protocol):
 class OuterOptimizer(Protocol):
     """Moves the global parameters once a round."""
 
+    stopped: str
+    """Why no further step helps, where it can tell; else ""."""
     wants_rate: bool
     """Whether it needs the replicas' learning rate of each round."""
     inner_lr: float
@@ -61,6 +63,7 @@ class OuterOptimizer(Protocol):
 class Assign:
     """Plain parameter averaging: the mean itself is written, bit for bit (delta arithmetic would round)."""
 
+    stopped = ""
     wants_rate = False
     inner_lr = 1.0
 
@@ -82,6 +85,26 @@ class Assign:
             raise ValueError(f"plain averaging has no state, got keys {sorted(state)}")
 
 
+def driven(
+    factory: Callable[..., torch.optim.Optimizer], parameters: Tensor, gradient: Tensor, layout: Layout
+) -> torch.optim.Optimizer:
+    """An optimizer of the global parameters, seen in their shapes, whose `.grad` are views of `gradient`.
+
+    Raises:
+        ConfigError: the factory gives something else.
+    """
+    leaves = [view.requires_grad_() for view in layout.views(parameters)]
+    for leaf, grad in zip(leaves, layout.views(gradient), strict=True):
+        leaf.grad = grad
+    optimizer = factory(leaves)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"outer_optimizer returned {type(optimizer).__name__}; it must be a callable that takes parameters "
+            "and returns a torch.optim.Optimizer, such as partial(torch.optim.SGD, lr=0.7, momentum=0.9)."
+        )
+    return optimizer
+
+
 @final
 class TorchOuter:
     """Drives a `torch.optim` optimizer over the global parameters, seen in their shapes.
@@ -96,19 +119,15 @@ class TorchOuter:
     def __init__(self, factory: Callable[..., torch.optim.Optimizer], parameters: Tensor, layout: Layout) -> None:
         self._parameters = parameters
         self._grad = torch.zeros_like(parameters)
-        leaves = [view.requires_grad_() for view in layout.views(parameters)]
-        for leaf, grad in zip(leaves, layout.views(self._grad), strict=True):
-            leaf.grad = grad
-        optimizer = factory(leaves)
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        self._optimizer = optimizer = driven(factory, parameters, self._grad, layout)
+        if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError(
-                f"outer_optimizer returned {type(optimizer).__name__}; it must be a callable that takes parameters "
-                "and returns a torch.optim.Optimizer, such as partial(torch.optim.SGD, lr=0.7, momentum=0.9)."
+                "outer_optimizer=LBFGS with work='local': its line search needs losses and gradients, which rounds of local steps do "
+                "not tell. Use algorithm=lbfgs(), or work='gradient' with sync_every='epoch'."
             )
-        self._optimizer = optimizer
-        self._leaves = leaves
         self.wants_rate = hasattr(optimizer, "inner_lr")
         self.inner_lr = 1.0
+        self.stopped = ""
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """One `optimizer.step(closure)`; the closure runs the round and sets `.grad = start - mean`."""

@@ -9,6 +9,7 @@ executor, or lies in a file, is ever unpickled.
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,12 @@ def inner_optimizer(program: Program, parameters: Sequence[Tensor]) -> tuple[tor
         raise ConfigError(
             f"optimizer returned {type(optimizer).__name__}; give a callable that takes the parameters and returns "
             "a torch.optim.Optimizer, such as partial(torch.optim.AdamW, lr=1e-3)."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__}: its step() needs a closure that evaluates the loss anew, and a local step "
+            "sees its batch once. Use another optimizer, or algorithm=lbfgs() for L-BFGS over all rows."
         )
     if program.lr_scheduler is None:
         return optimizer, None

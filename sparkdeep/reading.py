@@ -78,10 +78,17 @@ class Reader:
 
     def validation(self) -> Iterator[Batch]:
         """The validation rows as they lie in the shard."""
-        rows, size = self._shard.info.rows["validation"], self._settings.batch_size
+        return self._lying("validation")
+
+    def whole(self) -> Iterator[Batch]:
+        """The training rows as they lie in the shard, not augmented."""
+        return self._lying("train")
+
+    def _lying(self, split: str) -> Iterator[Batch]:
+        rows, size = self._shard.info.rows[split], self._settings.batch_size
         for start in range(0, rows, size):
             with own_files("it read the shard"):
-                fields = self._shard.take("validation", np.arange(start, min(start + size, rows)))
+                fields = self._shard.take(split, np.arange(start, min(start + size, rows)))
             yield self._ready(self._made(fields, (0, 0)), augment=False)
 
     def _steps(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparkdeep.messages import Update
-from sparkdeep.metrics import FailureRecord, ReplicaRecord, RoundRecord
+from sparkdeep.metrics import EvaluationRecord, FailureRecord, ReplicaRecord, RoundRecord
 from sparkdeep.round_values import RoundResult
 from sparkdeep.schedule import RoundSpec
 
@@ -26,6 +26,8 @@ class Told:
     """Replicas that began the round with a fresh optimizer."""
     changed: str
     """Such as "3 -> 2" where the number of replicas changed before it."""
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    """Of a gradient round."""
 
 
 def record_of(
@@ -62,6 +64,7 @@ def record_of(
         aggregation=told.aggregation,
         state_reset=told.state_reset,
         num_workers_changed=told.changed,
+        evaluations=told.evaluations,
         replicas=[
             ReplicaRecord(
                 replica=i,

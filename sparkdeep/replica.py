@@ -19,6 +19,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.drift_terms import CONTROL, term_of
 from sparkdeep.errors import CheckpointError, ProtocolError, SparkdeepError
+from sparkdeep.gradients import GradientWork
 from sparkdeep.local_progress import Progress
 from sparkdeep.local_update import LocalResult, LocalUpdate
 from sparkdeep.losses import LossFunction
@@ -84,6 +85,7 @@ class Replica:
         self._own_buffers: dict[str, Tensor] | None = None
         self._drift = term_of(settings.drift_correction, self._parameters)
         self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
+        self._gradients = GradientWork(self.model, self._reader, self._parameters, self.layout, self._loss_of)
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(self.train_rows, settings)
         self._start_optimizer(0)
@@ -208,19 +210,20 @@ class Replica:
         if self._settings.inner_state == "reset":
             self._optimizer.state.clear()
         progress = Progress(self._beat)
+        seams.reach("train", round_number=spec.round, replica=self.number)
+        if spec.gradient:
+            with self._random.borrowed() if spec.gradient == "all" else self._random.installed():
+                gradient = self._gradients.mean(spec, self.steps_per_epoch, progress, between)
+            return self._result(spec, progress, began, gradient)
         self.model.train()
         self._drift.begin()
-        seams.reach("train", round_number=spec.round, replica=self.number)
         with self._random.installed():
             began = time.perf_counter()  # replicas of one process take turns, and that is no work
             for epoch, first, last in stretches(spec, self.steps_per_epoch):
                 with self._reader.training(epoch, first, last) as steps:
                     for _ in range(first, last):
-                        if (
-                            spec.budget_s is not None
-                            and time.perf_counter() - began >= spec.budget_s
-                            and progress.steps
-                        ):
+                        late = spec.budget_s is not None and time.perf_counter() - began >= spec.budget_s
+                        if late and progress.steps:
                             break
                         between(progress.steps / spec.num_steps)
                         seams.reach("step", round_number=spec.round, replica=self.number)
@@ -255,8 +258,7 @@ class Replica:
         total = sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
         for batch, weight in zip(batches, weights, strict=True):
-            with self._autocast(), self._norms(batch.rows):
-                loss = self._loss(self.model, batch)
+            loss = self._loss_of(batch)
             # One batch a step is left alone, so that the step is a plain torch loop's to the last bit.
             share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
             share.backward()
@@ -270,6 +272,11 @@ class Replica:
             self._scheduler.step()
         progress.end_step()
 
+    def _loss_of(self, batch: Batch) -> Tensor:
+        alone = batch.rows == 1 and self.train_rows == 1
+        with self._autocast(), single_row_norms(self.model) if alone else _NOTHING:
+            return self._loss(self.model, batch)
+
     def _batches(self, steps: Iterator[list[Batch]], progress: Progress) -> list[Batch]:
         began = time.perf_counter()
         batches = next(steps)
@@ -281,10 +288,7 @@ class Replica:
             return _NOTHING
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _norms(self, rows: int) -> AbstractContextManager[Any]:
-        return single_row_norms(self.model) if rows == 1 and self.train_rows == 1 else _NOTHING
-
-    def _result(self, spec: RoundSpec, progress: Progress, began: float) -> LocalResult:
+    def _result(self, spec: RoundSpec, progress: Progress, began: float, gradient: Tensor | None = None) -> LocalResult:
         weight = progress.weight
         sections: list[str] = []
         vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
@@ -300,7 +304,7 @@ class Replica:
                     for view, tensor in zip(self.layout.views(vector[start:]), tensors, strict=True):
                         view.copy_(tensor)
             elif not self.exchange.overlap:
-                vector = self.exchange.end()
+                vector = self.exchange.end() if gradient is None else gradient
             buffers = self._packed_buffers()
             loss_sum = progress.loss_sum()
             finite = math.isfinite(loss_sum) and self.exchange.finite(vector)

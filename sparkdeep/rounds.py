@@ -16,6 +16,7 @@ from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.divergence import check_divergence
 from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
+from sparkdeep.evaluations import Evaluations
 from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.outer import OuterOptimizer
@@ -65,6 +66,8 @@ class Run:
     """Rounds of an earlier run whose decisions are taken again: who counted, and how many steps each took."""
     furthest: int = 0
     sleep: Callable[[float], None] = field(default=time.sleep)
+    evaluations: Evaluations | None = None
+    """Of gradient rounds, whose outer step may ask for several a round."""
 
     def __post_init__(self) -> None:
         self.ledger = FailureLedger(max_retries=self.settings.max_retries)
@@ -124,6 +127,8 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     planned = state.specs()
     assert planned is not None
     specs = replayed(planned, run.replay.get(state.committed + 1))
+    if run.settings.gradient:
+        specs = tuple(dataclasses.replace(spec, gradient=run.settings.gradient) for spec in specs)
     work = RoundWork(
         specs=specs,
         clocks=state.clocks(),
@@ -137,22 +142,34 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
 
     def closure() -> RoundResult:
         nonlocal result
+        began_with = result
         result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
         if result.rolled_back or all(spec.skip for spec in specs):
             raise _RolledBackError
-        check_divergence(result.loss, state.records, run.settings, specs[0].round)
+        if began_with is None:  # a line search may try steps that are far too long
+            check_divergence(result.loss, state.records, run.settings, specs[0].round)
         if state.downlink is not None:
             state.downlink.before_step()
         return result
 
+    def evaluate() -> RoundResult:
+        assert run.evaluations is not None
+        return run.evaluations.at(state.parameters, closure)
+
     if run.outer.wants_rate:
         run.outer.inner_lr = state.rates.at(max(work.clocks))
+    if run.evaluations is not None:
+        run.evaluations.begin()
     with contextlib.suppress(_RolledBackError):
-        run.outer.step(state.parameters, closure)
+        run.outer.step(state.parameters, closure if run.evaluations is None else evaluate)
+        if run.evaluations is not None:
+            result = run.evaluations.end(state.parameters)
+        state.stopped = state.stopped or run.outer.stopped
         assert result is not None
         if state.downlink is not None:
             state.downlink.after_step()
-        state.buffers = result.buffers
+        if specs[0].gradient != "all":  # whose model is in eval mode; pooling would round
+            state.buffers = result.buffers
         # A copy: the next round's mean is written over this one's.
         state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
     assert result is not None
@@ -168,6 +185,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
             aggregation=state.aggregation,
             state_reset=run.stages.committed_round(),
             changed=run.stages.take_change(),
+            evaluations=[] if run.evaluations is None else run.evaluations.records,
         ),
     )
     epochs = state.epochs_done()

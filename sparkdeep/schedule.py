@@ -44,6 +44,8 @@ class RoundSpec:
     """Whether `epoch`, `first_step` and `num_steps` count this replica's own steps, and may cross an epoch's end."""
     period: int = 0
     """Local steps of an epoch on the common clock, where a round may cross its end; else 0."""
+    gradient: Literal["", "batches", "all"] = ""
+    """Nothing is trained, and the gradient told: of the next `num_steps` steps' batches, or of all rows; "": training."""
     skip: str = ""
     """Why the replica does nothing but advance the clock: "idle", or why the round was recorded as going on without it."""
 

@@ -94,7 +94,7 @@ def make_fit_on(tmp_path, program, paths, schema, *, coordinator, wrap=None, **o
         num_workers=len(paths),
         **{"retry_backoff_s": 0.01, **{k: options.pop(k) for k in list(options) if k in _SETTINGS}},
     )
-    plan = plan_of(program, local, schema)
+    plan = plan_of(program, local, schema, steps=settings.work == "local")
     launcher = InProcessLauncher(plan, paths, tmp_path / f"state-{new_run_id()}")
     return Fit(
         program=program,
