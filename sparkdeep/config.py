@@ -290,6 +290,11 @@ class RunSettings:
             )
 
     @property
+    def num_portions(self) -> int:
+        """Ordinary tasks that a gradient of all rows is taken by; 0 where replicas do it."""
+        return 8 * self.num_workers if self.portions == "auto" else self.portions or 0
+
+    @property
     def gradient(self) -> Literal["", "batches", "all"]:
         """What a round's gradient is of, decided: "" where replicas train."""
         if self.work == "local":
