@@ -55,7 +55,7 @@ class LocalSettings:
     accumulate_batches: int = 1
     """Batches per local step; their gradients add up to that of one batch of all their rows."""
     clip_grad_norm: float | None = None
-    """Largest 2-norm of the whole gradient in a local step (`torch.nn.utils.clip_grad_norm_`)."""
+    """Largest 2-norm of the whole gradient in a local step (`torch.nn.utils.clip_grad_norm_`), or in a gradient round."""
     precision: Literal["bf16"] | None = None
     """"bf16": forward and loss under `torch.autocast` in bfloat16; parameters keep their dtype."""
     inner_state: InnerState = "keep"
@@ -173,7 +173,7 @@ class RunSettings:
     `Epochs(count)`; None: `sync_every`, from which they start."""
     work: Literal["local", "gradient"] = "local"
     """"local": replicas train; "gradient": they tell the gradient of their next `sync_every` steps' rows, of all their rows
-    with "epoch", and the outer optimizer alone steps."""
+    with "epoch" (in eval mode, not augmented), and the outer optimizer alone steps, once a round."""
     portions: int | Literal["auto"] | None = None
     """With gradients of all rows: ordinary tasks, so many or 8 a worker, in place of a barrier stage's; Spark may back them up."""
     asynchronous: Asynchronous | None = None
@@ -288,6 +288,11 @@ class RunSettings:
             raise ConfigError(
                 f"aggregator={self.aggregator!r}: must be 'mean', NormClip(), Median(), TrimmedMean(share) or RadialDirectional()."
             )
+
+    @property
+    def num_portions(self) -> int:
+        """Ordinary tasks that a gradient of all rows is taken by; 0 where replicas do it."""
+        return 8 * self.num_workers if self.portions == "auto" else self.portions or 0
 
     @property
     def gradient(self) -> Literal["", "batches", "all"]:

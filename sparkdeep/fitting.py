@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -33,7 +32,7 @@ from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
 from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
-from sparkdeep.program import Program, pack_program
+from sparkdeep.program import NO_STEPS, Program, pack_program
 from sparkdeep.ring import available as ring_available
 from sparkdeep.robust_mean import embeddings_of
 from sparkdeep.round_stages import RoundStages
@@ -209,6 +208,7 @@ class Fit:
                 fixed=self._fixed,
                 wide=self.outer_optimizer is not None,
                 on_log=self.on_log,
+                portions=self.settings.portions is not None,
             )
         assert self.launcher is not None, "a fit has a runner, or a launcher with a coordinator"
         assert self.coordinator is not None, "a launcher's replicas dial a coordinator"
@@ -324,5 +324,5 @@ def plan_of(program: Program, local: LocalSettings, schema: Any, *, steps: bool 
         steps: whether replicas take steps: with `work="gradient"` they need neither optimizer nor schedule, which are the driver's.
     """
     if not steps:
-        program = replace(program, optimizer=partial(torch.optim.SGD, lr=0.0), lr_scheduler=None)
+        program = replace(program, optimizer=NO_STEPS, lr_scheduler=None)
     return ReplicaPlan(program=pack_program(program), settings=local, schema=schema)

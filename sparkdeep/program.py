@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import cloudpickle
 import torch
@@ -29,6 +29,7 @@ from sparkdeep.keras_network import KerasNetwork
 from sparkdeep.parameters import named_tensors
 
 __all__ = [
+    "NO_STEPS",
     "Program",
     "check_picklable",
     "check_trained",
@@ -37,6 +38,10 @@ __all__ = [
     "pack_program",
     "unpack_program",
 ]
+
+
+NO_STEPS: Final = functools.partial(torch.optim.SGD, lr=0.0)
+"""The optimizer of replicas that take no steps (`work="gradient"`); the outer one, and the schedule, are the driver's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,13 +282,12 @@ class Replica:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _result(self, spec: RoundSpec, progress: Progress, began: float, gradient: Tensor | None = None) -> LocalResult:
-        weight = progress.weight
         sections: list[str] = []
         vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
         if self.exchange.overlap:
             self._own_buffers = self.layout.read_buffers(self.model)
             vector = self.exchange.end()
-        if weight > 0:
+        if progress.weight > 0:
             sections, state = self._travelling()
             if sections:
                 vector = self.exchange.end(len(sections))
@@ -304,7 +303,7 @@ class Replica:
         update = Update(
             round=spec.round,
             rows=progress.rows,
-            weight=weight,
+            weight=progress.weight,
             steps=progress.steps,
             loss_sum=loss_sum if math.isfinite(loss_sum) else 0.0,
             finite=finite,

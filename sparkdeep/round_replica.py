@@ -158,7 +158,7 @@ def _train(replica: Replica, order: Order, place: Place, states: StateFiles, hea
         result = replica.train(order.spec).encoded()  # what the code loses belongs to the state that is kept
     place.beat()
     saved = Saved(bytes=0, seconds=0.0)
-    if result.update.finite:
+    if result.update.finite and not order.portions:
         began = time.perf_counter()
         data = replica.save_state()
         with own_files("it kept the replica's state"):

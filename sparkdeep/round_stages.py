@@ -52,6 +52,8 @@ class RoundStages:
     wide: bool
     """Whether the outer step wants the mean in float64."""
     on_log: Callable[[int, str], None]
+    portions: bool = False
+    """Whether the tasks are of portions of the rows, and keep no state."""
     hellos: dict[int, Hello] = field(default_factory=dict, init=False)
     """Of the last job."""
     last_opening_s: float = field(default=0.0, init=False)
@@ -156,8 +158,10 @@ class RoundStages:
         return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
 
     def states(self, clocks: Sequence[int]) -> list[bytes]:
-        """Every replica's state, from its executor's disk, as one job."""
+        """Every replica's state, from its executor's disk, as one job; portions have none."""
         del clocks
+        if self.portions:
+            return []
         assert self._state is not None
         what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
         return [reply.body for reply in self._run(self._order("states"), what)]
@@ -182,9 +186,10 @@ class RoundStages:
             versions=versions(),
             committed=state.committed,
             scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
-            source="sent" if sent else "local" if state.committed else "fresh",
+            source="sent" if sent else "local" if state.committed and not self.portions else "fresh",
             kept_by=self._kept_by,
             durable=self.settings.replica_state == "durable",
+            portions=self.portions,
             sections=() if start is None else tuple(start.sections),
             start=parcel,
             program=None if start is None else self.runner.ship("program", self.plan.program),

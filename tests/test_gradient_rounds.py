@@ -63,6 +63,7 @@ def loop(model, batches, optimizer, *, weighted=False, clip=None, scheduler=None
     return flat(model)
 
 
+@pytest.mark.identity(3)
 @pytest.mark.parametrize("sizes", [[20, 20], [23, 12, 5]])
 @pytest.mark.parametrize("every", [1, 3])
 def test_gradient_rounds_with_adam_are_exact_data_parallel_training(tmp_path, sizes, every):

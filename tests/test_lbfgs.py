@@ -76,6 +76,7 @@ def regularised(model, batch):
     )
 
 
+@pytest.mark.identity(10)
 def test_regularised_logistic_regression_equals_scipy(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 10))
@@ -113,6 +114,7 @@ def images():
     return rng.normal(size=(60, 1, 8, 8)), rng.integers(0, 4, size=60)
 
 
+@pytest.mark.identity(10)
 def test_a_sharded_convnet_goes_the_way_of_torch_in_one_call(tmp_path):
     x, y = images()
     expected, losses = in_one_call(
@@ -235,6 +237,7 @@ def test_one_iteration_a_round_is_one_call_to_the_last_bit_at_no_further_evaluat
         assert more == asked + iterations - 1, "without what is known at the end, each round begins with one more"
 
 
+@pytest.mark.identity(10)
 @pytest.mark.parametrize("n", [5, 10, 20, 50])
 def test_a_quadratic_is_minimised_within_three_evaluations_a_dimension(n):
     function, best, start = quadratic(n)
@@ -373,6 +376,7 @@ def test_a_lost_replica_costs_the_evaluation_that_it_was_lost_in(tmp_path):
     assert [record.loss for record in again] == [record.loss for record in records]
 
 
+@pytest.mark.identity(10)
 def test_portions_of_rows_do_not_change_the_result(tmp_path):
     x, y = images()
     options = {"epochs": 5, "batch_size": 60, "outer_optimizer": WOLFE, **COMMON}

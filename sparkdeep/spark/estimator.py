@@ -45,7 +45,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         label_cols: the same forms. A name gives (B,), a list (B, k).
         model_args: keyword arguments for `model`.
         learning_rate: the optimizer's `lr`, in place of the one it was given with; what a grid searches over.
-        lr_scheduler: called with the optimizer; stepped once a local step, on the cumulative clock.
+        lr_scheduler: called with the optimizer; stepped once a local step, on the cumulative clock. With `work="gradient"` it is
+            called with the outer optimizer, and stepped once a round.
         algorithm: a preset of `sparkdeep.algorithms` such as `diloco()`, or its name: defaults for other arguments, of which
             those that you set win.
         outer_optimizer: a torch.optim factory for the driver's step on the averaged parameters; None assigns the mean.

@@ -20,10 +20,20 @@ from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.disks import Volume
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.generation import ShardFacts
+from sparkdeep.spark.portion_tasks import PORTION_COLUMNS, portion_ingest_task
 from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
 
-__all__ = ["MANIFEST_COLUMNS", "Ingested", "dealt", "paths_of", "read_manifests", "shards_of"]
+__all__ = [
+    "MANIFEST_COLUMNS",
+    "Ingested",
+    "dealt",
+    "manifests_of",
+    "paths_of",
+    "portions_of",
+    "read_manifests",
+    "shards_of",
+]
 
 _LOG = logging.getLogger("sparkdeep")
 _BUCKETS = 1_000_000
@@ -139,6 +149,23 @@ def shards_of(
     extra = {"profile": profile} if profile is not None else {}
     # The hash has done its work: it is not to travel.
     return rows.drop(HASH).mapInArrow(partial(ingest_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
+
+
+def portions_of(
+    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
+) -> DataFrame:
+    """As `shards_of`, of portions: with the files themselves in it, unless they are in `shard_dir`.
+
+    Spark fetches a persisted partition from the executor that has it, so that each portion can be worked at anywhere.
+    """
+    job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
+    extra = {"profile": profile} if profile is not None else {}
+    return rows.drop(HASH).mapInArrow(partial(portion_ingest_task, job), PORTION_COLUMNS, **extra).persist()
+
+
+def manifests_of(portions: DataFrame) -> DataFrame:
+    """The manifest rows alone; collecting them persists the rest."""
+    return portions.where("part = 0").select("replica", "manifest", "sample")
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:

@@ -34,7 +34,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "training_step": "training_step(model, batch) -> loss, in place of loss",
     "optimizer": "called with the parameters",
     "learning_rate": "the optimizer's lr, in place of the one it was given with",
-    "lr_scheduler": "called with the optimizer; stepped once a local step",
+    "lr_scheduler": "called with the optimizer; stepped once a local step, or a round with work='gradient'",
     "outer_optimizer": "factory for the driver's step on the averaged parameters; None assigns the mean",
     "algorithm": "a preset such as diloco(), or its name; what is set beside it wins",
     "label_cols": "label columns: a name, a list, or {argument: name or list}",

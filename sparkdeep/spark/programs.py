@@ -12,7 +12,7 @@ from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.interop import own_parts, ready
 from sparkdeep.prediction import Prediction
-from sparkdeep.program import Program, pack_program
+from sparkdeep.program import NO_STEPS, Program, pack_program
 from sparkdeep.registry import import_factory
 from sparkdeep.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
 from sparkdeep.spark.ingest import Ingested
@@ -52,7 +52,7 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         module,
         loss=settings.loss,
         training_step=settings.training_step,
-        optimizer=settings.optimizer,
+        optimizer=settings.optimizer if settings.run.work == "local" else NO_STEPS,
         weighted=settings.weight_col is not None,
     )
     return Program(

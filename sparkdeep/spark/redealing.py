@@ -17,7 +17,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import SPLITS, Shard, ShardInfo, ShardWriter
 from sparkdeep.disks import room_for_shards
 from sparkdeep.spark.failures import named_failures
-from sparkdeep.spark.tasks import barrier_context, manifest_batch, run_root
+from sparkdeep.spark.tasks import barrier_context, host_of, manifest_batch, run_root
 
 __all__ = ["RedealJob", "pieces", "redeal_task"]
 
@@ -69,7 +69,7 @@ def redeal_task(job: RedealJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         directory = run_root(job.run, job.shard_dir) / f"shard-{number:05d}-{secrets.token_hex(4)}"
         with room_for_shards(directory):
             info, weight = _copied(job, number, directory)
-        batch = manifest_batch(context, directory, info, Faults(), weight)
+        batch = manifest_batch(number, host_of(context), directory, info, Faults(), weight)
     yield batch
 
 

@@ -21,6 +21,7 @@ from sparkdeep.spark.parcels import (
     artifact_bytes,
     carrier_for,
 )
+from sparkdeep.spark.portion_tasks import portion_task
 from sparkdeep.spark.round_tasks import (
     PROBE_COLUMNS,
     REPLY_COLUMNS,
@@ -69,6 +70,8 @@ class Load:
     """Whether the mean comes back in float64."""
     durable: bool
     """Whether replica states are sent back to executors after a loss."""
+    portions: bool = False
+    """Whether tasks are of portions, which keep no state."""
 
 
 @final
@@ -95,11 +98,13 @@ class SparkRunner:
         return self._carrier.ship(slot, data)
 
     def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
-        """Run the order as one barrier job over the shards."""
+        """Run the order as one job over the shards, or over portions of them."""
         settings = self._settings
         job = RoundJob(order=order, shard_dir=settings.shard_dir, stall_timeout_s=settings.stall_timeout_s)
         extra = {"profile": settings.profile} if settings.profile is not None else {}
-        frame = self._shards.frame.mapInArrow(partial(round_task, job), REPLY_COLUMNS, barrier=True, **extra)
+        task = portion_task if order.portions else round_task
+        # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
+        frame = self._shards.frame.mapInArrow(partial(task, job), REPLY_COLUMNS, barrier=not order.portions, **extra)
         access = access_to(self._spark)
         batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
         return read_replies(batches)
@@ -147,6 +152,11 @@ class SparkRunner:
             )
 
     def _check_artifacts(self, load: Load) -> None:
+        if load.portions and load.start_bytes > CLOSURE_LIMIT_BYTES:
+            raise PreflightError(
+                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
+                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
+            )
         used = artifact_bytes(self._spark)
         # Each round ships its start once, and the last validation ships the end.
         sends = [(load.start_bytes, load.rounds + 1), (load.fixed_bytes, 1)]

@@ -25,11 +25,11 @@ from sparkdeep.program import Program, unpack_program
 from sparkdeep.round_replica import Place, obey
 from sparkdeep.session import versions
 from sparkdeep.spark.failures import missing_module, named_failures
-from sparkdeep.spark.tasks import barrier_context, placed, ready_device
+from sparkdeep.spark.tasks import Placed, barrier_context, placed, ready_device
 from sparkdeep.state_files import own_files
 from sparkdeep.store import open_store
 
-__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_replies", "round_task"]
+__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "answered", "probe_task", "read_replies", "round_task"]
 
 REPLY_COLUMNS: Final = "replica int, part int, header string, data binary"
 PROBE_COLUMNS: Final = "task int, host string, versions string"
@@ -52,8 +52,14 @@ class RoundJob:
 def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Do the order as the replica whose manifest row the batch holds; yields its reply in parts."""
     with named_failures():
+        task = placed(job.order.run, job.shard_dir, job.order.settings.device, batches)
+    yield from answered(job, task)
+
+
+def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
+    """Do the order where `task` says; yields the reply in parts."""
+    with named_failures():
         order = job.order
-        task = placed(order.run, job.shard_dir, order.settings.device, batches)
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
         lines = _Lines()
         with _watched(job.stall_timeout_s) as beat, contextlib.redirect_stdout(lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from sparkdeep.contradictions import check_together
 from sparkdeep.coordinator import parse_ports
 from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
+from sparkdeep.gradient_checks import check_factory
 from sparkdeep.identity import describe
 from sparkdeep.interop import may_bring_loss, may_bring_optimizer
 from sparkdeep.prediction import check_choice
@@ -26,6 +28,7 @@ from sparkdeep.store_protocol import shown_uri
 
 __all__ = ["FitSettings", "described", "digest_of"]
 
+_LOG = logging.getLogger("sparkdeep")
 _LOCAL = frozenset(f.name for f in fields(LocalSettings))
 _RUN = frozenset(f.name for f in fields(RunSettings))
 
@@ -131,7 +134,12 @@ class FitSettings:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: must be callable, such as partial(torch.optim.SGD, lr=0.1).")
-        if self.optimizer is None and not may_bring_optimizer(self.model):
+        check_factory(self.outer_optimizer, self.run)
+        if self.run.work == "gradient" and self.optimizer is not None:
+            _LOG.warning(
+                "optimizer= with work='gradient' is not used: replicas take no steps, and outer_optimizer= moves the parameters."
+            )
+        if self.optimizer is None and self.run.work == "local" and not may_bring_optimizer(self.model):
             raise ConfigError("give optimizer=, such as partial(torch.optim.SGD, lr=0.1).")
         if self.loss is None and self.training_step is None and not may_bring_loss(self.model):
             raise ConfigError("give loss=, such as nn.CrossEntropyLoss(), or training_step=.")

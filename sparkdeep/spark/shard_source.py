@@ -14,7 +14,16 @@ from sparkdeep.errors import ReplicaLostError
 from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.generation import ShardFacts
 from sparkdeep.spark.barrier import SparkJob
-from sparkdeep.spark.ingest import MANIFEST_COLUMNS, Ingested, dealt, paths_of, read_manifests, shards_of
+from sparkdeep.spark.ingest import (
+    MANIFEST_COLUMNS,
+    Ingested,
+    dealt,
+    manifests_of,
+    paths_of,
+    portions_of,
+    read_manifests,
+    shards_of,
+)
 from sparkdeep.spark.programs import validation_of
 from sparkdeep.spark.redealing import RedealJob, redeal_task
 from sparkdeep.spark.settings import FitSettings
@@ -58,8 +67,8 @@ class ShardSource:
         self._jobs = 0
         self._shared: tuple[Ingested, tuple[tuple[str, dict[str, int]], ...]] | None = None
         """With `shard_dir`: what the first ingest learned, and where its shards lie for all executors to read."""
-        self.num_workers = settings.run.num_workers
-        """Shards."""
+        self.num_workers = settings.run.num_portions or settings.run.num_workers
+        """Shards, or portions."""
         self.frame = self._made()
         """Persisted, one manifest row a shard."""
 
@@ -75,7 +84,8 @@ class ShardSource:
             seed=settings.local.seed,
             deal=settings.deal,
         )
-        return shards_of(
+        make = portions_of if settings.run.num_portions else shards_of
+        return make(
             rows,
             self._schema,
             run=self._run,
@@ -106,12 +116,16 @@ class ShardSource:
         while True:
             self._jobs += 1
             tag = f"sparkdeep-{self._run}-ingest-{self._jobs}"
-            job = SparkJob(self._spark, self.frame, tag=tag, description="sparkdeep fit: ingest")
+            portions = self._settings.run.num_portions > 0
+            frame = manifests_of(self.frame) if portions else self.frame
+            job = SparkJob(self._spark, frame, tag=tag, description="sparkdeep fit: ingest")
             try:
                 rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
                 validated = self._settings.validation is not None
-                ingested = read_manifests(rows, self._schema, self.num_workers, validated=validated)
-                if self._shared is None and self._settings.shard_dir is not None:
+                # (a portion may be empty, where a replica may not)
+                least = 1 if portions else self.num_workers
+                ingested = read_manifests(rows, self._schema, least, validated=validated)
+                if self._shared is None and not portions and self._settings.shard_dir is not None:
                     self._shared = (ingested, paths_of(rows))
                 return ingested
             except ReplicaLostError as error:

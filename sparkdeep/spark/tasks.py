@@ -41,6 +41,7 @@ __all__ = [
     "ReplicaJob",
     "ReplicaTask",
     "barrier_context",
+    "host_of",
     "ingest_task",
     "local_dirs",
     "manifest_batch",
@@ -49,6 +50,7 @@ __all__ = [
     "ready_device",
     "replica_task",
     "run_root",
+    "written",
 ]
 
 FLAG: Final = "__sparkdeep_validation"
@@ -113,21 +115,20 @@ def ingest_task(job: IngestJob, batches: Iterator[pa.RecordBatch]) -> Iterator[p
         number = context.partitionId()
         directory = root / f"shard-{number:05d}-{secrets.token_hex(4)}"
         with room_for_shards(directory):
-            info, faults, weight = _written(job, directory, batches)
-        batch = manifest_batch(context, directory, info, faults, weight)
+            info, faults, weight = written(job, directory, batches)
+        batch = manifest_batch(number, host_of(context), directory, info, faults, weight)
     yield batch
 
 
 def manifest_batch(
-    context: BarrierTaskContext, directory: Path, info: ShardInfo, faults: Faults, weight: float
+    number: int, host: str, directory: Path, info: ShardInfo, faults: Faults, weight: float
 ) -> pa.RecordBatch:
     """The manifest row of a shard that was just written."""
     with contextlib.closing(Shard.open(directory)) as shard:
         sample = encode_rows(shard.head(SAMPLE_ROWS))
-    number = context.partitionId()
     manifest = {
         "replica": number,
-        "host": _host(context),
+        "host": host,
         "path": str(directory),
         "root": str(directory.parent),
         "info": info.to_json(),
@@ -145,7 +146,7 @@ def manifest_batch(
     )
 
 
-def _written(job: IngestJob, directory: Path, batches: Iterator[pa.RecordBatch]) -> tuple[ShardInfo, Faults, float]:
+def written(job: IngestJob, directory: Path, batches: Iterator[pa.RecordBatch]) -> tuple[ShardInfo, Faults, float]:
     """Write the shard; what it holds, what was wrong with the rows, and the sum of the training rows' weights."""
     faults, weight = Faults(), 0.0
     decode = cloudpickle.loads(job.decode)
@@ -198,7 +199,7 @@ def placed(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.Re
     gpus = context.resources().get("gpu")
     return Placed(
         replica=manifest["replica"],
-        host=_host(context),
+        host=host_of(context),
         device=resolve_device(device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")),
         num_threads=context.cpus(),
         shard=str(path),
@@ -280,7 +281,8 @@ def barrier_context(what: str) -> BarrierTaskContext:
     return context
 
 
-def _host(context: BarrierTaskContext) -> str:
+def host_of(context: BarrierTaskContext) -> str:
+    """The host that this barrier task runs on, as Spark names it."""
     address = context.getTaskInfos()[context.partitionId()].address
     return str(address).rsplit(":", 1)[0] or socket.gethostname()
 

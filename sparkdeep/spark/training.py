@@ -15,6 +15,7 @@ from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.config import RunSettings
 from sparkdeep.errors import ConfigError
 from sparkdeep.fitting import Fit, new_run_id, plan_of
+from sparkdeep.launch import ReplicaPlan
 from sparkdeep.metrics import summary
 from sparkdeep.program import Program
 from sparkdeep.progress import Progress
@@ -83,7 +84,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             settings,
             spark,
             shards,
-            plan=plan_of(program, settings.local, ingested.schema),
+            plan=_plan(settings, program, ingested),
             run=run,
             profile=profile,
             on_busy=lease.alive,
@@ -114,6 +115,10 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
     model.startup = phases.startup
     callbacks.end(model, None)
     return model
+
+
+def _plan(settings: FitSettings, program: Program, ingested: Ingested) -> ReplicaPlan:
+    return plan_of(program, settings.local, ingested.schema, steps=settings.run.work == "local")
 
 
 def _slots(
@@ -147,7 +152,7 @@ def _assemble(
         program=program,
         local=settings.local,
         settings=_staged(settings),
-        plan=plan_of(program, settings.local, ingested.schema),
+        plan=_plan(settings, program, ingested),
         shards=ingested.facts,
         run=run,
         outer_optimizer=settings.outer_optimizer,

@@ -34,12 +34,14 @@ _LOG: Final = logging.getLogger("sparkdeep")
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
-    """What was asked for, or what the session can do: "socket" or "spark".
+    """What was asked for, or what the session can do: "socket", "spark", or "portions", jobs of ordinary tasks.
 
     Raises:
         PreflightError: the session cannot do what was asked for.
         ConfigError: a setting has no meaning with that transport.
     """
+    if settings.run.num_portions:
+        return _portions(settings)
     transport = settings.transport
     if transport == "auto":
         transport = "spark" if is_connect(spark) else "socket"
@@ -95,6 +97,34 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
     return transport
 
 
+def _portions(settings: FitSettings) -> str:
+    run = settings.run
+    without: dict[str, tuple[Any, str]] = {
+        "transport": (settings.transport if settings.transport == "socket" else None, "no replica dials the driver"),
+        "rounds_per_stage": (
+            run.rounds_per_stage if run.rounds_per_stage not in ("auto", 1) else None,
+            "every evaluation is a job of its own",
+        ),
+        "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
+        "coordinator_port": (settings.coordinator_port, "no port is opened"),
+        "tls": (settings.tls if settings.tls is True else None, "no port is opened, and Spark's own encryption holds"),
+        "exchange_dir": (settings.exchange_dir, "gradients go to the driver, which adds them up"),
+        "deal": ("partitions" if settings.deal == "partitions" else None, "rows are dealt to portions"),
+        "aggregation": ("ring" if run.aggregation == "ring" else None, "no connection stays open between rounds"),
+        "worker_process": (
+            "spawn" if settings.worker_process == "spawn" else None,
+            "portions are worked at in Spark's Python workers",
+        ),
+    }
+    for name, (value, reason) in without.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} with portions={run.portions!r}: {reason}. Leave it out, or set portions=None, which has the "
+                "replicas of a barrier stage do it."
+            )
+    return "portions"
+
+
 def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
     """The settings as they hold where Spark guards disks and connections: with TLS or without, and without a ring.
 
@@ -114,7 +144,7 @@ def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
             "executors' disks. Have the system encrypt the volumes under spark.local.dir (and shard_dir, exchange_dir), and "
             "say so by encrypted_disks=True."
         )
-    if chosen(settings, spark) == "spark":
+    if chosen(settings, spark) != "socket":
         return replace(settings, tls=False)
     encrypting = on(*ENCRYPTED_CONNECTIONS)
     tls = bool(encrypting) if settings.tls == "auto" else bool(settings.tls)
@@ -166,13 +196,13 @@ def transport_for(
     on_busy: Callable[[], None],
 ) -> Transport:
     """What runs replicas over the persisted shards; `on_busy` hears that they work. The caller closes it."""
-    if chosen(settings, spark) == "spark":
+    if chosen(settings, spark) != "socket":
         return SparkRunner(
             spark,
             shards,
             settings=RunnerSettings(
                 run=run,
-                num_replicas=settings.run.num_workers,
+                num_replicas=settings.run.num_portions or settings.run.num_workers,
                 shard_dir=settings.shard_dir,
                 exchange=settings.exchange_dir,
                 stall_timeout_s=settings.run.stall_timeout_s,
@@ -226,7 +256,8 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
             rounds=fit.rounds_left,
             wide=settings.outer_optimizer is not None,
-            durable=settings.run.replica_state == "durable" or fit.state.committed > 0,
+            durable=not settings.run.portions and (settings.run.replica_state == "durable" or fit.state.committed > 0),
+            portions=settings.run.portions is not None,
         )
     )
 

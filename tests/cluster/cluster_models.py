@@ -49,6 +49,43 @@ class Handshake:
         return x
 
 
+class Plain(nn.Module):
+    """A function of its parameters and rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Straggler:
+    """The first task that comes by sleeps; others, and a second attempt at its work, do not.
+
+    Writes "<portion> <host>" into `<folder>/straggles`.
+    """
+
+    def __init__(self, folder, seconds):
+        self.folder = str(folder)
+        self.seconds = seconds
+
+    def __call__(self, x):
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        if context is None:  # the driver rehearses
+            return x
+        try:
+            fd = os.open(Path(self.folder) / "straggles", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return x
+        os.write(fd, f"{context.partitionId()} {os.environ['SPARK_LOCAL_IP']}".encode())
+        os.close(fd)
+        time.sleep(self.seconds)
+        return x
+
+
 def rows(session, count=2000):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count, 20, generator=generator)
