@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from torch import Tensor
-
 from sparkdeep.metrics import RoundRecord
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sparkdeep.spark.model import TorchModel
 
 __all__ = ["Callback", "Callbacks", "FitInfo"]
