@@ -90,7 +90,7 @@ def test_every_preset_is_a_contender_whose_settings_can_be_meant():
     for settings in made.values():
         preset = settings["algorithm"].settings
         FitSettings.of({"model": torch.nn.Linear(1, 1), "loss": torch.nn.MSELoss(), "feature_cols": ["x"],
-                        "label_cols": "y", "optimizer": torch.optim.SGD,
+                        "label_cols": "y",
                         "num_workers": settings["num_workers"], **preset})  # fmt: skip
     for rates in contenders.TUNED.values():
         assert list(rates) == list(contenders.CONTENDERS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, AdamW
 
 from sparkdeep import algorithms
 from sparkdeep.algorithms import Algorithm
@@ -42,8 +42,6 @@ def _momentum(rate: float) -> Any:
 
 
 def _adamw(rate: float) -> Any:
-    from torch.optim import AdamW
-
     return functools.partial(AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 
 
@@ -73,13 +71,22 @@ def _lookahead(inner: float, outer: float) -> Algorithm:
     return algorithms.lookahead(lr=outer).replace(optimizer=_momentum(inner))
 
 
+# Only the driver steps in rounds of gradients; that a fit is told an optimizer of replicas is a rule of all fits.
+_UNUSED: Final = functools.partial(SGD, lr=0.0)
+
+
 def _gradient_adam(_inner: float, outer: float) -> Algorithm:
-    changed = {"work": "gradient", "sync_every": 1, "outer_optimizer": functools.partial(Adam, lr=outer)}
+    changed = {
+        "work": "gradient",
+        "sync_every": 1,
+        "optimizer": _UNUSED,
+        "outer_optimizer": functools.partial(Adam, lr=outer),
+    }
     return Algorithm("data-parallel Adam", changed, "Kingma and Ba, 2015, Adam: a method for stochastic optimization")
 
 
 def _lbfgs(_inner: float, _outer: float) -> Algorithm:
-    return algorithms.lbfgs(iterations=60)
+    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4)
 
 
 def _downpour(inner: float, outer: float) -> Algorithm:
@@ -92,7 +99,7 @@ def _delayed_nesterov(inner: float, outer: float) -> Algorithm:
     return preset.replace(optimizer=_adamw(inner))
 
 
-_RATES: Final = (0.02, 0.05, 0.1)
+_RATES: Final = (0.02, 0.05, 0.1, 0.2)
 _BESIDE_MOMENTUM: Final = (0.01, 0.03, 0.1)
 _PLAIN: Final = (0.05, 0.2)
 _ADAMW: Final = (3e-3, 1e-2)
@@ -148,7 +155,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
     "diloco": Contender(
         build=_diloco,
         inner=_ADAMW,
-        outer=(0.4, 0.7),
+        outer=(0.2, 0.4, 0.7),
         what="AdamW inside, Nesterov outside",
         when="language models, long rounds, slow networks",
     ),
@@ -196,7 +203,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
     "delayed nesterov": Contender(
         build=_delayed_nesterov,
         inner=_ADAMW,
-        outer=(0.4, 0.7),
+        outer=(0.2, 0.4, 0.7),
         what="asynchronous DiLoCo",
         when="as downpour, with long rounds",
     ),
@@ -207,19 +214,19 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
     "digits": {
         "one replica": (0.02, 0.0),
         "averaging, every step": (0.1, 0.0),
-        "averaging": (0.05, 0.0),
+        "averaging": (0.1, 0.0),
         "averaging, every epoch": (0.05, 0.0),
         "lookahead": (0.05, 0.5),
         "slowmo": (0.03, 0.5),
         "bmuf": (0.03, 0.75),
-        "diloco": (3e-3, 0.7),
-        "fedadam": (0.2, 0.01),
-        "fedyogi": (0.2, 0.01),
-        "fedadagrad": (0.2, 0.03),
+        "diloco": (0.01, 0.4),
+        "fedadam": (0.2, 0.03),
+        "fedyogi": (0.2, 0.03),
+        "fedadagrad": (0.2, 0.1),
         "data-parallel adam": (0.0, 1e-2),
         "lbfgs": (0.0, 0.0),
-        "downpour": (0.1, 0.01),
-        "delayed nesterov": (3e-3, 0.7),
+        "downpour": (0.03, 0.03),
+        "delayed nesterov": (0.01, 0.7),
     },
     "mnist10k": {
         "one replica": (0.02, 0.0),
