@@ -79,7 +79,7 @@ class RoundRecord:
     rows: int
     """Rows trained on by all replicas in this round."""
     loss: float
-    """Training loss: the mean over the round's rows of the loss at the time each was seen."""
+    """Training loss: the mean over the round's rows of the loss at the time each was seen; of L-BFGS, at the round's end."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scores of the averaged model on the validation rows ("loss" and each metric); empty when not validated."""
     logged: dict[str, float] = field(default_factory=dict)
