@@ -78,6 +78,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
             refused without it, as Spark does not encrypt shards and replica states.
         deal: "rows" deals each row to a replica by a hash of it; "partitions" leaves the DataFrame's partitions, of which
             there must be `num_workers`, as they are, one to a replica.
+        deal_key: a column of which equal values go to the same replica, such as a user or a label: shards that differ on
+            purpose. Keys are dealt so that replicas have about as many rows; a job counts them first. Null is a key too.
         shard_dir: shared storage for shards, in place of the executors' local disks.
         transport: "socket": replicas dial the driver's port, many rounds a stage; "spark": every round is a Spark job, and no
             port is opened; "auto": "socket" on a classic session, "spark" on Spark Connect.
@@ -131,6 +133,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         tls: bool | str = "auto",
         encrypted_disks: bool = False,
         deal: str = "rows",
+        deal_key: str | None = None,
         shard_dir: str | None = None,
         transport: str = "auto",
         exchange_dir: str | None = None,

@@ -20,6 +20,7 @@ from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.disks import Volume
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.generation import ShardFacts
+from sparkdeep.spark.dealing_by_key import KEY, key_column, repartitioned_by_key
 from sparkdeep.spark.portion_tasks import PORTION_COLUMNS, portion_ingest_task
 from sparkdeep.spark.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
 from sparkdeep.spark.types import quoted, selectable
@@ -61,6 +62,7 @@ def dealt(
     num_workers: int,
     seed: int,
     deal: str = "rows",
+    deal_key: str | None = None,
 ) -> DataFrame:
     """The used columns in `num_workers` partitions, dealt by a seeded hash of the row and sorted by it inside.
 
@@ -75,10 +77,12 @@ def dealt(
         seed: of the hash.
         deal: "rows" shuffles every row to the partition that its hash says; "partitions" leaves each row in the partition
             that it is in, of which there must be `num_workers`.
+        deal_key: with "rows", a column by which they are dealt in place of the hash: rows of equal key go to the same
+            partition, and sorting is by the hash as ever. A job counts the rows of each key.
 
     Raises:
         ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns; or the
-            partitions cannot be kept.
+            partitions cannot be kept; or `deal_key` is no column of keys, or has fewer than replicas.
     """
     if deal == "partitions" and isinstance(validation, DataFrame):
         raise ConfigError(
@@ -86,12 +90,14 @@ def dealt(
             "boolean column, or give a fraction."
         )
     columns = schema.columns()
-    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation))
+    keys = [] if deal_key is None else [key_column(frame, deal_key, seed)]
+    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation), *keys)
     if isinstance(validation, DataFrame):
         missing = [name for name in columns if name not in validation.columns]
         if missing:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
-        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG))
+        keyless = [F.lit(None).cast("bigint").alias(KEY)] if keys else []
+        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG), *keyless)
         rows = rows.unionByName(held_out)
     # As text: a call to the JVM for each of many columns, and again for each plan, takes the driver longer than it looks.
     # Names of the user's do not go that way, as a session may give its own meaning to what is quoted.
@@ -100,7 +106,9 @@ def dealt(
     if isinstance(validation, float):
         bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
         rows = rows.withColumn(FLAG, F.expr(bucket))
-    if deal == "rows":
+    if deal_key is not None:
+        rows = repartitioned_by_key(rows, num_workers, deal_key)
+    elif deal == "rows":
         rows = rows.repartition(num_workers, F.col(HASH))
     elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
         raise ConfigError(

@@ -103,6 +103,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "tls": "whether the coordinator's port is encrypted; 'auto': where Spark encrypts its connections",
     "encrypted_disks": "says that the system encrypts the executors' disks, where spark.io.encryption.enabled asks for it",
     "deal": "'rows': each row goes to a replica by its hash; 'partitions': each partition goes to a replica as it is",
+    "deal_key": "a column: rows that are equal in it go to the same replica",
     "shard_dir": "shared storage for shards in place of local disks",
     "transport": "how parameters travel: 'socket' to the driver's port, 'spark' in Spark's own jobs, 'auto' by the session",
     "exchange_dir": "with transport='spark': shared storage of the executors, through which they average",

@@ -98,6 +98,7 @@ class FitSettings:
     tls: bool | str = "auto"
     encrypted_disks: bool = False
     deal: str = "rows"
+    deal_key: str | None = None
     shard_dir: str | None = None
     transport: str = "auto"
     exchange_dir: str | None = None
@@ -159,13 +160,7 @@ class FitSettings:
             raise ConfigError(f"tls={self.tls!r}: must be 'auto', True or False.")
         if not isinstance(self.encrypted_disks, bool):
             raise ConfigError(f"encrypted_disks={self.encrypted_disks!r}: must be True or False.")
-        if self.deal not in ("rows", "partitions"):
-            raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
-        if self.deal == "partitions" and self.run.min_workers is not None:
-            raise ConfigError(
-                f"deal='partitions' with min_workers={self.run.min_workers}: a partition stays with its replica, and rows cannot be "
-                "dealt to fewer. Use deal='rows'."
-            )
+        self._check_dealing()
         if self.transport not in ("auto", "socket", "spark"):
             raise ConfigError(f"transport={self.transport!r}: must be 'auto', 'socket' or 'spark'.")
         if self.exchange_dir is not None and not re.match(r"/|[A-Za-z][A-Za-z0-9+.\-]*:", str(self.exchange_dir)):
@@ -185,6 +180,29 @@ class FitSettings:
         vectors = [part for part in ("probability", "raw_prediction") if getattr(self, f"{part}_col") is not None]
         check_choice(self.prediction, vectors)
         parse_ports(self.coordinator_port)
+
+    def _check_dealing(self) -> None:
+        if self.deal not in ("rows", "partitions"):
+            raise ConfigError(f"deal={self.deal!r}: must be 'rows' or 'partitions'.")
+        if self.deal == "partitions" and self.run.min_workers is not None:
+            raise ConfigError(
+                f"deal='partitions' with min_workers={self.run.min_workers}: a partition stays with its replica, and rows cannot be "
+                "dealt to fewer. Use deal='rows'."
+            )
+        if self.deal_key is None:
+            return
+        if not isinstance(self.deal_key, str) or not self.deal_key:
+            raise ConfigError(f"deal_key={self.deal_key!r}: must be a column's name.")
+        if self.deal == "partitions":
+            raise ConfigError(
+                f"deal_key={self.deal_key!r} with deal='partitions', as petastorm datasets are dealt: each partition stays as it "
+                "is. Leave one out."
+            )
+        if self.run.min_workers is not None:
+            raise ConfigError(
+                f"deal_key={self.deal_key!r} with min_workers={self.run.min_workers}: keys stay with their replicas, and rows cannot "
+                "be dealt to fewer. Leave one out."
+            )
 
     def _check_columns(self) -> None:
         used = names_in(self.feature_cols) + names_in(self.label_cols) + names_in(self.weight_col)

@@ -36,7 +36,7 @@ _INGEST_TIMEOUT_S: Final = 24 * 3600.0
 
 @final
 class ShardSource:
-    """The shards of one fit; nothing runs before `ingest`.
+    """The shards of one fit; nothing runs before `ingest`, but for the count of rows by `deal_key`.
 
     Args:
         dataset: the rows.
@@ -83,6 +83,7 @@ class ShardSource:
             num_workers=self.num_workers,
             seed=settings.local.seed,
             deal=settings.deal,
+            deal_key=settings.deal_key,
         )
         make = portions_of if settings.run.num_portions else shards_of
         return make(
