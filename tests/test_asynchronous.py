@@ -250,6 +250,36 @@ def test_one_push_of_each_replica_a_window_is_the_mean_of_a_synchronous_round(tm
     assert (several - mean).abs().max() > 1e-5
 
 
+class DarkFrom:
+    """Features are 0 from the n-th batch on: no weight of a first layer has a gradient any more."""
+
+    def __init__(self, batch):
+        self.batch, self.calls = batch, 0
+
+    def __call__(self, features):
+        self.calls += 1
+        return features * 0 if self.calls >= self.batch else features
+
+
+def test_what_a_narrow_model_rounds_off_is_not_pushed(tmp_path):
+    model = nn.Linear(3, 1).to(torch.bfloat16)
+    x, y = X[:16].astype(np.float32), Y[:16].astype(np.float32)
+    coordinator = local_coordinator()
+    try:
+        fit = make_fit(
+            tmp_path, program(model=model, augment=DarkFrom(5)), deal(x, y, [16]), schema_of(x, y),
+            coordinator=coordinator, **options_of(Asynchronous(1, 2), partial(Downpour, lr=0.02), epochs=3),
+        )  # fmt: skip
+        seen = [fit.state.parameters.detach().clone() for _ in fit.rounds()]
+    finally:
+        coordinator.close()
+    assert seen[0].dtype == torch.float32
+    assert not torch.equal(seen[0], seen[0].bfloat16().float()), "there is something to round off"
+    assert torch.equal(seen[1][:3], seen[0][:3])
+    assert torch.equal(seen[2][:3], seen[0][:3])
+    assert not torch.equal(seen[2][3:], seen[0][3:])
+
+
 # -- replay -----------------------------------------------------------------------------------------------------------
 
 
