@@ -30,3 +30,16 @@ class Asynchronous:
             at_least(f"Asynchronous.{name}", getattr(self, name), 1)
         if self.max_staleness is not None:
             at_least("Asynchronous.max_staleness", self.max_staleness, 0)
+
+    def pushes_before_fetch(self, steps: int) -> int:
+        """How often a replica that has done so many steps of a window pushes before it has fetched again, at most.
+
+        Its next fetch may come with a push, or its window may end before with one.
+        """
+        fetch = (steps // self.n_fetch + 1) * self.n_fetch
+        return (fetch - 1) // self.n_push - steps // self.n_push + 1
+
+    def least_staleness(self, num_replicas: int) -> int:
+        """The smallest bound that can be kept: every other replica may push as often as one does between its fetches."""
+        most = max(self.pushes_before_fetch(cycle * self.n_fetch) for cycle in range(self.n_push))
+        return (num_replicas - 1) * most

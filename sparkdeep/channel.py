@@ -16,7 +16,7 @@ from sparkdeep.checksum import CHECKSUM_BYTES, checksummed
 from sparkdeep.compression import CHUNK, chunks_of
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
 from sparkdeep.local_update import LocalResult, LocalUpdate
-from sparkdeep.messages import Failure, Hello, Open, Opened, field, parse, to_header
+from sparkdeep.messages import Failure, Hello, Open, Opened, Visit, field, parse, to_header
 from sparkdeep.overlapping import Pace
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.tls import client_context
@@ -156,6 +156,27 @@ class Channel:
             timeout_s=DRIVER_SILENCE_S,
             check=self._listen,
         )
+
+    def visit(self, visit: Visit, change: torch.Tensor, replica: int) -> None:
+        """Come in between two steps; `change`, (numel,), goes along if it is pushed."""
+        seams.reach("transfer", round_number=visit.round, replica=replica)
+        data = raw_bytes(change) if visit.pushes else memoryview(b"")
+        body = checksummed(data[at : at + _PIECE_BYTES] for at in range(0, data.nbytes, _PIECE_BYTES))
+        self._connection.stream(
+            "visit",
+            to_header(visit),
+            data.nbytes + CHECKSUM_BYTES if visit.pushes else 0,
+            seams.through("transfer", body, round_number=visit.round, replica=replica) if visit.pushes else (),
+            timeout_s=DRIVER_SILENCE_S,
+            check=self._listen,
+        )
+
+    def fetched(self, into: torch.Tensor) -> None:
+        """Wait for the global parameters, (numel,), that a visit asked for."""
+        frame = self.command()
+        if frame.kind != "fetched" or frame.body_bytes != raw_bytes(into).nbytes:
+            raise ProtocolError(f"expected the parameters, got {frame.kind!r} with {frame.body_bytes} bytes.")
+        self.read_vector(into)
 
     @property
     def undone(self) -> int | None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError
+from sparkdeep.local_work import WarmStart
 
-__all__ = ["check_together"]
+__all__ = ["check_outer", "check_together"]
 
 
 def check_together(local: LocalSettings, run: RunSettings) -> None:
@@ -40,6 +41,20 @@ def check_together(local: LocalSettings, run: RunSettings) -> None:
         )
 
 
+def check_outer(run: RunSettings, outer_optimizer: object) -> None:
+    """Refuse asynchronous rounds without an outer optimizer.
+
+    Raises:
+        ConfigError: with what to give.
+    """
+    if run.asynchronous is not None and outer_optimizer is None:
+        raise ConfigError(
+            f"asynchronous={run.asynchronous!r} without outer_optimizer: a push is a change that something must apply, and there is "
+            "no round's mean to assign. Use algorithm=downpour() or delayed_nesterov(), or "
+            "outer_optimizer=partial(torch.optim.SGD, lr=1 / num_workers)."
+        )
+
+
 def _refuse(setting: str, others: Sequence[str], why: str) -> None:
     """Refuse `setting` beside `others`, if there are any."""
     if others:
@@ -50,7 +65,8 @@ def _check_schedule(local: LocalSettings, run: RunSettings) -> None:
     if run.schedule is None:
         return
     budget = [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
-    if run.asynchronous is None or run.schedule.own_clock:
+    warm = isinstance(run.schedule, WarmStart) and run.schedule.then is None
+    if run.asynchronous is None or not warm:
         _refuse(
             f"schedule={run.schedule!r}",
             budget,
@@ -140,6 +156,14 @@ def _check_asynchronous(local: LocalSettings, run: RunSettings) -> None:
         others,
         "each push is taken whole and by itself, when it comes. Leave the others out.",
     )
+    least = run.asynchronous.least_staleness(run.num_workers)
+    bound = run.asynchronous.max_staleness
+    if bound is not None and bound < least:
+        raise ConfigError(
+            f"max_staleness={bound} with num_workers={run.num_workers}, n_fetch={run.asynchronous.n_fetch}, "
+            f"n_push={run.asynchronous.n_push}: while a replica works, each of the others must be able to push as often as it does. "
+            f"Give at least {least}, or None."
+        )
 
 
 def _check_aggregator(local: LocalSettings, run: RunSettings) -> None:

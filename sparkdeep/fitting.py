@@ -17,7 +17,7 @@ from sparkdeep.admission import Terms
 from sparkdeep.checkpoint import CheckpointDirectory, Loaded
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.contradictions import check_together
+from sparkdeep.contradictions import check_outer, check_together
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
 from sparkdeep.evaluations import Evaluations
@@ -30,7 +30,7 @@ from sparkdeep.inner_rates import InnerRates
 from sparkdeep.launch import Launcher, ReplicaPlan
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
-from sparkdeep.outer import Assign, OuterOptimizer, TorchOuter
+from sparkdeep.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
 from sparkdeep.parameters import Layout, named_tensors
 from sparkdeep.program import NO_STEPS, Program, pack_program
 from sparkdeep.ring import available as ring_available
@@ -113,6 +113,7 @@ class Fit:
     def __post_init__(self) -> None:
         check_together(self.local, self.settings)
         check_inner_optimizer(self.program, self.local)
+        check_outer(self.settings, self.outer_optimizer)
         self.layout = Layout.of(self.program.model)
         generation = Generation.over(self.shards, self.local, self.settings)
         self.state = RunState(
@@ -141,7 +142,8 @@ class Fit:
             return self._gradient_outer()
         if self.outer_optimizer is None:
             return Assign()
-        return TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
+        outer = TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
+        return outer if self.settings.asynchronous is None else OnArrival(outer, self.state.rates.at)
 
     def _gradient_outer(self) -> GradientOuter:
         assert self.outer_optimizer is not None
@@ -225,6 +227,7 @@ class Fit:
                 weighting=self.settings.shares,
                 aggregator=self.settings.aggregator,
                 embeddings=embeddings_of(self.program.model),
+                asynchronous=self.settings.asynchronous,
                 terms=Terms(
                     quorum=self.settings.quorum,
                     grace_s=self.settings.quorum_grace_s,

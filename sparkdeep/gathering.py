@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, final
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from sparkdeep import seams
 from sparkdeep.admission import Admission, Terms, common_sections
 from sparkdeep.aggregators import Aggregator
+from sparkdeep.arrivals import Arrivals
+from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.averaging import Combining, OrderedSum, pool_buffers, reduced_weights
 from sparkdeep.compression import CHUNK, Codec
 from sparkdeep.errors import ProtocolError
@@ -51,6 +53,9 @@ class Plane:
     """When a round closes, and whom it counts."""
     ring: bool = False
     """Whether replicas add their updates up among themselves."""
+    asynchronous: Asynchronous | None = None
+    """How often they fetch and push within a round, where they do."""
+    _rooms: dict[int, Tensor] = field(default_factory=dict, init=False)
     _mean: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
 
     def mean(self, numel: int) -> Tensor:
@@ -59,6 +64,12 @@ class Plane:
         if self._mean.numel() != numel or self._mean.dtype != dtype:
             self._mean = torch.empty(numel, dtype=dtype)
         return self._mean
+
+    def room(self, replica: int) -> Tensor:
+        """(numel,) for what a replica pushes and fetches: each has its own, so that a slow line holds up no other."""
+        if replica not in self._rooms:
+            self._rooms[replica] = self.layout.empty()
+        return self._rooms[replica]
 
 
 @final
@@ -88,6 +99,8 @@ class TrainOrder:
             "encoded": self.encoded is not None,
             "held": self.held,
             "ring": plane.ring,
+            "n_fetch": plane.asynchronous.n_fetch if plane.asynchronous is not None else 0,
+            "n_push": plane.asynchronous.n_push if plane.asynchronous is not None else 0,
         }
 
     @property
@@ -134,6 +147,12 @@ class Gathering:
         stall_timeout_s: float,
     ) -> None:
         self._plane = plane
+        self._arrivals: Arrivals | None = None
+        if plane.asynchronous is not None:
+            moving = order.start.parameters
+            self._arrivals = Arrivals(num_replicas, order.work, plane.asynchronous, moving, check)
+            # All begin where the window does, though pushes of the first may have been applied when the last one is sent it.
+            order = replace(order, start=replace(order.start, parameters=moving.detach().clone()))
         self._order = order
         self._count = num_replicas
         self._check = check
@@ -177,7 +196,8 @@ class Gathering:
         bodies = self._order.bodies(self._plane, replica, self._count, self._buffers)
         line.connection.send("train", header, *bodies, timeout_s=self._stall_s)
         self.sent.add(replica)
-        frame = line.await_update(self._late(replica))
+        room = self._plane.room(replica) if self._arrivals is not None else torch.empty(0)
+        frame = self._arrivals.follow(line, room) if self._arrivals else line.await_update(self._late(replica))
         if frame is None:
             line.undo(self._order.work.round)
             return
@@ -187,6 +207,9 @@ class Gathering:
             buffers = line.read_buffers(frame, update)
             self._admission.enter(replica, line.hello.host, update)
             self._take_part(replica, line)
+        elif self._arrivals is not None:
+            buffers = self._arrivals.end(frame, update, line, room)
+            self._admission.enter(replica, line.hello.host, update)
         else:
             verdict = self._admission.enter(replica, line.hello.host, update)
             if verdict in {"late", "rolled back"}:
@@ -208,6 +231,8 @@ class Gathering:
         seams.reach("average", round_number=self._order.work.round)
         self._sections = common_sections(updates)
         self._weights = [update.weight for update in updates]
+        if self._arrivals is not None:
+            return  # it was all applied
         self._mean = mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
         if self._plane.ring:
             return
@@ -265,8 +290,9 @@ class Gathering:
         total_weight = sum(self._weights)
         mean, pooled = start.parameters, start.buffers
         if total_weight:
-            assert self._mean is not None
-            mean = self._mean if self._sum is None else self._sum.mean()
+            if self._arrivals is None:
+                assert self._mean is not None
+                mean = self._mean if self._sum is None else self._sum.mean()
             buffers_of = [self._received.get(i, start.buffers) for i in range(self._count)]
             pooled = pool_buffers(buffers_of, self._weights, self._plane.layout.variance_of)
         elif start.base is not None:
@@ -285,6 +311,7 @@ class Gathering:
             passed_over=self._admission.passed_over,
             rolled_back=self._admission.rolled_back,
             traffic=_summed(list(self._traffic.values())),
+            arrivals=self._arrivals.log if self._arrivals is not None else [],
         )
 
 

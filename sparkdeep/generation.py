@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.fields import misfit
-from sparkdeep.local_work import DyLU
+from sparkdeep.local_work import DyLU, WarmStart
 from sparkdeep.replica import steps_per_epoch
 from sparkdeep.ruled_schedules import PacedSchedule, RuledSchedule
 from sparkdeep.schedule import Position, Schedule, TimeSchedule
@@ -71,7 +71,8 @@ class Generation:
         if isinstance(settings.schedule, DyLU):
             schedule = PacedSchedule(steps=steps, epochs=settings.epochs, rule=settings.schedule)
         elif settings.time_budget_s is not None:
-            schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s)
+            warm = settings.schedule if isinstance(settings.schedule, WarmStart) else None
+            schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s, warm=warm)
         elif settings.schedule is not None:
             schedule = RuledSchedule(steps_per_epoch=max(steps), epochs=settings.epochs, rule=settings.schedule)
             common = start.epoch * max(steps) + max(seen)

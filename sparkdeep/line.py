@@ -120,8 +120,12 @@ class Line:
         # Also while bytes come and go: a line that crawls never falls silent.
         self.connection.until, self.connection.late = self._deadline, self._check_deadline
 
-    def await_update(self, give_up: Callable[[], bool]) -> Frame | None:
+    def await_update(self, give_up: Callable[[], bool], *before: str) -> Frame | None:
         """The round's update, or None when `give_up` says that it is not waited for any longer.
+
+        Args:
+            give_up: asked while nothing comes.
+            before: kinds of frames that may come before it, and are given as well.
 
         Raises:
             RoundTimeoutError: the round's deadline has passed.
@@ -129,7 +133,7 @@ class Line:
         """
         while self._speaks(give_up):
             frame = self.connection.receive(timeout_s=self._stall_s)
-            if frame.kind == "update":
+            if frame.kind == "update" or frame.kind in before:
                 return frame
             if frame.body_bytes or not self._passed_on(frame):
                 raise ProtocolError(f"{self.who} sent {frame.kind!r}; expected 'update'.")
@@ -253,22 +257,42 @@ class Line:
         return self._buffers(update, Checksum())
 
     def read_part(self, into: Tensor) -> None:
-        """Fill `into`, contiguous, from the replica's part of the mean.
+        """Fill `into`, contiguous, from the replica's part of the mean; see `read_change` for what is raised."""
+        self.read_change(self.expect("part"), into)
+
+    def read_change(self, frame: Frame, into: Tensor) -> None:
+        """Fill `into`, contiguous, from a frame that brings nothing else.
 
         Raises:
             ReplicaLostError: it was damaged on its way; the round is void.
             ProtocolError: it has another size.
         """
-        frame = self.expect("part")
-        view = raw_bytes(into)
-        if frame.body_bytes != view.nbytes + CHECKSUM_BYTES:
-            raise ProtocolError(f"{self.who} sent a part of {frame.body_bytes} bytes; {view.nbytes} were expected.")
-        checksum = Checksum()
+        size = raw_bytes(into).nbytes
+        if frame.body_bytes != size + CHECKSUM_BYTES:
+            raise ProtocolError(
+                f"{self.who} sent a {frame.kind} of {frame.body_bytes} bytes; {size} and a checksum were expected."
+            )
+        self._verify(self._filled(into))
+
+    def read_update(self, frame: Frame, update: Update, into: Tensor) -> dict[str, Tensor]:
+        """Fill `into` from a whole update; returns its buffers. See `add_update` for what is raised."""
+        self._check_size(frame, update, raw_bytes(into).nbytes)
+        return self._buffers(update, self._filled(into))
+
+    def _filled(self, into: Tensor) -> Checksum:
+        view, checksum = raw_bytes(into), Checksum()
         for start in range(0, view.nbytes, _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
             self.connection.read_into(piece, timeout_s=self._stall_s)
             checksum.update(piece)
-        self._verify(checksum)
+        return checksum
+
+    def go_on(self, parameters: Tensor | None) -> None:
+        """Let a replica that came in by a visit go on, with the parameters that it fetches; its silence counts anew."""
+        self.waiting = False
+        if parameters is not None:
+            self.connection.send("fetched", None, raw_bytes(parameters), timeout_s=self._stall_s)
+        self._since = time.monotonic()
 
     def _check_size(self, frame: Frame, update: Update, vector_bytes: int) -> None:
         expected = vector_bytes + update.buffer_bytes + CHECKSUM_BYTES

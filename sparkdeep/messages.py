@@ -11,6 +11,10 @@ once all are admitted, replicas add theirs up among themselves, and each sends i
 
     driver -> reduce (weights)                                 replica -> part (body: its part of the mean, checksum)
 
+In an asynchronous window (`asynchronous`), replicas come in between their steps, each when it is there:
+
+    replica -> visit (Visit; body: what it changed, checksum)  driver -> fetched (body: parameters), if it fetches
+
 and between rounds: evaluate -> scores, state -> state, stop -> bye. Either side may see `error` or a closed line.
 """
 
@@ -23,7 +27,7 @@ from typing import Any, TypeVar
 from sparkdeep.errors import ProtocolError
 from sparkdeep.fields import fits, misfit, shown
 
-__all__ = ["Failure", "Hello", "Open", "Opened", "Saved", "Update", "field", "parse", "to_header"]
+__all__ = ["Failure", "Hello", "Open", "Opened", "Saved", "Update", "Visit", "field", "parse", "to_header"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,21 @@ class Update:
             compute_s=told.compute_s if told is not None else 0.0,
             input_s=told.input_s if told is not None else 0.0,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """A replica comes in between two steps of an asynchronous window."""
+
+    round: int
+    steps: int
+    """Its local steps in the window so far."""
+    pushes: bool
+    """Whether the body is what it has changed since its last push, with a checksum; else there is none."""
+    fetches: bool
+    """Whether it waits for the global parameters."""
+    finite: bool
+    """Whether all that it pushes is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

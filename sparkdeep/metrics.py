@@ -126,6 +126,9 @@ class RoundRecord:
     """Each replica's part."""
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     """With `work="gradient"`: every call of the outer optimizer's closure, in order; L-BFGS's line search makes several."""
+    arrivals: list[list[int]] = field(default_factory=list)
+    """With `asynchronous`: [replica, staleness] of every push, in the order in which they were applied. The staleness is how many
+    pushes of others were applied since the replica had fetched; -1 where it only fetched."""
 
     def __getitem__(self, name: str) -> Any:
         """A field by name."""

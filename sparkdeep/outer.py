@@ -6,6 +6,8 @@ Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minim
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, final
 
@@ -17,7 +19,7 @@ from sparkdeep.compression import chunks_of
 from sparkdeep.errors import ConfigError
 from sparkdeep.parameters import Layout
 
-__all__ = ["Assign", "OuterOptimizer", "RoundMean", "TorchOuter", "driven"]
+__all__ = ["Assign", "OnArrival", "OuterOptimizer", "RoundMean", "TorchOuter", "driven"]
 
 # From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
 # host, waiting for more, for longer than they had worked.
@@ -145,6 +147,19 @@ class TorchOuter:
             self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
         self._optimizer.step(closure)
 
+    def apply(self, change: Tensor) -> None:
+        """One `optimizer.step()` with minus what one replica changed, (numel,)."""
+        torch.neg(change, out=self._grad)
+        if self.wants_rate:
+            self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
+        self._optimizer.step()
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether the optimizer cannot step without a closure, which it may call again and again."""
+        needed = inspect.signature(self._optimizer.step).parameters.get("closure")
+        return needed is not None and needed.default is inspect.Parameter.empty
+
     def state_dict(self) -> Mapping[str, Any]:
         """The optimizer's own state dict."""
         return self._optimizer.state_dict()
@@ -152,3 +167,55 @@ class TorchOuter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimizer's state dict."""
         self._optimizer.load_state_dict(dict(state))
+
+
+@final
+class OnArrival:
+    """Steps once for every push of an asynchronous window, by `apply`; the window as a whole counts or does not.
+
+    Args:
+        outer: whose optimizer steps.
+        rate: the replicas' learning rate after so many steps of their clock; asked for if the optimizer needs it.
+
+    Raises:
+        ConfigError: the optimizer cannot step with the one gradient that a push is.
+    """
+
+    def __init__(self, outer: TorchOuter, rate: Callable[[int], float]) -> None:
+        if outer.asks_again:
+            raise ConfigError(
+                "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
+                "asked for again. Use Downpour, Adagrad, DelayedNesterov or SGD."
+            )
+        self._outer = outer
+        self._rate = rate
+        self.wants_rate = outer.wants_rate
+        self.inner_lr = 1.0
+        self.stopped = ""
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+        """Run a window, whose pushes move `parameters`; if it raises, they and the optimizer are as before it.
+
+        Memory: a copy of the parameters and of the optimizer's state.
+        """
+        before, state = parameters.detach().clone(), copy.deepcopy(dict(self._outer.state_dict()))
+        try:
+            round_()
+        except BaseException:
+            parameters.detach().copy_(before)
+            self._outer.load_state_dict(state)
+            raise
+
+    def apply(self, change: Tensor, clock: int) -> None:
+        """Take a push, (numel,), of a replica whose clock was at so many steps before those that made it."""
+        if self.wants_rate:
+            self._outer.inner_lr = self._rate(clock)
+        self._outer.apply(change)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The optimizer's own state dict."""
+        return self._outer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimizer's state dict."""
+        self._outer.load_state_dict(state)

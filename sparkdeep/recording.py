@@ -65,6 +65,7 @@ def record_of(
         state_reset=told.state_reset,
         num_workers_changed=told.changed,
         evaluations=told.evaluations,
+        arrivals=result.arrivals,
         replicas=[
             ReplicaRecord(
                 replica=i,
@@ -84,6 +85,8 @@ def record_of(
 
 def _skipped(spec: RoundSpec, result: RoundResult, replica: int) -> int:
     """Steps of its rows that a replica's clock passes over."""
+    if spec.skip == "idle" and spec.own_clock:
+        return 0  # its clock stands still meanwhile
     if spec.skip or (replica in result.dropped and not spec.own_clock):
         return spec.num_steps
     return result.passed_over.get(replica, 0)

@@ -232,6 +232,10 @@ class Replica:
         if not spec.own_clock:
             self._keep_time(spec.num_steps)
 
+    def aside(self) -> AbstractContextManager[None]:
+        """For a `between` that waits for others: meanwhile the process's random generators are not this replica's."""
+        return self._random.aside()
+
     def forget_logged(self) -> None:
         """Drop what the model logged in a round that was undone."""
         self._loss.take_logged(training=True)

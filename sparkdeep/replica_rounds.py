@@ -21,6 +21,7 @@ from sparkdeep.messages import Update, field, parse
 from sparkdeep.overlapping import AbandonedError, Courier, Pace
 from sparkdeep.parameters import raw_bytes
 from sparkdeep.replica import Replica
+from sparkdeep.replica_window import ReplicaWindow
 from sparkdeep.ring import Ring
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.state_files import StateFiles, own_files
@@ -51,6 +52,9 @@ class _Order:
     sections: list[str]
     inner: torch.Tensor
     buffers: bytes
+    n_fetch: int = 0
+    n_push: int = 0
+    """Local steps between fetches and pushes; 0: the round is synchronous."""
 
 
 @final
@@ -137,7 +141,7 @@ class ReplicaRounds:
         replica.exchange.arrived()
         replica.load_inner_state(order.sections, order.inner)
         try:
-            result = self._result(order.spec)
+            result = self._result(order)
         except AbandonedError:
             self.go_back(self._channel.undone)
             return None
@@ -154,12 +158,15 @@ class ReplicaRounds:
         self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
         return None
 
-    def _result(self, spec: RoundSpec) -> LocalResult:
+    def _result(self, order: _Order) -> LocalResult:
         """Do the round; one that may be undone is broken off when the driver says so, and goes back if it is not finite."""
-        replica = self._replica
+        replica, spec = self._replica, order.spec
         if spec.skip:
             replica.skip(spec)
             return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
+        if order.n_fetch or order.n_push:
+            window = ReplicaWindow(self._channel, replica, n_fetch=order.n_fetch, n_push=order.n_push)
+            return window.train(spec)
         if self._before is None:
             return replica.train(spec)
         result = replica.train(spec, self._unless_undone)
@@ -306,4 +313,6 @@ class ReplicaRounds:
             sections=sections,
             inner=inner,
             buffers=channel.read_bytes(field(header, "buffer_bytes", int)),
+            n_fetch=field(header, "n_fetch", int),
+            n_push=field(header, "n_push", int),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class RandomState:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
+        self._outside = ExitStack()
         self._numpy = NumpyStream(seed)
         with self._saved():
             torch.manual_seed(seed)
@@ -39,7 +40,8 @@ class RandomState:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Run a block on this stream; the process's own generators are as before afterwards."""
-        with self._saved():
+        with ExitStack() as self._outside:
+            self._outside.enter_context(self._saved())
             self._install(self._state)
             self._numpy.install()
             try:
@@ -49,6 +51,19 @@ class RandomState:
                 raise
             self._numpy.keep()
             self._state = self._capture()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within `installed`, run a block that waits for others: the other replicas of this process have their turn."""
+        self._numpy.keep()
+        self._state = self._capture()
+        self._outside.pop_all().close()
+        try:
+            yield
+        finally:
+            self._outside.enter_context(self._saved())
+            self._install(self._state)
+            self._numpy.install()
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

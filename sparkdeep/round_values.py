@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -44,6 +44,10 @@ class RoundWork:
     """Training rows of every replica's shard."""
     deadline_s: float | None = None
     """For the whole round; None: only silence is a failure."""
+    apply: Callable[[Tensor, int], None] | None = None
+    """With `asynchronous`: moves the global parameters by one push, (numel,), of a replica whose clock was at so many steps."""
+    order: Sequence[int] | None = None
+    """With `asynchronous`: the replicas in the order in which they came in a recorded run that is repeated."""
 
     @property
     def round(self) -> int:
@@ -80,3 +84,5 @@ class RoundResult:
     """Steps that they had taken, as far as they told."""
     rolled_back: bool = False
     """Whether nobody counts, and all replicas are where they were before the round."""
+    arrivals: list[list[int]] = field(default_factory=list)
+    """With `asynchronous`: [replica, staleness] in the order in which replicas came in."""

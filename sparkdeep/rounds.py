@@ -19,7 +19,7 @@ from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
 from sparkdeep.evaluations import Evaluations
 from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.outer import OuterOptimizer
+from sparkdeep.outer import OnArrival, OuterOptimizer
 from sparkdeep.parameters import Layout
 from sparkdeep.recording import Told, record_of
 from sparkdeep.replaying import replayed
@@ -135,16 +135,18 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     state = run.state
     planned = state.specs()
     assert planned is not None
-    specs = replayed(planned, run.replay.get(state.committed + 1))
+    recorded = run.replay.get(state.committed + 1)
+    specs = replayed(planned, recorded)
     if run.settings.gradient:
         specs = tuple(dataclasses.replace(spec, gradient=run.settings.gradient) for spec in specs)
+    known = _known_steps(specs) if run.settings.schedule else 0
     work = RoundWork(
         specs=specs,
         clocks=state.clocks(),
         rows=[shard.rows["train"] for shard in state.generation.shards],
-        deadline_s=round_deadline_s(
-            state.records, run.settings.min_round_timeout_s, _known_steps(specs) if run.settings.schedule else 0
-        ),
+        deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s, known),
+        apply=run.outer.apply if isinstance(run.outer, OnArrival) else None,
+        order=[replica for replica, _ in recorded.arrivals] if recorded is not None else None,
     )
     began = time.perf_counter()
     result: RoundResult | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from sparkdeep.local_work import Clock
+from sparkdeep.local_work import Clock, WarmStart
 
 __all__ = ["Position", "RoundSpec", "Schedule", "TimeSchedule", "stretches"]
 
@@ -165,16 +165,20 @@ class TimeSchedule:
     """Passes of each replica over its rows."""
     budget_s: float
     """Seconds of local work a round."""
+    warm: WarmStart | None = None
+    """Has all but the first replica idle for its first steps."""
 
     num_rounds: None = None
     """Nobody knows before."""
 
     def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
         """The next round of every replica, or None when all have been through their rows."""
-        del clock
         left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
         if max(left) <= 0:
             return None
+        idle = [self.warm is not None and left[0] > 0 and self.warm.idle(clock, i) for i in range(len(left))]
+        if self.warm is not None and any(idle):
+            left[0] = min(left[0], self.warm.num_steps - clock.step)
         return tuple(
             RoundSpec(
                 round=committed + 1,
@@ -183,8 +187,9 @@ class TimeSchedule:
                 num_steps=max(0, rest),
                 budget_s=self.budget_s,
                 own_clock=True,
+                skip="idle" if waits else "",
             )
-            for own, done, rest in zip(self.steps, consumed, left, strict=True)
+            for own, done, rest, waits in zip(self.steps, consumed, left, idle, strict=True)
         )
 
     def next(self, committed: int) -> RoundSpec | None:

@@ -16,7 +16,7 @@ import cloudpickle
 
 from sparkdeep.callbacks import Callback
 from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
-from sparkdeep.contradictions import check_together
+from sparkdeep.contradictions import check_outer, check_together
 from sparkdeep.coordinator import parse_ports
 from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
@@ -154,6 +154,7 @@ class FitSettings:
         if rule is not None and rule.monitor not in {"loss", *self.metrics}:
             raise ConfigError(f"early_stopping monitors {rule.monitor!r}; known: {['loss', *self.metrics]}.")
         check_together(self.local, self.run)
+        check_outer(self.run, self.outer_optimizer)
         if self.resume not in ("auto", True, False):
             raise ConfigError(f"resume={self.resume!r}: must be 'auto' or False.")
         if self.tls not in ("auto", True, False):

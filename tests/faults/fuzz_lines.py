@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import threading
 from functools import partial
@@ -15,6 +16,7 @@ from twin import local_coordinator
 
 from sparkdeep import coordinator as coordinator_module
 from sparkdeep import stage as stage_module
+from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.compression import codec_named
 from sparkdeep.gathering import Plane
 from sparkdeep.messages import Hello, Open, Update, to_header
@@ -143,6 +145,24 @@ def ring_script(replica, count):
     )
 
 
+def window_script(replica):
+    """What a replica says in a stage with an asynchronous window of three steps."""
+    vector, buffers = raw_bytes(torch.rand(LAYOUT.numel)).tobytes(), pack_tensors(BUFFERS)
+    visit = {"round": 1, "steps": 1, "pushes": True, "fetches": True, "finite": True}
+    return b"".join(
+        [
+            frame_of("hello", hello(replica)),
+            frame_of("opened", {"state": "fresh"}),
+            frame_of("visit", visit, with_checksum(vector)),
+            frame_of("beat", {"rows": 1, "steps": 1}),
+            frame_of("visit", {**visit, "steps": 2, "pushes": False}),
+            frame_of("update", update(buffers, steps=3), with_checksum(vector + buffers)),
+            frame_of("saved", {"bytes": 0, "seconds": 0.0}),
+            frame_of("bye"),
+        ]
+    )
+
+
 class Talkers:
     """Replicas that say what stands in their scripts, whatever they hear; a launcher's stage."""
 
@@ -182,8 +202,10 @@ class Talkers:
 class Driver:
     """Opens a stage for each input, and goes through all its phases."""
 
-    def __init__(self, *, ring):
+    def __init__(self, *, ring=False, asynchronous=None):
         self._ring = ring
+        self._asynchronous = asynchronous
+        self._spec = SPEC if asynchronous is None else dataclasses.replace(SPEC, num_steps=3)
         self._coordinator = local_coordinator()
         self._coordinator.token = TOKEN
         stage_module._REASON_S = stage_module._LAST_WORDS_S = 0.2
@@ -193,6 +215,7 @@ class Driver:
         """One stage; its last replica is the mutated one."""
         scripts, count = given["scripts"], len(given["scripts"])
         plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, ring=self._ring)
+        plane.asynchronous = self._asynchronous
         stage = Stage(
             run="run",
             name="stage",
@@ -213,10 +236,15 @@ class Driver:
             start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
             if self._ring:
                 stage.form_ring(timeout_s=SILENCE_S)
-            stage.train(
-                RoundWork(specs=[SPEC] * count, clocks=[0] * count, rows=[2] * count, deadline_s=2 * SILENCE_S), start
+            work = RoundWork(
+                specs=[self._spec] * count,
+                clocks=[0] * count,
+                rows=[2] * count,
+                deadline_s=2 * SILENCE_S,
+                apply=lambda change, clock: start.parameters.add_(change, alpha=1 / (1 + clock)),
             )
-            if not self._ring:
+            stage.train(work, start)
+            if not self._ring and self._asynchronous is None:
                 merge_scores(stage.evaluate(start), {})
                 stage.states([0] * count)
             stage.close(save=None, clocks=[0] * count, timeout_s=SILENCE_S)
@@ -256,9 +284,10 @@ class Port:
 def targets(folder):
     """Those of this file."""
     torch.set_num_threads(1)
-    port, star, ring = Port(), Driver(ring=False), Driver(ring=True)
+    port, star, ring = Port(), Driver(), Driver(ring=True)
+    window = Driver(asynchronous=Asynchronous(1, 1, max_staleness=1))
     greeting = frame_of("hello", hello())
-    star_one, ring_one = star_script(0), ring_script(0, 1)
+    star_one, ring_one, window_one = star_script(0), ring_script(0, 1), window_script(0)
     others = pack_tensors({name: torch.zeros(7) for name in BUFFERS})
     vector = raw_bytes(torch.rand(LAYOUT.numel)).tobytes()
     greeted = star_one[: star_one.index(PREFIX.pack(b"SPD1", TOKEN, 0, 0)[:36], 36)]
@@ -315,6 +344,22 @@ def targets(folder):
             read=ring.read,
             bound_mib=256,
             share=3.0,
+        ),
+        Target(
+            name="stage-window",
+            seeds=[*[_alone(window_one)] * 9, {"scripts": [window_script(0), window_script(1)], "silent": False}],
+            cases=[
+                *[_alone(replaced(window_one, "visit", steps=steps)) for steps in (0, -1, 3, 1 << 62, 10**400, 1.5)],
+                *[_alone(replaced(window_one, "visit", **{name: None})) for name in ("round", "steps", "pushes")],
+                _alone(replaced(window_one, "visit", finite=False)),
+                _alone(replaced(window_one, "visit", pushes=False)),
+                _alone(replaced(window_one, "visit", pushes=False, fetches=False)),
+                _alone(replaced(window_one, "update", round=2)),
+            ],
+            mutate=window.mutate,
+            read=window.read,
+            bound_mib=256,
+            share=2.0,
         ),
     ]
 

@@ -18,6 +18,7 @@ from twin import schema_of, write_shards
 
 from sparkdeep import channel as channel_module
 from sparkdeep.admission import Terms
+from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.channel import Channel
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings
@@ -44,7 +45,7 @@ class ReplicaEnd:
         (path,) = write_shards(folder / "replica", [parts], self._schema, [rows])
         self._shard = Shard.open(path)
         self._states = StateFiles(folder / "states", "stage")
-        self._settings = LocalSettings(batch_size=4)
+        self._settings = LocalSettings(batch_size=2)
         self.state = self._build(None).save_state()
         channel_module.DRIVER_SILENCE_S = SILENCE_S
 
@@ -67,6 +68,11 @@ class ReplicaEnd:
         terms = Terms(quorum=1)
         header = order.header(dataclasses.replace(plane, terms=terms), 0, buffers)
         undoable = frame_of("train", header, b"".join(order.bodies(plane, 0, 1, buffers)))
+        windows = dataclasses.replace(plane, asynchronous=Asynchronous(1, 2))
+        longer = dataclasses.replace(order.work, specs=[dataclasses.replace(SPEC, num_steps=2)])
+        header = dataclasses.replace(order, work=longer).header(windows, 0, buffers)
+        window = frame_of("train", header, b"".join(order.bodies(windows, 0, 1, buffers)))
+        fetched = frame_of("fetched", None, raw_bytes(start.parameters).tobytes())
         tensors = pack_tensors(dict(net().named_parameters()))
         answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
         answer |= {"kept_round": 0, "kept_by": ""}
@@ -89,6 +95,7 @@ class ReplicaEnd:
                     frame_of("stop", {"save": None}),
                 ]
             ),
+            frame_of("open", answer) + window + frame_of("alive") + fetched + frame_of("stop", {"save": None}),
         ]
 
     def read(self, script):
@@ -120,16 +127,19 @@ def targets(folder):
     """Those of this file."""
     torch.set_num_threads(1)
     replica = ReplicaEnd(folder)
-    fresh, restored = replica.seeds()
+    fresh, restored, window = replica.seeds()
     return [
         Target(
             name="replica",
-            seeds=[fresh, restored],
+            seeds=[fresh, restored, window],
             cases=[
                 *[replaced(fresh, "train", **{name: None}) for name in ("spec", "held", "encoded", "previous", "ring")],
                 replaced(fresh, "train", spec={"round": 1, "epoch": 0, "first_step": 0}),
                 replaced(fresh, "train", spec={"round": 1, "epoch": "x", "first_step": 0, "num_steps": 1}),
                 replaced(fresh, "train", ahead=7),
+                window.replace(b'"n_fetch": 1', b'"n_fetch": 0'),
+                window.replace(b'"n_push": 2', b'"n_push":-2'),
+                window.replace(b"fetched", b"scored!"),
                 replaced(fresh, "train", sections=3),
                 replaced(fresh, "train", ring=True),
                 replaced(fresh, "stop", save="x"),
