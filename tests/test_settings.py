@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparkdeep import EarlyStopping
+from sparkdeep.aggregators import Median
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.spark import transports
 from sparkdeep.spark.settings import FitSettings, described, digest_of
@@ -223,6 +224,7 @@ def test_the_coordinator_listens_on_the_drivers_bind_address_and_nowhere_else(mo
         ({"overlap": 1}, "a round ends before the next"),
         ({"down_codec": "int8"}, "built anew for each round"),
         ({"tls": True}, "no port is opened"),
+        ({"aggregator": Median()}, "each round is a job of its own that all replicas end together"),
     ],
 )
 def test_what_needs_an_open_connection_is_refused_where_every_round_is_a_job(monkeypatch, options, reason):
@@ -230,3 +232,10 @@ def test_what_needs_an_open_connection_is_refused_where_every_round_is_a_job(mon
     with pytest.raises(ConfigError, match=f"with transport='spark': .*{reason}"):
         transports.chosen(settings(transport="spark", **options), None)
     assert transports.chosen(settings(transport="spark", codec="int8"), None) == "spark"
+
+
+def test_a_key_is_refused_where_no_replica_keeps_rows():
+    gradients = {"work": "gradient", "sync_every": "epoch", "portions": 4, "outer_optimizer": torch.optim.LBFGS}
+    with pytest.raises(ConfigError, match=r"deal_key='user' with portions=4: no replica keeps rows"):
+        transports.chosen(settings(deal_key="user", **gradients), None)
+    assert transports.chosen(settings(**gradients), None) == "portions"

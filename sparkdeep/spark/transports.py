@@ -110,6 +110,7 @@ def _portions(settings: FitSettings) -> str:
         "tls": (settings.tls if settings.tls is True else None, "no port is opened, and Spark's own encryption holds"),
         "exchange_dir": (settings.exchange_dir, "gradients go to the driver, which adds them up"),
         "deal": ("partitions" if settings.deal == "partitions" else None, "rows are dealt to portions"),
+        "deal_key": (settings.deal_key, "no replica keeps rows: any task may take any portion"),
         "aggregation": ("ring" if run.aggregation == "ring" else None, "no connection stays open between rounds"),
         "worker_process": (
             "spawn" if settings.worker_process == "spawn" else None,
