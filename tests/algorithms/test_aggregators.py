@@ -143,6 +143,7 @@ def test_embeddings_are_found_by_their_modules_also_where_they_are_shared():
 # -- identities -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.identity(12)
 @pytest.mark.parametrize("differences", [False, True], ids=["parameters", "differences"])
 @pytest.mark.parametrize("aggregator", ALL, ids=NAMES)
 def test_one_replica_is_what_it_says(aggregator, differences):
@@ -176,6 +177,7 @@ def test_a_replica_of_weight_zero_does_not_count_and_their_order_does_not_matter
         torch.testing.assert_close(combined(aggregator, x[list(order)]), alone, rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.identity(12)
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32, 64])
 def test_the_radial_directional_mean_keeps_the_length_that_a_mean_loses(count):
     x = drawn(count, 4000)
@@ -184,6 +186,7 @@ def test_the_radial_directional_mean_keeps_the_length_that_a_mean_loses(count):
     assert float(averaged(x).norm()) == pytest.approx(length / math.sqrt(count), rel=0.05)
 
 
+@pytest.mark.identity(12)
 def test_one_zero_vector_has_no_direction_and_shortens_the_others():
     start, d = drawn(1, 6, seed=1)[0], drawn(1, 6, seed=2)[0]
     given = combined(RadialDirectional(), [start + d, start, start + d], start=start)
@@ -294,6 +297,7 @@ def test_a_lossy_codec_brings_differences_and_the_same_within_its_loss(tmp_path,
     assert 0 < (coded - trained).norm() < 0.02 * change
 
 
+@pytest.mark.identity(12)
 @pytest.mark.parametrize("aggregator", [NormClip(), Median(), TrimmedMean(0.34)], ids=NAMES[:3])
 def test_one_replica_that_is_a_million_times_off_does_not_take_the_others_along(tmp_path, aggregator):
     options = {"epochs": 1, "batch_size": 8, "sync_every": 1}
@@ -315,6 +319,7 @@ def test_one_replica_that_is_a_million_times_off_does_not_take_the_others_along(
         assert not ((low <= mean) & (mean <= high)).all()
 
 
+@pytest.mark.identity(13)
 @pytest.mark.parametrize("aggregator", ALL, ids=NAMES)
 def test_a_replica_of_nan_is_dropped_and_the_rest_are_combined_as_without_it(tmp_path, aggregator):
     options = {"epochs": 1, "batch_size": 16, "sync_every": 1, "aggregator": aggregator}

@@ -166,6 +166,7 @@ TRACES = [(ADAGRAD, r) for r in [(1, 1), (2, 2), (2, 3), (3, 2), (4, 1), (1, 4)]
 ]
 
 
+@pytest.mark.identity(16)
 @pytest.mark.parametrize(("servers", "rule"), TRACES, ids=lambda one: one[1].__name__ if callable(one[1]) else str(one))
 def test_a_run_is_the_written_out_trace_of_its_arrivals(tmp_path, servers, rule):
     (outer, server), rule = servers, Asynchronous(*rule)
@@ -220,6 +221,7 @@ def test_a_push_is_in_units_of_the_rate_at_which_its_steps_were_taken(tmp_path):
 # -- what it must equal -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.identity(16)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_one_replica_that_fetches_when_it_pushes_is_synchronous(tmp_path, steps):
     def own():
@@ -240,6 +242,7 @@ def test_one_replica_that_fetches_when_it_pushes_is_synchronous(tmp_path, steps)
     assert (other - expected).abs().max() > 1e-4
 
 
+@pytest.mark.identity(16)
 def test_one_push_of_each_replica_a_window_is_the_mean_of_a_synchronous_round(tmp_path):
     sizes, rule = [24, 24, 24], Asynchronous(2, 2)
     got, records, _ = train(tmp_path, rule, partial(SGD, lr=1 / 3), sizes, sync_every=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ IDENTITIES = {
 }
 
 
+@functools.cache
 def numbers_of(path: Path) -> dict[str, set[int]]:
     """Test -> the identities that its decorators name."""
     found: dict[str, set[int]] = {}

@@ -16,7 +16,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.local_work import Epochs
 from sparkdeep.program import Program
 
-SIZE, REPLICAS, STEPS, RATE = 3, 4, 6, 0.05
+SIZE, REPLICAS, STEPS, RATE = 3, 4, 10, 0.05
 
 
 class Point(nn.Module):
@@ -102,10 +102,10 @@ def test_a_round_is_the_mean_of_closed_forms(tmp_path):
 def test_averaging_goes_to_its_own_fixed_point_and_scaffold_to_the_optimum(tmp_path):
     hessians, centres = problem()
     fixed, best = averaged_fixed_point(hessians, centres), optimum(hessians, centres)
-    plain = trained(tmp_path, hessians, centres, 150)
+    plain = trained(tmp_path, hessians, centres, 60)
     np.testing.assert_allclose(plain, fixed, rtol=0, atol=1e-10)
     assert np.abs(plain - best).max() > 0.02
-    corrected = trained(tmp_path, hessians, centres, 150, drift_correction=Scaffold())
+    corrected = trained(tmp_path, hessians, centres, 60, drift_correction=Scaffold())
     np.testing.assert_allclose(corrected, best, rtol=0, atol=1e-9)
 
 
@@ -135,9 +135,9 @@ def test_the_fixed_point_of_fedprox_comes_nearer_to_the_optimum_with_mu(tmp_path
     away = []
     for mu in (0.0, 1.0, 4.0):
         options = {"drift_correction": FedProx(mu)} if mu else {}
-        got = trained(tmp_path, hessians, centres, 150, **options)
+        got = trained(tmp_path, hessians, centres, 20, **options)
         expected = start()
-        for _ in range(150):
+        for _ in range(20):
             ends = []
             for a, b in zip(hessians, centres, strict=True):
                 x = expected.copy()
@@ -177,7 +177,7 @@ def test_scaffold_wants_plain_gradient_steps(tmp_path, optimizer, said):
         {"on_nonfinite": "drop"},
         {"codec": "int8"},
         {"inner_state": "average"},
-        {"overlap": 1},
+        {"overlap": 1, "schedule": None},
     ],
 )
 def test_scaffold_wants_replicas_that_stay_and_count(tmp_path, options):
