@@ -26,7 +26,8 @@ from compare_parts.results import Run, by_name, read
 from compare_parts.speeds import SPEEDS, TARGET, run_speeds
 from compare_parts.tables import TITLES, against, part_table, reached
 from compare_parts.text import CONTENDERS as TEXT
-from compare_parts.text import SYNCHRONOUS, Size, run_text, tune_text
+from compare_parts.text import SYNCHRONOUS, run_text, tune_text
+from compare_parts.text_loop import Size
 
 
 def _chosen(parser: argparse.ArgumentParser, only: str, known: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs"))
 
 import compare
-from compare_parts import contenders, fits, mixed, plots, results, tables, text, text_data, text_model
+from compare_parts import contenders, fits, mixed, plots, results, tables, text, text_data, text_loop, text_model
 
 from sparkdeep.algorithms import ALGORITHMS
 from sparkdeep.spark.settings import FitSettings
@@ -118,34 +118,35 @@ def test_text_is_encoded_without_loss_but_for_foreign_characters():
 
 
 def test_windows_overlap_in_one_character_and_files_are_not_shared():
-    found = text_data.load_text(64, 16)
-    assert found.train.shape[1] == 65
-    assert found.held_out.shape == (16, 65)
+    found = text_data.load_text(32, 16)
+    assert found.train.shape[1] == 33
+    assert found.held_out.shape == (16, 33)
     assert (found.train[1:100, 0] == found.train[:99, -1]).all()
     # As many windows as a run of the job trains on.
-    assert len(found.train) > 4 * text.Size().steps * text.Size().batch_size
+    assert len(found.train) > 4 * text_loop.Size().steps * text_loop.Size().batch_size
 
 
 def test_the_gpt_has_a_million_parameters_and_does_not_look_ahead():
     torch.manual_seed(0)
-    model = text_model.GPT(**text.Size().model())
+    model = text_model.GPT(**text_loop.Size().model())
     assert 1_000_000 < sum(parameter.numel() for parameter in model.parameters()) < 4_000_000
-    tokens = torch.randint(0, text_data.VOCABULARY, (2, 64))
+    tokens = torch.randint(0, text_data.VOCABULARY, (2, 32))
     changed = tokens.clone()
-    changed[:, 40:] = 0
+    changed[:, 20:] = 0
     with torch.no_grad():
         scores, others = model(tokens), model(changed)
         loss = text_model.next_token_loss(scores, tokens)
-    torch.testing.assert_close(scores[:, :40], others[:, :40])
-    assert not torch.allclose(scores[:, 40:], others[:, 40:])
+    torch.testing.assert_close(scores[:, :20], others[:, :20])
+    assert not torch.allclose(scores[:, 20:], others[:, 20:])
     assert float(loss) == pytest.approx(np.log(text_data.VOCABULARY), abs=0.1)
 
 
 def test_the_rate_rises_and_falls():
-    rates = [text.scaled_rate(step, steps=100) for step in range(101)]
+    rates = [text_loop.rate_after(step, steps=100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1)
+    assert [text_loop.rate_after(step, steps=100, begun=40) for step in range(61)] == rates[40:]
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
