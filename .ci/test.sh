@@ -31,7 +31,9 @@ if [[ "${1:-}" == jobs ]]; then
     exit 0
 fi
 if [[ "${1:-}" == algorithms ]]; then
-    tier "algorithms: identities, and a small run of each preset" 180 tests/algorithms
+    tier "identities, and a small run of each preset" 120 tests/algorithms
+    tier "algorithms on local[2]" 120 -m algorithms tests/spark
+    tier "a portion that lags, on two workers" 60 -m algorithms tests/cluster
     exit 0
 fi
 if [[ "${1:-}" == faults ]]; then
@@ -45,7 +47,7 @@ step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
     tier "tests without a JVM" 200 -m "not spark" tests/test_*.py
-    tier "tests on local[2]" 300 -m "spark and not jobs" tests/spark tests/test_readme.py
-    tier "tests on two workers" 240 -m cluster tests/cluster
+    tier "tests on local[2]" 300 -m "spark and not jobs and not algorithms" tests/spark tests/test_readme.py
+    tier "tests on two workers" 240 -m "cluster and not algorithms" tests/cluster
 fi
 printf '== gate: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"

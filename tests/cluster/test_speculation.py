@@ -11,7 +11,7 @@ from cluster_models import HOSTS, Plain, Straggler, estimator, rows
 
 from sparkdeep.algorithms import lbfgs
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.algorithms]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.errors import ConfigError
 from sparkdeep.injection import Injector
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 
 
 def downpour(**options):

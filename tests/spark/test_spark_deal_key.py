@@ -13,7 +13,7 @@ from sparkdeep.spark.ingest import dealt
 from sparkdeep.spark.tasks import FLAG, HASH, numbered
 from sparkdeep.spark.types import column_types
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 
 SIZES = {"anna": 9, "bert": 7, "cora": 4, "dora": 3, None: 2}
 # The largest first, to the emptiest of two: 9 + 3 and 7 + 4 + 2.

@@ -11,7 +11,7 @@ from spark_models import estimator, same_bits, weights
 from sparkdeep import ConfigError
 from sparkdeep.algorithms import lbfgs
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
 

@@ -9,7 +9,7 @@ from spark_models import Dropped, estimator, same_bits
 
 from sparkdeep import EMA, SWA, Callback, soup
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 
 
 class Kept(Callback):
