@@ -86,7 +86,7 @@ def _gradient_adam(_inner: float, outer: float) -> Algorithm:
 
 
 def _lbfgs(_inner: float, _outer: float) -> Algorithm:
-    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4)
+    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4, validate_every=10)
 
 
 def _downpour(inner: float, outer: float) -> Algorithm:
@@ -203,7 +203,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
     "delayed nesterov": Contender(
         build=_delayed_nesterov,
         inner=_ADAMW,
-        outer=(0.2, 0.4, 0.7),
+        outer=(0.2, 0.4),
         what="asynchronous DiLoCo",
         when="replicas differ in speed and bytes are dear",
     ),
@@ -235,14 +235,14 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "averaging, every epoch": (0.05, 0.0),
         "lookahead": (0.05, 0.5),
         "slowmo": (0.03, 0.5),
-        "bmuf": (0.03, 0.75),
-        "diloco": (3e-3, 0.7),
-        "fedadam": (0.2, 0.01),
-        "fedyogi": (0.2, 0.01),
-        "fedadagrad": (0.2, 0.03),
-        "data-parallel adam": (0.0, 3e-3),
+        "bmuf": (0.01, 0.75),
+        "diloco": (0.01, 0.4),
+        "fedadam": (0.2, 0.03),
+        "fedyogi": (0.2, 0.03),
+        "fedadagrad": (0.2, 0.1),
+        "data-parallel adam": (0.0, 0.01),
         "lbfgs": (0.0, 0.0),
-        "downpour": (0.1, 0.01),
+        "downpour": (0.03, 0.03),
         "delayed nesterov": (3e-3, 0.7),
     },
 }
