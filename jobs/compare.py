@@ -54,6 +54,8 @@ def write(out: Path) -> None:
 def notes(part: str, runs: Sequence[Run]) -> str:
     """What a table does not say: the loss beside synchronous training, the way to equal loss."""
     lines = []
+    if part == "digits":
+        lines += [f"{name}: {one.what}. Choose it when {one.when}." for name, one in CONTENDERS.items()]
     if part == "text":
         for name in by_name(runs):
             if name != SYNCHRONOUS and (beside := against(runs, name, SYNCHRONOUS)):

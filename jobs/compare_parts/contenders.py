@@ -86,7 +86,7 @@ def _gradient_adam(_inner: float, outer: float) -> Algorithm:
 
 
 def _lbfgs(_inner: float, _outer: float) -> Algorithm:
-    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4)
+    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4, validate_every=10)
 
 
 def _downpour(inner: float, outer: float) -> Algorithm:
@@ -110,7 +110,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
         inner=_RATES,
         replicas=1,
         what="SGD with momentum, nobody to average with",
-        when="the rows fit one machine and there is time",
+        when="the rows fit one machine and its time suffices",
     ),
     "averaging, every step": Contender(
         build=_averaging(1),
@@ -122,13 +122,13 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
         build=_averaging(SYNC_EVERY),
         inner=_RATES,
         what="the mean after 10 local steps",
-        when="first: nothing to tune beside the replicas' own rate",
+        when="in doubt, and first: there is nothing to tune beside the replicas' own rate",
     ),
     "averaging, every epoch": Contender(
         build=_averaging("epoch"),
         inner=_RATES,
         what="FedAvg: the mean after a pass",
-        when="bytes count more than passes",
+        when="bytes count more than passes over the rows",
     ),
     "lookahead": Contender(
         build=_lookahead,
@@ -136,7 +136,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
         outer=(0.5,),
         replicas=1,
         what="one replica that goes part of the way",
-        when="there is one machine and its rate is high",
+        when="there is one machine, and a high rate shakes the model",
     ),
     "slowmo": Contender(
         build=_slowmo,
@@ -157,7 +157,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
         inner=_ADAMW,
         outer=(0.2, 0.4, 0.7),
         what="AdamW inside, Nesterov outside",
-        when="language models, long rounds, slow networks",
+        when="rounds are long and many: language models, slow networks",
     ),
     "fedadam": Contender(
         build=_fed(algorithms.fedadam),
@@ -171,27 +171,27 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
         inner=_PLAIN,
         outer=(0.01, 0.03),
         what="Yogi outside, plain SGD inside",
-        when="as fedadam, where changes are sparse",
+        when="fedadam forgets too fast, as where changes are sparse",
     ),
     "fedadagrad": Contender(
         build=_fed(algorithms.fedadagrad),
         inner=_PLAIN,
         outer=(0.03, 0.1),
         what="Adagrad outside, plain SGD inside",
-        when="as fedadam, where steps should shrink by themselves",
+        when="the driver's steps should shrink by themselves",
     ),
     "data-parallel adam": Contender(
         build=_gradient_adam,
         inner=(0.0,),
         outer=(1e-3, 3e-3, 1e-2),
         what="gradients of every step, Adam on the driver",
-        when="the large batch is to be matched to the bit, whatever it costs in bytes",
+        when="Adam on the large batch is what must come out, whatever it costs in bytes",
     ),
     "lbfgs": Contender(
         build=_lbfgs,
         inner=(0.0,),
         what="Sandblaster: the gradient of all rows, strong Wolfe",
-        when="convex or small problems to high precision",
+        when="the problem is convex or small, and wanted to high precision",
     ),
     "downpour": Contender(
         build=_downpour,
@@ -203,9 +203,9 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
     "delayed nesterov": Contender(
         build=_delayed_nesterov,
         inner=_ADAMW,
-        outer=(0.2, 0.4, 0.7),
+        outer=(0.2, 0.4),
         what="asynchronous DiLoCo",
-        when="as downpour, with long rounds",
+        when="replicas differ in speed and bytes are dear",
     ),
 }
 """By name, in the order of tables."""
@@ -235,14 +235,14 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "averaging, every epoch": (0.05, 0.0),
         "lookahead": (0.05, 0.5),
         "slowmo": (0.03, 0.5),
-        "bmuf": (0.03, 0.75),
-        "diloco": (3e-3, 0.7),
-        "fedadam": (0.2, 0.01),
-        "fedyogi": (0.2, 0.01),
-        "fedadagrad": (0.2, 0.03),
-        "data-parallel adam": (0.0, 3e-3),
+        "bmuf": (0.01, 0.75),
+        "diloco": (0.01, 0.4),
+        "fedadam": (0.2, 0.03),
+        "fedyogi": (0.2, 0.03),
+        "fedadagrad": (0.2, 0.1),
+        "data-parallel adam": (0.0, 0.01),
         "lbfgs": (0.0, 0.0),
-        "downpour": (0.1, 0.01),
+        "downpour": (0.03, 0.03),
         "delayed nesterov": (3e-3, 0.7),
     },
 }

@@ -34,7 +34,7 @@ class Dataset:
 
 DATASETS: Final = {
     "digits": Dataset(epochs=10, batch_size=16, channels=8),
-    "mnist10k": Dataset(epochs=4, batch_size=16, channels=8),
+    "mnist10k": Dataset(epochs=2, batch_size=16, channels=8),
 }
 
 

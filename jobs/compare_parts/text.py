@@ -39,14 +39,14 @@ class Rates:
 
 TUNED: Final[Mapping[str, Rates]] = {
     SYNCHRONOUS: Rates(inner=2e-3),
-    _WARM: Rates(inner=2e-3, outer=0.4),
+    _WARM: Rates(inner=1e-3, outer=0.6),
     "DiLoCo": Rates(inner=2e-3, outer=0.4),
     "averaging": Rates(inner=2e-3),
 }
 TRIED: Final[Mapping[str, Sequence[Rates]]] = {
     SYNCHRONOUS: [Rates(inner=rate) for rate in (2e-3, 4e-3)],
-    _WARM: [Rates(inner=2e-3, outer=outer) for outer in (0.0, 0.4, 0.8)],
-    "DiLoCo": [Rates(inner=inner, outer=0.4) for inner in (2e-3, 4e-3)],
+    _WARM: [Rates(inner=2e-3), *(Rates(inner=i, outer=o) for i, o in ((1e-3, 0.6), (2e-3, 0.4), (4e-3, 0.4)))],
+    "DiLoCo": [Rates(inner=i, outer=o) for i, o in ((1e-3, 0.6), (2e-3, 0.4), (4e-3, 0.4))],
     "averaging": [Rates(inner=rate) for rate in (2e-3, 4e-3)],
 }
 
@@ -88,15 +88,15 @@ def train_one(name: str, seed: int, size: Size, rates: Rates, folder: Path) -> R
     outer = f", outer {rates.outer:g}" if rates.outer else ""
     shown = f"AdamW {rates.inner:g}{outer}, {size.steps} steps"
     if name == SYNCHRONOUS:
-        curve = dense(size, seed, rates.inner).curve
+        curve = dense(size, seed, rates.inner, size.steps).curve
         print(f"text {name}, seed {seed}: loss {curve[-1].loss:.4f}, {curve[-1].seconds:.1f} s", flush=True)
         return Run(part="text", name=name, seed=seed, rounds=size.steps, settings=shown, curve=curve)
     if name != _WARM:
         return _local(name, seed, size, rates, folder / f"{seed}", begun=0, shown=shown)
-    before = dense(size, seed, TUNED[SYNCHRONOUS].inner)
+    before = dense(size, seed, TUNED[SYNCHRONOUS].inner, size.warm_steps)
     shown += f", {size.warm_steps} of them synchronous"
     run = _local(name, seed, size, rates, folder / f"{seed}-warm", begun=size.warm_steps, shown=shown)
-    start = before.point
+    start = before.curve[-1]
     later = [
         dataclasses.replace(
             point,
@@ -106,8 +106,7 @@ def train_one(name: str, seed: int, size: Size, rates: Rates, folder: Path) -> R
         )
         for point in run.curve
     ]
-    earlier = [point for point in before.curve if point.rows <= start.rows]
-    return dataclasses.replace(run, curve=[*earlier, *later], rounds=run.rounds + size.warm_steps)
+    return dataclasses.replace(run, curve=[*before.curve, *later], rounds=run.rounds + size.warm_steps)
 
 
 def _local(name: str, seed: int, size: Size, rates: Rates, folder: Path, *, begun: int, shown: str) -> Run:
@@ -116,7 +115,7 @@ def _local(name: str, seed: int, size: Size, rates: Rates, folder: Path, *, begu
     torch.manual_seed(seed)
     model = GPT(**size.model())
     if begun:
-        model.load_state_dict(dense(size, seed, TUNED[SYNCHRONOUS].inner).warm)
+        model.load_state_dict(dense(size, seed, TUNED[SYNCHRONOUS].inner, begun).state)
     schedule = functools.partial(rate_after, steps=size.steps, begun=begun)
     settings = {
         "model": model,

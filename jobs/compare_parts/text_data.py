@@ -11,6 +11,7 @@ import numpy as np
 
 __all__ = ["VOCABULARY", "Text", "encoded", "load_text"]
 
+_OTHERS: Final = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"))
 _LEFT_OUT: Final = 10  # every tenth file is for validation
 _KNOWN: Final = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY: Final = len(_KNOWN) + 1
@@ -43,8 +44,10 @@ def _windows(files: list[Path], context: int) -> np.ndarray:
 
 
 def load_text(context: int, held_out: int) -> Text:
-    """The modules at the top of the standard library, by name; `held_out` windows spread over the files left out."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    """The modules and packages of the standard library without tests; `held_out` windows spread over the files left out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = (path.relative_to(library) for path in library.rglob("*.py"))
+    files = [library / path for path in sorted(paths) if not _OTHERS.intersection(path.parts)]
     left_out = files[_LEFT_OUT - 1 :: _LEFT_OUT]
     windows = _windows(left_out, context)
     return Text(

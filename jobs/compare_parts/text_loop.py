@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ class Size:
     """How much is trained; at these 1.05 million parameters."""
 
     steps: int = 600
-    warm_steps: int = 180
+    warm_steps: int = 300
     """Synchronous ones before DiLoCo begins, where it does not begin at once; of its paper's 88,000, 24,000 were."""
     batch_size: int = 8
     """Windows a step and replica."""
@@ -88,17 +89,21 @@ class Dense:
     """What synchronous training gave."""
 
     curve: list[Point]
-    warm: dict[str, Tensor]
-    """The model's state after `warm_steps`."""
-    point: Point
-    """The run there."""
+    state: dict[str, Tensor]
+    """Of the model."""
 
 
 @functools.cache
-def dense(size: Size, seed: int, rate: float) -> Dense:
+def dense(size: Size, seed: int, rate: float, steps: int) -> Dense:
     """AdamW on the mean gradient of all replicas' batches, which is one batch of them all, in this process.
 
     Its bytes are those that gradients would be, to the driver and parameters back at every step.
+
+    Args:
+        size: of model and training.
+        seed: of parameters and windows.
+        rate: the highest of AdamW.
+        steps: the first ones, of `size.steps`.
     """
     text = load_text(size.context, HELD_OUT)
     torch.manual_seed(seed)
@@ -107,22 +112,20 @@ def dense(size: Size, seed: int, rate: float) -> Dense:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate_after, steps=size.steps))
     megabytes = 2 * REPLICAS * 4e-6 * sum(parameter.numel() for parameter in model.parameters())
     held_out = torch.from_numpy(text.held_out.astype(np.int64))
-    seconds, curve, warm = 0.0, [], {}
-    for step, (tokens, targets) in enumerate(_batches(shards_of(text, size, seed), size), 1):
+    seconds, curve = 0.0, []
+    batches = itertools.islice(_batches(shards_of(text, size, seed), size), steps)
+    for step, (tokens, targets) in enumerate(batches, 1):
         began = time.monotonic()
         optimizer.zero_grad()
-        torch.autograd.backward(next_token_loss(model(tokens), targets))
+        next_token_loss(model(tokens), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         seconds += time.monotonic() - began
-        if step % (2 * SYNC_EVERY) == 0 or step in (size.warm_steps, size.steps):
+        if step % (2 * SYNC_EVERY) == 0 or step == steps:
             with torch.inference_mode():
-                losses = [next_token_loss(model(rows[:, :-1]), rows[:, 1:]) for rows in torch.split(held_out, 64)]
+                losses = [next_token_loss(model(rows[:, :-1]), rows[:, 1:]) for rows in held_out.split(64)]
             loss = float(torch.stack(losses).mean())
             rows_seen = step * size.batch_size * REPLICAS
             curve.append(Point(rows=rows_seen, megabytes=step * megabytes, seconds=seconds, loss=loss))
-        if step == size.warm_steps:
-            warm = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    at = next(point for point in curve if point.rows == size.warm_steps * size.batch_size * REPLICAS)
-    return Dense(curve=curve, warm=warm, point=at)
+    return Dense(curve=curve, state=model.state_dict())
