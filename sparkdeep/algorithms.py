@@ -69,6 +69,9 @@ class Algorithm:
     def __reduce__(self) -> Any:
         return Algorithm, (self.name, dict(self.settings), self.source)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Algorithm) and repr(other) == repr(self)
+
     def __hash__(self) -> int:
         return hash((self.name, self.source))
 

@@ -61,6 +61,7 @@ class Arrivals:
         self._left = Counter(work.order)
         self._news = threading.Condition()
         self._steps = [0] * count
+        self._pushed = [0] * count
         self._behind = [0] * count
         self._working = set(range(count))
         self.log: list[list[int]] = []
@@ -119,7 +120,9 @@ class Arrivals:
                     self._check()
             self.log.append([replica, self._behind[replica] if visit.pushes else FETCHED])
             if visit.pushes:
-                self._apply(room, self._work.clocks[replica] + self._steps[replica])
+                pushed = self._pushed[replica]
+                self._apply(room, self._work.clocks[replica] + pushed, visit.steps - pushed)
+                self._pushed[replica] = visit.steps
                 for other in range(len(self._behind)):
                     self._behind[other] += other != replica
             if visit.fetches:

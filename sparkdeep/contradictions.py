@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from sparkdeep.aggregators import TrimmedMean
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError
@@ -62,6 +64,11 @@ def _refuse(setting: str, others: Sequence[str], why: str) -> None:
 
 
 def _check_schedule(local: LocalSettings, run: RunSettings) -> None:
+    if isinstance(run.schedule, WarmStart) and local.inner_state == "average":
+        raise ConfigError(
+            f"inner_state='average' with schedule={run.schedule!r}: replicas that wait have no optimizer state that could take a mean. "
+            "Use inner_state='keep' or 'reset'."
+        )
     if run.schedule is None:
         return
     budget = [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
@@ -94,12 +101,16 @@ def _check_drift(local: LocalSettings, run: RunSettings) -> None:
         return
     unsteady = [f"{one}={getattr(run, one)!r}" for one in ("quorum", "min_workers") if getattr(run, one) is not None]
     unsteady += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
+    unsteady += [f"schedule={run.schedule!r}"] if run.schedule is not None and not run.schedule.alike else []
+    unsteady += [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
     _refuse(
         name,
         unsteady,
         "a control variate belongs to a replica that stays with its rows and counts in every round. Leave the others out, or use "
         "FedProx(mu).",
     )
+    clipped = [f"clip_grad_norm={local.clip_grad_norm!r}"] if local.clip_grad_norm is not None else []
+    _refuse(name, clipped, "a control variate is read off what steps moved, which clipping shortens. Leave one out.")
     travelling = [f"codec={local.codec!r}"] if local.codec != "identity" else []
     travelling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
     travelling += [f"weighting={run.shares!r}"] if run.fednova else []
@@ -173,6 +184,16 @@ def _check_aggregator(local: LocalSettings, run: RunSettings) -> None:
     others += ["overlap=1"] if local.overlap else []
     others += [f"drift_correction={local.drift_correction!r}"] if isinstance(local.drift_correction, Scaffold) else []
     others += [f"weighting={run.shares!r}"] if run.fednova else []
+    if isinstance(run.aggregator, TrimmedMean) and 0 < run.aggregator.share * run.num_workers < 1:
+        raise ConfigError(
+            f"aggregator={run.aggregator!r} with num_workers={run.num_workers}: rounded down to whole replicas it cuts none, and "
+            f"would be a plain mean. Give a share of at least {math.ceil(1000 / run.num_workers) / 1000:g}, or Median()."
+        )
+    if run.fednova and run.weighting == "auto":
+        raise ConfigError(
+            f"aggregator={run.aggregator!r} where each replica takes its own number of steps: weighting='auto' is 'fednova' there, which "
+            "an aggregator cannot correct by. Set weighting='rows' or 'equal'."
+        )
     _refuse(
         f"aggregator={run.aggregator!r}", others, "it is of parameters, and weighs them itself. Leave the others out."
     )

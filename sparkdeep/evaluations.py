@@ -33,6 +33,8 @@ class Evaluations:
     the next one. What is kept between rounds is not part of a checkpoint: after a restart it is evaluated once more, to the
     same bits.
 
+    Memory: a gradient for each evaluation of the round, some 26 at most; of a round that is over, one.
+
     Args:
         remember: whether results are functions of the parameters alone: with all rows, in eval mode.
     """

@@ -36,7 +36,8 @@ from sparkdeep.program import NO_STEPS, Program, pack_program
 from sparkdeep.ring import available as ring_available
 from sparkdeep.robust_mean import embeddings_of
 from sparkdeep.round_stages import RoundStages
-from sparkdeep.rounds import Run, run_rounds
+from sparkdeep.rounds import run_rounds
+from sparkdeep.run import Run
 from sparkdeep.run_state import MemorySnapshots, RunState, Snapshot, Snapshots
 from sparkdeep.staffing import Staffing, deal_rest
 from sparkdeep.stages import Stages
@@ -143,7 +144,7 @@ class Fit:
         if self.outer_optimizer is None:
             return Assign()
         outer = TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
-        return outer if self.settings.asynchronous is None else OnArrival(outer, self.state.rates.at)
+        return outer if self.settings.asynchronous is None else OnArrival(outer, self.state.rates.mean)
 
     def _gradient_outer(self) -> GradientOuter:
         assert self.outer_optimizer is not None

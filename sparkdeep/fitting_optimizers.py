@@ -38,7 +38,7 @@ def _unlike_plain_sgd(optimizer: Optimizer) -> str | None:
     if not isinstance(optimizer, SGD):
         return type(optimizer).__name__
     for group in optimizer.param_groups:
-        for name in ("momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay", "maximize"):
             if group[name]:
                 return f"SGD({name}={group[name]})"
         if group["lr"] != optimizer.param_groups[0]["lr"]:

@@ -22,6 +22,9 @@ class Rates(Protocol):
     def highest(self, step: int) -> float:
         """The highest until then."""
 
+    def mean(self, first: int, steps: int) -> float:
+        """The mean of so many steps from the `first` on."""
+
 
 @final
 class NoRates:
@@ -34,6 +37,10 @@ class NoRates:
     def highest(self, step: int) -> float:
         """Never asked for."""
         return self.at(step)
+
+    def mean(self, first: int, steps: int) -> float:
+        """Never asked for."""
+        return self.at(first + steps)
 
 
 @final
@@ -64,6 +71,11 @@ class InnerRates:
         """The highest until then."""
         self._reach(step)
         return self._highest[min(step, len(self._highest) - 1)]
+
+    def mean(self, first: int, steps: int) -> float:
+        """The mean of the rates of so many steps from the `first` on; of none, that of the first."""
+        count = max(1, steps)
+        return math.fsum(self.at(step) for step in range(first, first + count)) / count
 
     def _reach(self, step: int) -> None:
         if not self._rates:

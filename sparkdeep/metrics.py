@@ -107,7 +107,7 @@ class RoundRecord:
     checkpoint_error: str = ""
     """Why this round's checkpoint could not be written, with `on_checkpoint_error="warn"`; else ""."""
     sent_bytes: int = 0
-    """What the driver sent to replicas, frames included."""
+    """What the driver sent to replicas, frames included; where rounds are Spark jobs, the parameters once, and no frames."""
     received_bytes: int = 0
     """What it received from them."""
     aggregation: str = ""
@@ -128,7 +128,7 @@ class RoundRecord:
     """With `work="gradient"`: every call of the outer optimizer's closure, in order; L-BFGS's line search makes several."""
     arrivals: list[list[int]] = field(default_factory=list)
     """With `asynchronous`: [replica, staleness] of every push, in the order in which they were applied. The staleness is how many
-    pushes of others were applied since the replica had fetched; -1 where it only fetched."""
+    pushes of others were applied since the replica had fetched; -1 where it only fetched. `history` and checkpoints keep those of the newest rounds, some 100,000; callbacks are told all."""
 
     def __getitem__(self, name: str) -> Any:
         """A field by name."""

@@ -46,7 +46,7 @@ class OuterOptimizer(Protocol):
     wants_rate: bool
     """Whether it needs the replicas' learning rate of each round."""
     inner_lr: float
-    """That rate."""
+    """The mean of those of its steps, set before the round's closure returns."""
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
         """Run one round and move `parameters`, shape (numel,), in place.
@@ -141,10 +141,10 @@ class TorchOuter:
                 own = parameters.detach()
                 for start, stop in chunks_of(own.numel()):  # in float64, without a copy of all of it
                     self._grad[start:stop] = own[start:stop].to(torch.float64) - result.mean[start:stop]
+            if self.wants_rate:  # known once the round is done
+                self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
             return result.loss
 
-        if self.wants_rate:
-            self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
         self._optimizer.step(closure)
 
     def apply(self, change: Tensor) -> None:
@@ -175,13 +175,14 @@ class OnArrival:
 
     Args:
         outer: whose optimizer steps.
-        rate: the replicas' learning rate after so many steps of their clock; asked for if the optimizer needs it.
+        rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
+            needs it.
 
     Raises:
         ConfigError: the optimizer cannot step with the one gradient that a push is.
     """
 
-    def __init__(self, outer: TorchOuter, rate: Callable[[int], float]) -> None:
+    def __init__(self, outer: TorchOuter, rate: Callable[[int, int], float]) -> None:
         if outer.asks_again:
             raise ConfigError(
                 "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
@@ -206,10 +207,10 @@ class OnArrival:
             self._outer.load_state_dict(state)
             raise
 
-    def apply(self, change: Tensor, clock: int) -> None:
-        """Take a push, (numel,), of a replica whose clock was at so many steps before those that made it."""
+    def apply(self, change: Tensor, clock: int, steps: int) -> None:
+        """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
         if self.wants_rate:
-            self._outer.inner_lr = self._rate(clock)
+            self._outer.inner_lr = self._rate(clock, steps)
         self._outer.apply(change)
 
     def state_dict(self) -> Mapping[str, Any]:

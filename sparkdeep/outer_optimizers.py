@@ -78,12 +78,12 @@ class FedYogi(FedAdam):
 class SlowMo(_Outer):
     """SlowMo (Wang et al., 2020): `u = momentum u + (start - mean) / rate`, `x = start - lr rate u`.
 
-    `rate` is the replicas' learning rate of the round, which the fit tells: with a constant one it is SGD with momentum, with one
+    `rate` is the mean of the replicas' learning rates in the round, which the fit tells: with a constant one it is SGD with momentum, with one
     that decays it is not, as `u` is kept in units of gradients.
     """
 
     inner_lr: float = 1.0
-    """The replicas' learning rate in the round: the loop sets it, in every outer optimizer that has this attribute."""
+    """The mean of the replicas' learning rates in the round: the loop sets it, in every outer optimizer that has this attribute."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1.0, momentum: float = 0.5) -> None:
         not_negative("lr", lr)
@@ -92,7 +92,7 @@ class SlowMo(_Outer):
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         rate = self.inner_lr
-        if not rate > 0:  # at a rate of 0 replicas have not moved
+        if not rate > 0:  # where every step's rate is 0 replicas have not moved
             return
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

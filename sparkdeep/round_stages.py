@@ -20,7 +20,7 @@ from sparkdeep.messages import Hello, Saved, Update, parse
 from sparkdeep.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
 from sparkdeep.parameters import Layout
 from sparkdeep.planning import job_description, stage_description
-from sparkdeep.round_values import Globals, RoundResult, RoundWork
+from sparkdeep.round_values import Globals, RoundResult, RoundWork, Traffic
 from sparkdeep.run_state import RunState, Snapshot
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.session import versions
@@ -73,6 +73,7 @@ class RoundStages:
     """Jobs whose folders in the exchange are still there."""
     _longest_s: float = field(default=0.0, init=False)
     _fixed: bytes | None = field(default=None, init=False)
+    _sent_bytes: int = field(default=0, init=False)
 
     # -- what the loop calls ---------------------------------------------------------------------------------------
 
@@ -149,6 +150,7 @@ class RoundStages:
             updates=updates,
             saved=[parse(Saved, reply.header["saved"]) for reply in replies],
             seconds=time.perf_counter() - began,
+            traffic=Traffic(sent_bytes=self._sent_bytes, received_bytes=sum(len(reply.body) for reply in replies)),
         )
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
@@ -204,6 +206,7 @@ class RoundStages:
 
     def _shipped(self, start: Globals) -> Parcel:
         data = pack_globals(start)
+        self._sent_bytes = len(data)  # once: Spark hands it on to the executors
         if self._mean is not None and self._mean.digest == digest_of(data):
             return self._mean
         return self.runner.ship("start", data)

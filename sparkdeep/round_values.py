@@ -44,8 +44,9 @@ class RoundWork:
     """Training rows of every replica's shard."""
     deadline_s: float | None = None
     """For the whole round; None: only silence is a failure."""
-    apply: Callable[[Tensor, int], None] | None = None
-    """With `asynchronous`: moves the global parameters by one push, (numel,), of a replica whose clock was at so many steps."""
+    apply: Callable[[Tensor, int, int], None] | None = None
+    """With `asynchronous`: moves the global parameters by one push, (numel,), of a replica whose clock stood at a step when it began it, and
+    the number of steps that made it."""
     order: Sequence[int] | None = None
     """With `asynchronous`: the replicas in the order in which they came in a recorded run that is repeated."""
 

@@ -6,75 +6,29 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from collections.abc import Generator, Sequence
+
+import torch
 
 from sparkdeep import seams
 from sparkdeep.admission import not_finite
-from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.divergence import check_divergence
 from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
-from sparkdeep.evaluations import Evaluations
-from sparkdeep.failure_ledger import FailureLedger
 from sparkdeep.metrics import RoundRecord
-from sparkdeep.outer import OnArrival, OuterOptimizer
-from sparkdeep.parameters import Layout
+from sparkdeep.outer import OnArrival
 from sparkdeep.recording import Told, record_of
 from sparkdeep.replaying import replayed
 from sparkdeep.round_values import RoundResult, RoundWork
-from sparkdeep.run_state import Best, RunState, Snapshot, Snapshots
+from sparkdeep.run import Run
+from sparkdeep.run_state import Best, Snapshot
 from sparkdeep.schedule import RoundSpec
-from sparkdeep.transport import OpenStage, StageOpener
+from sparkdeep.transport import OpenStage
 from sparkdeep.validation import merge_scores
 
-__all__ = ["Run", "run_rounds"]
+__all__ = ["run_rounds"]
 
 _LOG = logging.getLogger("sparkdeep")
-
-
-@final
-@dataclass(kw_only=True)
-class Run:
-    """What a fit is, for the loop."""
-
-    settings: RunSettings
-    local: LocalSettings
-    layout: Layout
-    state: RunState
-    outer: OuterOptimizer
-    stages: StageOpener
-    metrics: Mapping[str, Any]
-    validate: bool
-    """Whether there are validation rows."""
-    snapshots: Snapshots | None
-    """Where durable states go; None: `replica_state="local"` without a checkpoint."""
-    base: Literal["start", "global"] | None = None
-    """What the mean of updates is added to, where they are differences."""
-    overlap: bool = False
-    """Whether a round may begin before the one before it is committed."""
-    pending: RoundRecord | None = None
-    """A committed round that is not validated or kept yet."""
-    epoch_ended: bool = False
-    """Whether the pending round was the last of its epoch."""
-    wanted: bool = False
-    """Whether a checkpoint was asked for, out of turn."""
-    told: bool = False
-    """Whether the pending round was yielded already, and only its checkpoint is missing."""
-    ledger: FailureLedger = field(init=False)
-    """What has failed."""
-    rolled_back: int = 0
-    """Rounds in a row that counted nobody (`on_nonfinite="rollback"`)."""
-    replay: Mapping[int, RoundRecord] = field(default_factory=dict)
-    """Rounds of an earlier run whose decisions are taken again: who counted, and how many steps each took."""
-    furthest: int = 0
-    sleep: Callable[[float], None] = field(default=time.sleep)
-    evaluations: Evaluations | None = None
-    """Of gradient rounds, whose outer step may ask for several a round."""
-
-    def __post_init__(self) -> None:
-        self.ledger = FailureLedger(max_retries=self.settings.max_retries)
 
 
 def run_rounds(run: Run) -> Generator[RoundRecord]:
@@ -153,12 +107,18 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
 
     def closure() -> RoundResult:
         nonlocal result
-        began_with = result
         result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
         if result.rolled_back or all(spec.skip for spec in specs):
             raise _RolledBackError
-        if began_with is None:  # a line search may try steps that are far too long
+        if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
             check_divergence(result.loss, state.records, run.settings, specs[0].round)
+        if specs[0].gradient and not any(update.weight for update in result.updates):
+            result = dataclasses.replace(
+                result, mean=torch.zeros_like(result.mean)
+            )  # no row has a weight, and none a gradient
+        if run.outer.wants_rate:
+            steps = max(update.steps for update in result.updates)
+            run.outer.inner_lr = state.rates.mean(max(work.clocks), steps)
         if state.downlink is not None:
             state.downlink.before_step()
         return result
@@ -167,8 +127,6 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         assert run.evaluations is not None
         return run.evaluations.at(state.parameters, closure)
 
-    if run.outer.wants_rate:
-        run.outer.inner_lr = state.rates.at(max(work.clocks))
     if run.evaluations is not None:
         run.evaluations.begin()
     with contextlib.suppress(_RolledBackError):
@@ -181,8 +139,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
             state.downlink.after_step()
         if specs[0].gradient != "all":  # whose model is in eval mode; pooling would round
             state.buffers = result.buffers
-        # A copy: the next round's mean is written over this one's.
-        state.sections, state.inner = result.sections, result.inner.to(run.layout.dtype, copy=True)
+        state.take_inner(result, run.layout.dtype)
     assert result is not None
     _count_rolled_back(run, stage, result)
     record = record_of(
@@ -204,7 +161,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     state.consumed = state.schedule.advanced(state.consumed, specs, taken)
     state.committed = specs[0].round
     run.epoch_ended = state.epochs_done() > epochs
-    state.records.append(record)
+    state.add_record(record)
     if state.committed > run.furthest:
         run.furthest = state.committed
         run.ledger.progressed()
@@ -241,7 +198,7 @@ def _ahead(run: Run, spec: RoundSpec) -> RoundSpec | None:
 def _validation_due(run: Run) -> bool:
     if not run.validate or run.pending is None or run.pending.metrics:
         return False
-    return _validates_at(run, run.state.committed, run.epoch_ended) or run.state.specs() is None
+    return _validates_at(run, run.state.committed, run.epoch_ended) or _over(run)
 
 
 def _validates_at(run: Run, committed: int, epoch_ended: bool) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.downlink import Downlink
+from sparkdeep.drift_terms import CONTROL
 from sparkdeep.errors import CheckpointError, DataError
 from sparkdeep.fields import misfit
 from sparkdeep.generation import AnySchedule, Generation
@@ -18,11 +19,15 @@ from sparkdeep.inner_rates import NoRates, Rates
 from sparkdeep.local_work import Clock
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.parameters import Layout, unlike
-from sparkdeep.round_values import Globals
+from sparkdeep.round_values import Globals, RoundResult
 from sparkdeep.schedule import RoundSpec
 from sparkdeep.trees import pack, unpack_dict
 
 __all__ = ["Best", "MemorySnapshots", "RunState", "Snapshot", "Snapshots"]
+
+
+# Some 10 MB; a window of an epoch may have one for every local step.
+_MOST_ARRIVALS: Final = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,29 @@ class RunState:
         """Steps of each replica's learning-rate schedule so far."""
         count = self.generation.num_replicas
         return [self.schedule.clock(self.committed, self.consumed, replica) for replica in range(count)]
+
+    def take_inner(self, result: RoundResult, dtype: torch.dtype) -> None:
+        """Take over averaged optimizer state, or the common control variate, of a round.
+
+        A round without some replica has a mean of the others' control variates, by which those would then pull: the one before
+        stays, until all have trained again (Karimireddy et al. 2020 move it by as much as they are part of all).
+        """
+        if CONTROL in result.sections and not all(update.weight > 0 for update in result.updates):
+            return
+        # A copy: the next round's mean is written over this one's.
+        self.sections, self.inner = result.sections, result.inner.to(dtype, copy=True)
+
+    def add_record(self, record: RoundRecord) -> None:
+        """Add a round's record. Of asynchronous windows, only the newest keep all their arrivals."""
+        self.records.append(record)
+        kept = 0
+        for i in range(len(self.records) - 1, -1, -1):
+            one = self.records[i]
+            if not one.arrivals:
+                break
+            kept += len(one.arrivals)
+            if kept > _MOST_ARRIVALS and one is not record:
+                self.records[i] = replace(one, arrivals=[])
 
     @property
     def just_dealt(self) -> bool:

@@ -12,7 +12,7 @@ from cluster_fixtures import cluster, cluster_session, fault_cluster, fault_sess
 from fault_runs import fault_frame, leaks, reference  # noqa: E402, F401 (as above)
 
 # The same examples in every run: a gate that fails by luck teaches people to run it again.
-hypothesis.settings.register_profile("gate", derandomize=True)
+hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("gate")
 
 

@@ -117,14 +117,14 @@ def dense(size: Size, seed: int, rate: float, steps: int) -> Dense:
     for step, (tokens, targets) in enumerate(batches, 1):
         began = time.monotonic()
         optimizer.zero_grad()
-        next_token_loss(model(tokens), targets).backward()
+        torch.autograd.backward(next_token_loss(model(tokens), targets))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         seconds += time.monotonic() - began
         if step % (2 * SYNC_EVERY) == 0 or step == steps:
             with torch.inference_mode():
-                losses = [next_token_loss(model(rows[:, :-1]), rows[:, 1:]) for rows in held_out.split(64)]
+                losses = [next_token_loss(model(rows[:, :-1]), rows[:, 1:]) for rows in torch.split(held_out, 64)]
             loss = float(torch.stack(losses).mean())
             rows_seen = step * size.batch_size * REPLICAS
             curve.append(Point(rows=rows_seen, megabytes=step * megabytes, seconds=seconds, loss=loss))

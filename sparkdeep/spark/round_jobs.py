@@ -137,6 +137,10 @@ class SparkRunner:
             remedy = (
                 "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
             )
+            if load.portions:
+                raise PreflightError(
+                    self._too_many_portions(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
+                )
             raise PreflightError(
                 f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
                 f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
@@ -145,11 +149,20 @@ class SparkRunner:
         heap = access_to(self._spark).heap()
         # Results lie there as they came, and once more while they are handed on to Python.
         if heap is not None and 2 * needed > heap:
+            if load.portions:
+                raise PreflightError(self._too_many_portions(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB"))
             raise PreflightError(
                 f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
                 f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
                 f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
             )
+
+    def _too_many_portions(self, needed: int, room: str) -> str:
+        return (
+            f"portions: the gradients of {self.num_replicas} portions are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
+            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
+            "their gradients over sockets."
+        )
 
     def _check_artifacts(self, load: Load) -> None:
         if load.portions and load.start_bytes > CLOSURE_LIMIT_BYTES:

@@ -45,7 +45,6 @@ _PASSING: Final = frozenset(
         "on_checkpoint_error",
         "overlap_fragments",
         "plain_ring",
-        "portions",
         "quorum",
         "quorum_grace_s",
         "replacement_timeout_s",
@@ -127,7 +126,7 @@ class FitSettings:
         if isinstance(given.get("coordinator_port"), list):
             given["coordinator_port"] = tuple(given["coordinator_port"])
         if rate is not None:
-            given["optimizer"] = _at_rate(given.get("optimizer"), rate)
+            given["optimizer"] = _at_rate(given.get("optimizer"), rate, gradient=run.work == "gradient")
         return cls(local=local, run=run, **given)
 
     def __post_init__(self) -> None:
@@ -260,9 +259,14 @@ def _code(value: Any) -> Any:
     return None
 
 
-def _at_rate(optimizer: Any, rate: Any) -> Any:
+def _at_rate(optimizer: Any, rate: Any, *, gradient: bool = False) -> Any:
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate >= 0:
         raise ConfigError(f"learning_rate={rate!r}: must be a number that is not negative.")
+    if optimizer is None and gradient:
+        raise ConfigError(
+            f"learning_rate={rate!r} with work='gradient': replicas take no steps, and the rate is that of the outer optimizer. Give "
+            "outer_optimizer=, such as partial(torch.optim.Adam, lr=1e-3)."
+        )
     if optimizer is None:
         raise ConfigError(
             f"learning_rate={rate!r} without optimizer=: what a model's own configure_optimizers makes has its own rate. Give "

@@ -165,10 +165,10 @@ def _assemble(
     check_load(settings, fit)
     if fit.state.committed:
         _LOG.warning(
-            "going on with the run in %s after round %d of %s%s",
+            "going on with the run in %s after round %d%s%s",
             described(settings)["checkpoint_dir"],
             fit.state.committed,
-            fit.num_rounds,
+            "" if fit.num_rounds is None else f" of {fit.num_rounds}",
             ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
             if fit.finished
             else "",
@@ -180,7 +180,7 @@ def _assemble(
         settings.run.num_workers,
         settings.local.batch_size,
         settings.local.batch_size * settings.run.num_workers,
-        fit.num_rounds,
+        fit.num_rounds or "as yet unknown",
         fit.layout.num_bytes / 1e6,
     )
     return fit

@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 
 from sparkdeep.conf_values import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS
 from sparkdeep.coordinator import Coordinator, parse_ports
+from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.fitting import Fit
 from sparkdeep.launch import ReplicaPlan
@@ -249,6 +250,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
     if not isinstance(runner, SparkRunner):
         return
     sections = _MOST_SECTIONS if settings.local.inner_state == "average" else 0
+    sections += isinstance(settings.local.drift_correction, Scaffold)
     moving = {entry.name for entry in fit.layout.entries} | set(fit.layout.buffers)
     fixed = [tensor for name, tensor in named_tensors(fit.program.model) if name not in moving]
     runner.check(

@@ -402,7 +402,7 @@ def test_whoever_may_come_first_somebody_always_may_and_none_is_too_stale(seed):
     rule = dataclasses.replace(rule, max_staleness=bound)
     lengths = [rng.randint(1, 40) for _ in range(count)]
     specs = [RoundSpec(round=1, epoch=0, first_step=0, num_steps=length) for length in lengths]
-    work = RoundWork(specs=specs, clocks=[0] * count, rows=[1] * count, apply=lambda _change, _clock: None)
+    work = RoundWork(specs=specs, clocks=[0] * count, rows=[1] * count, apply=lambda _change, _clock, _steps: None)
     x = torch.zeros(1)
     window = Arrivals(count, work, rule, x, lambda: None)
 

@@ -13,7 +13,7 @@ from twin import deal, flat, run, schema_of
 
 from sparkdeep.drift import FedProx, Scaffold
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import Epochs
+from sparkdeep.local_work import Epochs, WarmStart
 from sparkdeep.program import Program
 
 SIZE, REPLICAS, STEPS, RATE = 3, 4, 10, 0.05
@@ -157,11 +157,32 @@ def test_control_variates_outlive_a_stage(tmp_path, options):
     assert np.array_equal(trained(tmp_path, hessians, centres, 5, drift_correction=Scaffold(), **options), one)
 
 
+def test_a_round_without_a_replica_does_not_pull_from_the_optimum(tmp_path):
+    """Replica 0 has two rows and the others one, so that every other round is its alone."""
+    hessians, centres = problem()
+    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centres], axis=1)
+    rows = np.concatenate([rows[:1], rows])
+    weights = np.array([0.5, 0.5, 1.0, 1.0, 1.0])
+    model = Point()
+    own = Program(model=model, loss=None, training_step=_weighted, optimizer=partial(SGD, lr=RATE))
+    parts = deal(rows, None, [2, 1, 1, 1], weights)
+    options = {"epochs": 300, "batch_size": 1, "sync_every": 1, "drift_correction": Scaffold()}
+    _, records, fit = run(tmp_path, own, parts, schema_of(rows, w=weights), **options)
+    assert [sum(p.weight > 0 for p in r.replicas) for r in records[:2]] == [4, 1]
+    assert fit.state.sections == ["control_variate"]
+    assert float(fit.state.inner.abs().max()) < 0.1
+
+
+def _weighted(model, batch):
+    return (quadratic(model, batch) * batch.weights).mean()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
         (partial(Adam, lr=RATE), r"Scaffold\(\) with the optimizer Adam: .* Give partial\(torch.optim.SGD"),
         (partial(SGD, lr=RATE, momentum=0.9), r"Scaffold\(\) with the optimizer SGD\(momentum=0\.9\)"),
+        (partial(SGD, lr=RATE, maximize=True), r"Scaffold\(\) with the optimizer SGD\(maximize=True\)"),
     ],
 )
 def test_scaffold_wants_plain_gradient_steps(tmp_path, optimizer, said):
@@ -176,6 +197,9 @@ def test_scaffold_wants_plain_gradient_steps(tmp_path, optimizer, said):
         {"min_workers": 2},
         {"on_nonfinite": "drop"},
         {"codec": "int8"},
+        {"clip_grad_norm": 1.0},
+        {"schedule": WarmStart(3)},
+        {"schedule": None, "time_budget_s": 1.0, "weighting": "rows"},
         {"inner_state": "average"},
         {"overlap": 1, "schedule": None},
     ],

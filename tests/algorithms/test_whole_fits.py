@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from plain_loop import epoch_batches
 from torch import nn
 from torch.optim import SGD, AdamW
-from twin import deal, flat, run, schema_of
+from twin import deal, facts_of, flat, run, schema_of, write_shards
 
 from sparkdeep import algorithms
 from sparkdeep.local_work import Epochs
@@ -149,3 +150,53 @@ def test_in_how_many_fragments_vectors_travel_changes_not_a_bit(tmp_path, mix):
     for fragments in (2, 7):
         assert torch.equal(fitted(tmp_path, whole(), overlap_fragments=fragments, **options), one)
     assert not torch.equal(one, fitted(tmp_path, whole(), **{**options, "overlap": 0, "overlap_mix": None}))
+
+
+# -- slow momentum under a rate that changes within a round ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [0, 8])
+def test_slow_momentum_is_in_units_of_the_rates_of_the_rounds_own_steps(tmp_path, warm):
+    def rate(step):
+        return 1.0 - step / 12 if not warm else min(1.0, step / warm)
+
+    options = {"epochs": 3, "sync_every": 3, "batch_size": 3, **algorithms.slowmo(sync_every=2).settings}
+    own = {
+        "optimizer": partial(SGD, lr=0.2),
+        "lr_scheduler": partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=rate),
+    }
+    x, y = table(12)
+    program = Program(model=network(), loss=nn.MSELoss(), **own)
+    run(tmp_path, program, deal(x, y, [12]), schema_of(x, y), **options)
+    got = flat(program.model)
+
+    digest = _facts(tmp_path, x, y).digest
+
+    def recurrence(rate_of):
+        """The local steps again, from where the outer step left the parameters; the plain loop's batches in its order."""
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.2)
+        clock = own["lr_scheduler"](optimizer)
+        batches = [b for e in range(3) for b in epoch_batches(12, 3, digest=digest, epoch=e)]
+        at, slow = flat(model), torch.zeros_like(flat(model))
+        for first in range(0, len(batches), 2):
+            nn.utils.vector_to_parameters(at.clone(), model.parameters())
+            rates = []
+            for rows in batches[first : first + 2]:
+                rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(torch.from_numpy(x[rows])), torch.from_numpy(y[rows])).backward()
+                optimizer.step()
+                clock.step()
+            gamma = rate_of(rates)
+            slow = 0.5 * slow + (at - flat(model)) / gamma if gamma else slow
+            at = at - gamma * slow if gamma else at
+        return at
+
+    torch.testing.assert_close(got, recurrence(lambda rates: sum(rates) / len(rates)), rtol=1e-12, atol=1e-13)
+    assert (got - recurrence(lambda rates: rates[0])).abs().max() > 1e-4
+
+
+def _facts(tmp_path, x, y):
+    (path,) = write_shards(tmp_path / "again", deal(x, y, [12]), schema_of(x, y))
+    return facts_of([path])[0]

@@ -241,7 +241,7 @@ class Driver:
                 clocks=[0] * count,
                 rows=[2] * count,
                 deadline_s=2 * SILENCE_S,
-                apply=lambda change, clock: start.parameters.add_(change, alpha=1 / (1 + clock)),
+                apply=lambda change, clock, steps: start.parameters.add_(change, alpha=1 / (1 + clock + steps)),
             )
             stage.train(work, start)
             if not self._ring and self._asynchronous is None:
