@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import sys
 import types
@@ -64,14 +63,6 @@ def test_curves_are_means_over_seeds_as_far_as_all_go():
     places, losses = plots.mean_curve([run(losses=(2.0, 1.0, 0.5)), run(losses=(4.0, 3.0))], "megabytes")
     assert places == [1.5, 3.0]
     assert losses == [3.0, 2.0]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
-def test_parts_with_runs_are_drawn(tmp_path):
-    assert not plots.plot({"digits": []}, tmp_path / "none.png")
-    assert plots.plot({"digits": [run(), run("b")], "text": []}, tmp_path / "some.png")
-    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_curve_counts_bytes_both_ways_and_neither_scoring_nor_opening():
