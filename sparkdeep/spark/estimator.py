@@ -67,6 +67,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         checkpoint_dir: a local path or URI; a fit that was killed goes on from its newest checkpoint.
         resume: "auto" goes on with a run that `checkpoint_dir` holds; False forgets it and starts over.
         keep_checkpoints: how many to keep.
+        replay: a model's `history`: who counted in each round, how many steps each took and in which order pushes arrived is taken
+            from it, so that a run with quorums, seconds or pushes gives its bits again.
         callbacks: called with each round's record; returning True ends the run, "checkpoint" has one written now. A
             `Callback`, such as `EMA(0.99)` or `SWA(start_round=30)`, hears of start and end too, and of the parameters.
         cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
@@ -125,6 +127,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         checkpoint_dir: str | None = None,
         resume: str | bool = "auto",
         keep_checkpoints: int = 3,
+        replay: Sequence[RoundRecord] = (),
         callbacks: Sequence[Callback | Callable[[RoundRecord], Any]] = (),
         cpus_per_worker: int | None = None,
         gpus_per_worker: int | None = None,

@@ -107,6 +107,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "shard_dir": "shared storage for shards in place of local disks",
     "transport": "how parameters travel: 'socket' to the driver's port, 'spark' in Spark's own jobs, 'auto' by the session",
     "exchange_dir": "with transport='spark': shared storage of the executors, through which they average",
+    "replay": "records of a run whose decisions are taken again, to its bits",
     "callbacks": "called with each round's record; True ends the run, 'checkpoint' has one written; a Callback hears more",
     "progress": "whether to show a progress bar",
 }

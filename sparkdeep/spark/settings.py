@@ -23,6 +23,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.gradient_checks import check_factory
 from sparkdeep.identity import describe
 from sparkdeep.interop import may_bring_loss, may_bring_optimizer
+from sparkdeep.metrics import RoundRecord
 from sparkdeep.prediction import check_choice
 from sparkdeep.store_protocol import shown_uri
 
@@ -48,6 +49,7 @@ _PASSING: Final = frozenset(
         "quorum",
         "quorum_grace_s",
         "replacement_timeout_s",
+        "replay",
         "retry_backoff_s",
         "rounds_per_stage",
         "search",
@@ -89,6 +91,7 @@ class FitSettings:
     checkpoint_dir: str | None = None
     resume: str | bool = "auto"
     keep_checkpoints: int = 3
+    replay: Sequence[RoundRecord] = ()
     callbacks: Sequence[Callable[..., Any]] = ()
     cpus_per_worker: int | None = None
     gpus_per_worker: int | None = None
@@ -123,6 +126,7 @@ class FitSettings:
         for name in ("model_args", "metrics"):
             given[name] = dict(given.get(name) or {})
         given["callbacks"] = list(given.get("callbacks") or ())
+        given["replay"] = list(given.get("replay") or ())
         if isinstance(given.get("coordinator_port"), list):
             given["coordinator_port"] = tuple(given["coordinator_port"])
         if rate is not None:
@@ -169,6 +173,8 @@ class FitSettings:
             )
         if self.worker_process not in ("auto", "spawn", "reuse"):
             raise ConfigError(f"worker_process={self.worker_process!r}: must be 'auto', 'spawn' or 'reuse'.")
+        if odd := [one for one in self.replay if not isinstance(one, RoundRecord)]:
+            raise ConfigError(f"replay holds a {type(odd[0]).__name__}: give a model's history, or read_jsonl(path).")
         for one in self.callbacks:
             is_class = isinstance(one, type) and issubclass(one, Callback)
             if is_class or not (callable(one) or isinstance(one, Callback)):
@@ -222,7 +228,9 @@ class FitSettings:
 
 def described(settings: FitSettings) -> dict[str, Any]:
     """Every setting as a JSON value, for a log: callables and classes by name, and no password of a URI."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model")}
+    values = {
+        f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model", "replay")
+    }
     for part in (settings.local, settings.run):
         values |= {f.name: getattr(part, f.name) for f in fields(part)}
     for name in ("checkpoint_dir", "exchange_dir", "shard_dir"):

@@ -158,6 +158,7 @@ def _assemble(
         outer_optimizer=settings.outer_optimizer,
         checkpoints=checkpoints,
         resume=bool(settings.resume),
+        replay=settings.replay,
         on_beat=beat,
         on_log=progress.log,
         **ends_of(launcher, settings, spark, stack),

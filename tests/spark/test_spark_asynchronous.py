@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spark_models import Dropped, estimator, weights
+from spark_models import Dropped, estimator, same_bits, weights
 
 from sparkdeep import algorithms
 from sparkdeep.asynchrony import Asynchronous
@@ -31,6 +31,9 @@ def test_the_preset_trains_on_its_own_fetches_and_pushes(blobs):
         assert pushes == [-(-part.steps // 2) for part in record.replicas]
     assert model.history[-1].loss < 0.5 * first.loss
     assert all(torch.isfinite(value).all() for value in weights(model).values())
+    again = downpour(replay=model.history).fit(blobs)
+    assert same_bits(again, model)
+    assert [record.arrivals for record in again.history] == [record.arrivals for record in model.history]
 
 
 def test_a_task_that_is_lost_in_a_window_costs_that_window(blobs, tmp_path):
