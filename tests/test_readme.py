@@ -103,7 +103,7 @@ def test_code_blocks_run_in_order_and_the_first_reaches_97_percent(spark, tmp_pa
     dataset = (ROOT / "tests/petastorm_data/folders").as_uri()
     for number, block in enumerate(others, start=2):
         exec(compile(block.replace("file:///data/images", dataset), f"README.md, block {number}", "exec"), namespace)
-    assert len(others) == 4
+    assert len(others) == 5
     assert (tmp_path / "runs/readme/price.pt2").is_file()
     assert namespace["in_sql"].count() == 400
     assert namespace["images"].count() > 0
