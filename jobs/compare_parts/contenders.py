@@ -71,22 +71,17 @@ def _lookahead(inner: float, outer: float) -> Algorithm:
     return algorithms.lookahead(lr=outer).replace(optimizer=_momentum(inner))
 
 
-# Only the driver steps in rounds of gradients; that a fit is told an optimizer of replicas is a rule of all fits.
-_UNUSED: Final = functools.partial(SGD, lr=0.0)
-
-
 def _gradient_adam(_inner: float, outer: float) -> Algorithm:
     changed = {
         "work": "gradient",
         "sync_every": 1,
-        "optimizer": _UNUSED,
         "outer_optimizer": functools.partial(Adam, lr=outer),
     }
     return Algorithm("data-parallel Adam", changed, "Kingma and Ba, 2015, Adam: a method for stochastic optimization")
 
 
 def _lbfgs(_inner: float, _outer: float) -> Algorithm:
-    return algorithms.lbfgs(iterations=40).replace(optimizer=_UNUSED, portions=4, validate_every=10)
+    return algorithms.lbfgs(iterations=40).replace(portions=4, validate_every=10)
 
 
 def _downpour(inner: float, outer: float) -> Algorithm:
@@ -226,7 +221,7 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "data-parallel adam": (0.0, 1e-2),
         "lbfgs": (0.0, 0.0),
         "downpour": (0.03, 0.03),
-        "delayed nesterov": (0.01, 0.7),
+        "delayed nesterov": (3e-3, 0.4),
     },
     "mnist10k": {
         "one replica": (0.02, 0.0),
@@ -243,7 +238,7 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "data-parallel adam": (0.0, 0.01),
         "lbfgs": (0.0, 0.0),
         "downpour": (0.03, 0.03),
-        "delayed nesterov": (3e-3, 0.7),
+        "delayed nesterov": (3e-3, 0.4),
     },
 }
 """The best of the grid, (inner, outer), by data set."""

@@ -44,7 +44,7 @@ def plot(parts: Mapping[str, Sequence[Run]], path: Path) -> bool:
             _dress(axes, axis)
         row[0].set_ylabel(f"{TITLES[part]}: held-out loss")
         row[-1].legend(fontsize="xx-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=62)
     return True
 
 
