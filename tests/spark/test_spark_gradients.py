@@ -48,7 +48,8 @@ def jobs_of(spark):
     jobs = spark.sparkContext._jsc.sc().statusStore().jobsList(None)
     for i in range(jobs.size()):
         job = jobs.apply(i)
-        found[job.jobId()] = (job.description().getOrElse(None), job.numCompletedStages(), job.numCompletedTasks())
+        text = job.description().get() if job.description().isDefined() else ""
+        found[job.jobId()] = (text, job.numCompletedStages(), job.numCompletedTasks())
     return found
 
 
@@ -57,7 +58,7 @@ def test_lbfgs_over_portions_is_a_stage_an_evaluation(spark, blobs):
     before = jobs_of(spark)
     model = estimator(optimizer=None, algorithm=lbfgs(), epochs=5, sync_every="epoch", portions=6).fit(blobs)
     asked = sum(not one.cached for record in model.history for one in record.evaluations)
-    rounds = [job for number, job in jobs_of(spark).items() if number not in before and "fit: round" in str(job[0])]
+    rounds = [job for number, job in jobs_of(spark).items() if number not in before and "fit: round" in job[0]]
     assert [(stages, tasks) for _, stages, tasks in rounds] == [(1, 6)] * asked
     assert len(model.history) <= 5 < asked
     assert all(len(record.replicas) == 6 for record in model.history)
