@@ -26,7 +26,7 @@ from sparkdeep.program import Program
 from sparkdeep.robust_mean import RobustMean, embeddings_of
 from sparkdeep.store import LocalStore
 
-ALL = [NormClip(), Median(), TrimmedMean(0.25), RadialDirectional()]
+ALL = [NormClip(), Median(), TrimmedMean(0.34), RadialDirectional()]
 NAMES = [type(one).__name__ for one in ALL]
 
 

@@ -265,13 +265,13 @@ class DarkFrom:
 
 
 def test_what_a_narrow_model_rounds_off_is_not_pushed(tmp_path):
-    model = nn.Linear(3, 1).to(torch.bfloat16)
+    model = nn.Linear(3, 1).to(torch.bfloat16)  # all rounds in one stage: each has a program, and a count, of its own
     x, y = X[:16].astype(np.float32), Y[:16].astype(np.float32)
     coordinator = local_coordinator()
     try:
         fit = make_fit(
             tmp_path, program(model=model, augment=DarkFrom(5)), deal(x, y, [16]), schema_of(x, y),
-            coordinator=coordinator, **options_of(Asynchronous(1, 2), partial(Downpour, lr=0.02), epochs=3),
+            coordinator=coordinator, **options_of(Asynchronous(1, 2), partial(Downpour, lr=0.02), epochs=3), rounds_per_stage=9,
         )  # fmt: skip
         seen = [fit.state.parameters.detach().clone() for _ in fit.rounds()]
     finally:
