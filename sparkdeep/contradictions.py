@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,9 @@ from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError
 from sparkdeep.local_work import WarmStart
 
-__all__ = ["check_outer", "check_together"]
+__all__ = ["check_outer", "check_together", "warn_of_effects"]
+
+_LOG = logging.getLogger("sparkdeep")
 
 
 def check_together(local: LocalSettings, run: RunSettings) -> None:
@@ -54,6 +57,18 @@ def check_outer(run: RunSettings, outer_optimizer: object) -> None:
             f"asynchronous={run.asynchronous!r} without outer_optimizer: a push is a change that something must apply, and there is "
             "no round's mean to assign. Use algorithm=downpour() or delayed_nesterov(), or "
             "outer_optimizer=partial(torch.optim.SGD, lr=1 / num_workers)."
+        )
+
+
+def warn_of_effects(run: RunSettings) -> None:
+    """Say aloud what is allowed and does less than it says."""
+    if isinstance(run.aggregator, TrimmedMean) and 0 < run.aggregator.share * run.num_workers < 1:
+        _LOG.warning(
+            "aggregator=%r with num_workers=%d: rounded down to whole replicas it cuts none, and is a plain mean. Give a share of at "
+            "least %g, or Median().",
+            run.aggregator,
+            run.num_workers,
+            math.ceil(1000 / run.num_workers) / 1000,
         )
 
 
@@ -184,11 +199,6 @@ def _check_aggregator(local: LocalSettings, run: RunSettings) -> None:
     others += ["overlap=1"] if local.overlap else []
     others += [f"drift_correction={local.drift_correction!r}"] if isinstance(local.drift_correction, Scaffold) else []
     others += [f"weighting={run.shares!r}"] if run.fednova else []
-    if isinstance(run.aggregator, TrimmedMean) and 0 < run.aggregator.share * run.num_workers < 1:
-        raise ConfigError(
-            f"aggregator={run.aggregator!r} with num_workers={run.num_workers}: rounded down to whole replicas it cuts none, and "
-            f"would be a plain mean. Give a share of at least {math.ceil(1000 / run.num_workers) / 1000:g}, or Median()."
-        )
     if run.fednova and run.weighting == "auto":
         raise ConfigError(
             f"aggregator={run.aggregator!r} where each replica takes its own number of steps: weighting='auto' is 'fednova' there, which "

@@ -17,7 +17,7 @@ from sparkdeep.admission import Terms
 from sparkdeep.checkpoint import CheckpointDirectory, Loaded
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.contradictions import check_outer, check_together
+from sparkdeep.contradictions import check_outer, check_together, warn_of_effects
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
 from sparkdeep.evaluations import Evaluations
@@ -113,7 +113,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         check_together(self.local, self.settings)
-        check_inner_optimizer(self.program, self.local)
+        check_inner_optimizer(self.program, self.local, self.settings, self.outer_optimizer)
+        warn_of_effects(self.settings)
         check_outer(self.settings, self.outer_optimizer)
         self.layout = Layout.of(self.program.model)
         generation = Generation.over(self.shards, self.local, self.settings)

@@ -370,3 +370,8 @@ def test_a_share_that_would_leave_nobody_is_refused(share):
     with pytest.raises(ConfigError, match=r"TrimmedMean.share=.*from 0 to below 0.5"):
         TrimmedMean(share)
     assert dataclasses.asdict(TrimmedMean(0.49)) == {"share": 0.49}
+
+
+def test_a_share_that_cuts_nobody_is_warned_of(tmp_path, caplog):
+    fitted(tmp_path, program(), aggregator=TrimmedMean(0.2))
+    assert "it cuts none, and is a plain mean. Give a share of at least 0.334" in caplog.text

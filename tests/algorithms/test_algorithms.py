@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from functools import partial
 
 import numpy as np
@@ -154,3 +155,22 @@ def test_what_was_set_wins_whenever_it_was_set():
 def test_rules_and_values_of_settings_are_stored_by_their_fields():
     for value in (QSR(0.3), algorithms.WarmStart(3, then=QSR(0.1)), algorithms.Asynchronous(2, 4, 8)):
         assert from_json(to_json(value, "x"), "x") == value
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "downpour",
+            {"optimizer": partial(torch.optim.AdamW, lr=0.01)},
+            "Downpour with the optimizer AdamW: .* no sum of gradients",
+        ),
+        ("delayed_nesterov", {}, r"DelayedNesterov\(delay=4\) with num_workers=2: .* Give delay=2"),
+    ],
+)
+def test_what_means_something_else_is_said_aloud(tmp_path, caplog, name, options, said):
+    trained(tmp_path, ALGORITHMS[name]().replace(**{**SMALL[name], **options}), epochs=1)
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    trained(tmp_path, ALGORITHMS["downpour"]().replace(**SMALL["downpour"]), epochs=1)
+    assert not caplog.records
