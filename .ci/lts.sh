@@ -75,8 +75,8 @@ readonly lts_spark_home
 if [[ "${1:-}" != build ]]; then
     # Without those that read the project's own text, and the one that trains for half a minute: versions do not matter to them.
     timed "tests without a JVM" 120 lts_tests 480 -m "not spark and not lts" tests/test_*.py \
-        --ignore=tests/test_architecture.py --ignore=tests/test_readme.py --ignore=tests/test_digits.py \
-        --ignore=tests/test_benchmark.py --ignore=tests/test_compare.py
+        --deselect=tests/test_architecture.py --deselect=tests/test_readme.py --deselect=tests/test_digits.py \
+        --deselect=tests/test_benchmark.py --deselect=tests/test_compare.py
     timed "tests on two workers" 60 lts_tests 240 -m lts tests/cluster/test_smoke.py
     timed "petastorm on local[2]" 120 lts_tests 480 -m lts tests/lts
 fi
