@@ -45,7 +45,6 @@ class DriftTerm(Protocol):
         """The state is gone: begin anew in mid-run."""
 
 
-@final
 class NoTerm:
     """No correction."""
 
@@ -79,7 +78,7 @@ class NoTerm:
 
 
 @final
-class ProximalTerm:
+class ProximalTerm(NoTerm):
     """`gradient += mu * (x - start)`. Memory: the parameters once more."""
 
     def __init__(self, mu: float, parameters: Sequence[Tensor]) -> None:
@@ -98,28 +97,6 @@ class ProximalTerm:
         for parameter, start in zip(self._parameters, self._start, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter - start, alpha=self._mu)
-
-    def stepped(self, rate: float) -> None:
-        """Nothing."""
-
-    def end(self) -> list[Tensor] | None:
-        """Nothing travels."""
-        return None
-
-    def take(self, values: Sequence[Tensor]) -> None:
-        """Nothing was sent."""
-
-    def state_dict(self) -> Any:
-        """Nothing is kept between rounds."""
-        return None
-
-    def load_state_dict(self, state: Any) -> None:
-        """Accept no state only."""
-        if state is not None:
-            raise CheckpointError("the replica's state was kept with another drift_correction=.")
-
-    def restart(self) -> None:
-        """Nothing."""
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ def _moved(group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     return ((p, p.grad) for p in group["params"] if p.grad is not None)
 
 
-class _Outer(Optimizer):
+class _Outer(Optimizer, ABC):
     """What they have in common: the closure runs the round, and then every parameter takes its step."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -33,8 +34,9 @@ class _Outer(Optimizer):
                     self._move(parameter, gradient, group, self.state[parameter])
         return loss
 
+    @abstractmethod
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take one parameter's step."""
 
 
 class FedAdam(_Outer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from sparkdeep.local_work import Clock, DyLU, LocalWork
-from sparkdeep.schedule import RoundSpec
+from sparkdeep.schedule import OwnClocks, RoundSpec
 
 __all__ = ["PacedSchedule", "RuledSchedule"]
 
@@ -75,21 +75,14 @@ class RuledSchedule:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PacedSchedule:
+class PacedSchedule(OwnClocks):
     """Rounds in which each replica has a number of steps in proportion to its speed, on a clock of its own (`DyLU`).
 
     The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with
     weight 0.
     """
 
-    steps: tuple[int, ...]
-    """Local steps an epoch, by replica."""
-    epochs: int
-    """Passes of each replica over its rows."""
     rule: DyLU
-
-    num_rounds: None = None
-    """Nobody knows before."""
 
     def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
         """The next round of every replica, or None when all have been through their rows."""
@@ -107,29 +100,3 @@ class PacedSchedule:
             )
             for own, done, rest, pace in zip(self.steps, consumed, left, paces, strict=True)
         )
-
-    def next(self, committed: int) -> RoundSpec | None:
-        """Not known before the round is due."""
-        del committed
-        return None
-
-    def advanced(self, consumed: Sequence[int], specs: Sequence[RoundSpec], taken: Sequence[int]) -> list[int]:
-        """What each replica has consumed after a round in which it has taken so many steps."""
-        del specs
-        return [done + own for done, own in zip(consumed, taken, strict=True)]
-
-    def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
-        """Whole epochs in what all replicas have consumed together."""
-        del committed
-        return sum(consumed) // max(1, sum(self.steps))
-
-    def share_of_epoch(self, committed: int, consumed: Sequence[int]) -> float:
-        """How much of the current epoch is over, from 0 to below 1, all replicas together."""
-        del committed
-        whole = max(1, sum(self.steps))
-        return sum(consumed) % whole / whole
-
-    def clock(self, committed: int, consumed: Sequence[int], replica: int) -> int:
-        """Steps of a replica's learning-rate schedule so far: its own."""
-        del committed
-        return consumed[replica]

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from sparkdeep.local_work import Clock, WarmStart
 
-__all__ = ["Position", "RoundSpec", "Schedule", "TimeSchedule", "stretches"]
+__all__ = ["OwnClocks", "Position", "RoundSpec", "Schedule", "TimeSchedule", "stretches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,45 +152,16 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeSchedule:
-    """Rounds of a number of seconds: each replica takes the steps that it gets done, on a clock of its own.
-
-    The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with
-    weight 0. What a replica has consumed is counted by the driver, in own steps since the run began.
-    """
+class OwnClocks:
+    """What schedules have in common in which each replica has a clock of its own."""
 
     steps: tuple[int, ...]
     """Local steps an epoch, by replica."""
     epochs: int
     """Passes of each replica over its rows."""
-    budget_s: float
-    """Seconds of local work a round."""
-    warm: WarmStart | None = None
-    """Has all but the first replica idle for its first steps."""
 
     num_rounds: None = None
     """Nobody knows before."""
-
-    def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
-        """The next round of every replica, or None when all have been through their rows."""
-        left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
-        if max(left) <= 0:
-            return None
-        idle = [self.warm is not None and left[0] > 0 and self.warm.idle(clock, i) for i in range(len(left))]
-        if self.warm is not None and any(idle):
-            left[0] = min(left[0], self.warm.num_steps - clock.step)
-        return tuple(
-            RoundSpec(
-                round=committed + 1,
-                epoch=min(done // own, self.epochs - 1) if own else 0,
-                first_step=done % own if own else 0,
-                num_steps=max(0, rest),
-                budget_s=self.budget_s,
-                own_clock=True,
-                skip="idle" if waits else "",
-            )
-            for own, done, rest, waits in zip(self.steps, consumed, left, idle, strict=True)
-        )
 
     def next(self, committed: int) -> RoundSpec | None:
         """Not known before the round is due."""
@@ -217,3 +188,38 @@ class TimeSchedule:
         """Steps of a replica's learning-rate schedule so far: its own."""
         del committed
         return consumed[replica]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSchedule(OwnClocks):
+    """Rounds of a number of seconds: each replica takes the steps that it gets done, on a clock of its own.
+
+    The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with
+    weight 0. What a replica has consumed is counted by the driver, in own steps since the run began.
+    """
+
+    budget_s: float
+    """Seconds of local work a round."""
+    warm: WarmStart | None = None
+    """Has all but the first replica idle for its first steps."""
+
+    def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
+        """The next round of every replica, or None when all have been through their rows."""
+        left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
+        if max(left) <= 0:
+            return None
+        idle = [self.warm is not None and left[0] > 0 and self.warm.idle(clock, i) for i in range(len(left))]
+        if self.warm is not None and any(idle):
+            left[0] = min(left[0], self.warm.num_steps - clock.step)
+        return tuple(
+            RoundSpec(
+                round=committed + 1,
+                epoch=min(done // own, self.epochs - 1) if own else 0,
+                first_step=done % own if own else 0,
+                num_steps=max(0, rest),
+                budget_s=self.budget_s,
+                own_clock=True,
+                skip="idle" if waits else "",
+            )
+            for own, done, rest, waits in zip(self.steps, consumed, left, idle, strict=True)
+        )
