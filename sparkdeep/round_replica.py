@@ -67,7 +67,6 @@ def obey(order: Order, place: Place) -> Reply:
         ReplicaLostError: the environment failed; the order can be repeated.
         ShardLostError, ShardMismatchError, VersionMismatchError: this is not the replica that was meant.
     """
-    place.beat()
     if place.problem:
         raise ShardLostError(
             f"replica {place.replica} on {place.host}: {place.problem}", replica=place.replica, host=place.host
@@ -86,6 +85,7 @@ def obey(order: Order, place: Place) -> Reply:
         with _named(place, "building the model and optimizer"):
             replica = _build(order, place, shard)
         header["state"] = _restore(replica, order, place, states)
+        place.beat()
         if order.kind == "evaluate":
             with _named(place, "command 'evaluate'"):
                 return Reply(header=header, bodies=(pack(replica.evaluate()),))

@@ -51,7 +51,8 @@ def test_a_reply_of_which_a_part_is_missing_or_damaged_voids_the_round():
 _WATCHED = """
 import time
 from sparkdeep.spark.round_tasks import _watched
-with _watched(0.5) as beat:
+with _watched(2.0, first_s=60.0) as beat:
+    time.sleep(2.5)  # building may take longer than a batch
     for _ in range(4):
         time.sleep(0.2)
         beat()
@@ -62,6 +63,7 @@ with _watched(0.5) as beat:
 
 @pytest.mark.fault(rows=[10], phases="TR")
 def test_a_process_that_gives_no_sign_of_life_ends_with_its_stack():
+    # 60 s for its start; then 2 s of silence end it, long before its sleep of 60 s is over.
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", _WATCHED], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "alive\n")
@@ -70,7 +72,7 @@ def test_a_process_that_gives_no_sign_of_life_ends_with_its_stack():
 
 
 def test_a_process_that_ended_its_work_is_not_watched_any_more():
-    code = _WATCHED.replace('    print("alive", flush=True)\n    time.sleep(60)\n', "time.sleep(1.0)\nprint('alive')\n")
+    code = _WATCHED.replace('    print("alive", flush=True)\n    time.sleep(60)\n', "time.sleep(3.0)\nprint('alive')\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n")
 
@@ -93,7 +95,13 @@ def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0, heap=None
     monkeypatch.setattr(round_jobs, "carrier_for", lambda *_: None)
     monkeypatch.setattr(round_jobs, "artifact_bytes", lambda _: taken)
     settings = RunnerSettings(
-        run="r", num_replicas=4, shard_dir=None, exchange=exchange, stall_timeout_s=1.0, profile=None
+        run="r",
+        num_replicas=4,
+        shard_dir=None,
+        exchange=exchange,
+        open_timeout_s=1.0,
+        stall_timeout_s=1.0,
+        profile=None,
     )
     return SparkRunner(None, None, settings=settings)
 

@@ -55,7 +55,7 @@ def through_json(value, **options):
         registered_loss,
         Linear3,
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_can_be_stored_comes_back_equal(value):
     again = through_json(value)

@@ -49,6 +49,7 @@ class RunnerSettings:
     shard_dir: str | None
     exchange: str | None
     """`exchange_dir`."""
+    open_timeout_s: float
     stall_timeout_s: float
     profile: Any
     """The stage's resource profile, or None."""
@@ -100,7 +101,12 @@ class SparkRunner:
     def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
         """Run the order as one job over the shards, or over portions of them."""
         settings = self._settings
-        job = RoundJob(order=order, shard_dir=settings.shard_dir, stall_timeout_s=settings.stall_timeout_s)
+        job = RoundJob(
+            order=order,
+            shard_dir=settings.shard_dir,
+            open_timeout_s=settings.open_timeout_s,
+            stall_timeout_s=settings.stall_timeout_s,
+        )
         extra = {"profile": settings.profile} if settings.profile is not None else {}
         task = portion_task if order.portions else round_task
         # Spark never backs up a task of a barrier stage, and has all of it wait for slots.

@@ -45,8 +45,10 @@ class RoundJob:
 
     order: Order
     shard_dir: str | None
+    open_timeout_s: float
+    """A replica that is not built within this time ends its process, which Spark reports."""
     stall_timeout_s: float
-    """A replica that has not finished a single batch for this long ends its process, which Spark reports."""
+    """So does one that, once built, has not finished a single batch for this long."""
 
 
 def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -62,7 +64,7 @@ def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
         order = job.order
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
         lines = _Lines()
-        with _watched(job.stall_timeout_s) as beat, contextlib.redirect_stdout(lines):
+        with _watched(job.stall_timeout_s, first_s=job.open_timeout_s) as beat, contextlib.redirect_stdout(lines):
             place = Place(
                 replica=task.replica,
                 host=task.host,
@@ -87,18 +89,20 @@ def _open_program(data: bytes) -> Program:
 
 
 @contextmanager
-def _watched(timeout_s: float) -> Iterator[Callable[[], None]]:
+def _watched(timeout_s: float, *, first_s: float) -> Iterator[Callable[[], None]]:
     """Gives a function to call now and then; when that stops for `timeout_s`, the process writes its stack and ends.
+
+    Until the first call it has `first_s`, as importing and building take longer than a batch.
 
     Python cannot interrupt code that hangs in C, so the watch is the interpreter's own, outside its lock.
     """
 
-    def beat() -> None:
-        faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
+    def watch(seconds: float) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
-    beat()
+    watch(first_s)
     try:
-        yield beat
+        yield lambda: watch(timeout_s)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

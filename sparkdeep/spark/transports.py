@@ -207,6 +207,7 @@ def transport_for(
                 num_replicas=settings.run.num_portions or settings.run.num_workers,
                 shard_dir=settings.shard_dir,
                 exchange=settings.exchange_dir,
+                open_timeout_s=settings.run.open_timeout_s,
                 stall_timeout_s=settings.run.stall_timeout_s,
                 profile=profile,
                 on_busy=on_busy,
