@@ -10,7 +10,7 @@ readonly started_s=$SECONDS
 readonly lts_timeout_s="${LTS_TIMEOUT_S:-900}"
 readonly lts_packages=(
     -e ".[digits,metrics,tls]" torch==2.13.0
-    pytest pytest-timeout hypothesis psutil scipy
+    pytest pytest-timeout pytest-xdist hypothesis psutil scipy
     opencv-python-headless
     dill diskcache future packaging pyzmq six fsspec   # what petastorm needs
 )
@@ -74,7 +74,8 @@ lts_spark_home="$(.venv-lts/bin/python -c 'import importlib.util, pathlib; print
 readonly lts_spark_home
 if [[ "${1:-}" != build ]]; then
     # Without those that read the project's own text, and the one that trains for half a minute: versions do not matter to them.
-    timed "tests without a JVM" 120 lts_tests 480 -m "not spark and not lts" tests/test_*.py \
+    timed "tests without a JVM" 120 lts_tests 480 -n logical --maxprocesses 4 --dist worksteal \
+        -m "not spark and not lts" tests/test_*.py \
         --deselect=tests/test_architecture.py --deselect=tests/test_readme.py --deselect=tests/test_digits.py \
         --deselect=tests/test_benchmark.py --deselect=tests/test_compare.py
     timed "tests on two workers" 60 lts_tests 240 -m lts tests/cluster/test_smoke.py

@@ -18,6 +18,9 @@ step() {
     return "$code"
 }
 
+# Tests without a JVM take turns on all cores; those on Spark have them to themselves.
+readonly on_all_cores=(-n logical --maxprocesses 4 --dist worksteal)
+
 # tier NAME BUDGET_S PYTEST_ARGUMENTS...: one tier of tests; one that selects nothing (pytest's exit 5) fails.
 tier() {
     local name="$1" budget="$2"
@@ -31,7 +34,7 @@ if [[ "${1:-}" == jobs ]]; then
     exit 0
 fi
 if [[ "${1:-}" == algorithms ]]; then
-    tier "identities, and a small run of each preset" 120 tests/algorithms
+    tier "identities, and a small run of each preset" 120 "${on_all_cores[@]}" tests/algorithms
     tier "algorithms on local[2]" 120 -m algorithms tests/spark
     tier "a portion that lags, on two workers" 60 -m algorithms tests/cluster
     exit 0
@@ -46,7 +49,7 @@ step "format" 60 ruff format --check .
 step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
-    tier "tests without a JVM" 200 -m "not spark" tests/test_*.py
+    tier "tests without a JVM" 200 "${on_all_cores[@]}" -m "not spark" tests/test_*.py
     tier "tests on local[2]" 300 -m "spark and not jobs and not algorithms" tests/spark tests/test_readme.py
     tier "tests on two workers" 240 -m "cluster and not algorithms" tests/cluster
 fi
