@@ -225,10 +225,10 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
     },
     "mnist10k": {
         "one replica": (0.02, 0.0),
-        "averaging, every step": (0.1, 0.0),
+        "averaging, every step": (0.05, 0.0),
         "averaging": (0.05, 0.0),
         "averaging, every epoch": (0.05, 0.0),
-        "lookahead": (0.05, 0.5),
+        "lookahead": (0.02, 0.5),
         "slowmo": (0.03, 0.5),
         "bmuf": (0.03, 0.75),
         "diloco": (0.01, 0.4),
