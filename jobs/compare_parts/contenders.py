@@ -234,7 +234,7 @@ TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "diloco": (0.01, 0.4),
         "fedadam": (0.2, 0.03),
         "fedyogi": (0.2, 0.03),
-        "fedadagrad": (0.2, 0.1),
+        "fedadagrad": (0.2, 0.03),
         "data-parallel adam": (0.0, 0.01),
         "lbfgs": (0.0, 0.0),
         "downpour": (0.1, 0.03),
