@@ -47,13 +47,13 @@ class Leaks:
 
     def settled(self):
         """What there is once nothing runs."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 40
         while (seen := self.look())["jobs"] and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not seen["jobs"], seen
         return seen
 
-    def check(self, within_s=10.0):
+    def check(self, within_s=40.0):
         """Poll until nothing is left.
 
         Raises:

@@ -189,12 +189,16 @@ def test_a_soak_that_keeps_no_promise_says_which(changes, word):
 
 
 def test_a_soak_that_is_not_over_in_time_is_interrupted_and_one_that_fails_is_an_error(tmp_path):
-    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({!r}, 'w').close()"
-    child = subprocess.Popen([sys.executable, "-c", script.format(str(tmp_path / "heard"))])
-    time.sleep(1.0)
+    script = "import time\ntry:\n open({!r}, 'w').close()\n time.sleep(60)\nexcept KeyboardInterrupt: open({!r}, 'w').close()"
+    up, heard = tmp_path / "up", tmp_path / "heard"
+    child = subprocess.Popen([sys.executable, "-c", script.format(str(up), str(heard))])
+    deadline = time.monotonic() + 60.0
+    while not up.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(RuntimeError, match=r"not over after 0\.1 s"):
         soak._finish(child, timeout_s=0.1)
-    assert (tmp_path / "heard").exists()
+    assert heard.exists()
     with pytest.raises(RuntimeError, match="exit code 3"):
         soak._finish(subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]), timeout_s=30.0)
 

@@ -171,7 +171,7 @@ def test_a_replica_lost_in_mid_round_costs_no_bit(tmp_path):
     x, y = table()
     x[:, 0] = np.repeat([0.0, 1.0], SIZES)
     parts, schema = deal(x, y, SIZES), schema_of(x, y)
-    options = {**SMALL, "overlap": 1}
+    options = {**SMALL, "overlap": 1, "rounds_per_stage": 100}
     undisturbed, _, _ = run(tmp_path, dropping(), parts, schema, **options)
 
     plan = Plan({(1, 7): lost("the executor went away")})

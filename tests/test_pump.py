@@ -41,12 +41,12 @@ def test_silence_is_named_after_the_deadline_and_signs_of_life_put_it_off():
     released.set()
 
     def busy(beat):
-        for _ in range(8):
-            time.sleep(0.1)
+        for _ in range(14):
+            time.sleep(0.25)
             beat()
         yield 1
 
-    assert list(pumped(busy, 0.5, "nothing came")) == [1]
+    assert list(pumped(busy, 2.5, "nothing came")) == [1]
 
 
 def test_a_slow_reader_is_no_silence_and_little_is_made_ahead():

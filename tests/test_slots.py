@@ -102,7 +102,7 @@ def test_a_silent_holder_is_named_after_the_deadline_and_the_queue_goes_on():
     began = time.monotonic()
     with pytest.raises(PreflightError) as caught, ledger.hold("fit xyz", 2, lambda: 2, timeout_s=0.3):
         pass
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.3 <= time.monotonic() - began < 30
     for part in ("fit xyz", "2 of 2 slots", "fit abc (2 slots since", "no sign of life for 0.3 s", "parallelism=1"):
         assert part in str(caught.value)
     waiting = Background(ledger, "third", 2, 2)
@@ -113,11 +113,14 @@ def test_a_silent_holder_is_named_after_the_deadline_and_the_queue_goes_on():
 
 
 def test_a_holder_that_gives_signs_of_life_is_waited_for_beyond_the_deadline():
-    ledger = SlotLedger()
+    ticks = [0.0]
+    ledger = SlotLedger(clock=lambda: ticks[0])
     busy = Background(ledger, "busy", 2, 2)
     assert busy.holds.wait(JOIN_S)
     patient = Background(ledger, "patient", 2, 2, timeout_s=0.5)
     for _ in range(15):
+        busy.lease.alive()
+        ticks[0] += 0.4
         time.sleep(0.1)
         busy.lease.alive()
     assert patient.failure is None

@@ -141,12 +141,14 @@ def test_a_replacement_is_waited_for_before_the_run_goes_on_with_fewer(tmp_path,
 @pytest.mark.fault(rows=[7], phases="SL")
 @pytest.mark.parametrize("least", [None, 2])
 def test_too_few_slots_are_counted_in_the_error_within_the_deadline(tmp_path, coordinator, least):
-    fit, launcher = fit_of(tmp_path, coordinator, min_workers=least, open_timeout_s=0.5, max_retries=0)
+    fit, launcher = fit_of(tmp_path, coordinator, min_workers=least, open_timeout_s=60.0, max_retries=0)
     rounds = fit.rounds()
     for _ in range(3):
         next(rounds)
     launcher.available = 1
-    with pytest.raises(ReplicaLostError, match=r"1 of the 3 slots .* open_timeout_s=0.5 s.*min_workers="):
+    fit._stages.staffing.clock = itertools.count(0.0, 30.0).__next__
+    fit._stages.staffing.sleep = lambda _seconds: None
+    with pytest.raises(ReplicaLostError, match=r"1 of the 3 slots .* open_timeout_s=60 s.*min_workers="):
         next(rounds)
     assert fit.state.committed == 3
 

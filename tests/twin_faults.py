@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
+import time
 
 import numpy as np
 
@@ -52,6 +53,13 @@ class Plan:
     def hang_up(self, replica):
         """The replica's line goes dead."""
         return lambda _features: self.running._channels[replica].close()
+
+    def until_relaunched(self, within_s=30.0):
+        """Wait until the driver has given this attempt up and begun another; whether it has."""
+        before, deadline = self.launches, time.monotonic() + within_s
+        while self.launches == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.launches > before
 
     def wipe(self, *replicas):
         """The disks of these replicas are lost, and with them this attempt."""

@@ -427,8 +427,8 @@ def test_whoever_may_come_first_somebody_always_may_and_none_is_too_stale(seed):
 
 def test_who_waits_for_a_slow_replica_is_not_taken_for_a_silent_one(tmp_path):
     rule = Asynchronous(3, 1, max_staleness=5)
-    with Slow(1, 0.4):  # its third visit, in which it fetches, is what the other one's sixth waits for, to fetch
-        _, records, _ = train(tmp_path, rule, partial(Downpour, lr=0.02), [32, 32], epochs=1, stall_timeout_s=1.0)
+    with Slow(1, 0.8):  # its third visit, in which it fetches, is what the other one's sixth waits for, to fetch
+        _, records, _ = train(tmp_path, rule, partial(Downpour, lr=0.02), [32, 32], epochs=1, stall_timeout_s=2.3)
     assert len(records) == 1
     assert not records[0].retries
 

@@ -233,7 +233,7 @@ def test_slow_replicas_take_fewer_steps_and_every_row_counts(tmp_path):
 
 def _slow_where_marked(features):
     if float(features[0, 0]) == 99.0:
-        time.sleep(0.03)
+        time.sleep(0.15)
     return features
 
 

@@ -10,7 +10,7 @@ import pyspark
 import pytest
 from cluster_fixtures import environment
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ def test_spark_submit_reaches_the_same_accuracy_on_a_cluster(cluster, tmp_path):
         "jobs/train.py", "conf/digits.toml", "--set", f'output.dir="{tmp_path}"',
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(SPARK_LOCAL_IP="127.0.0.1"), capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=environment(SPARK_LOCAL_IP="127.0.0.1"), capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == 0, done.stderr[-4000:]
     accuracy = [line for line in done.stdout.splitlines() if line.startswith("accuracy ")]

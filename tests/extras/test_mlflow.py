@@ -388,10 +388,10 @@ def server(tmp_path):
 
 
 def test_a_server_that_is_down_or_dies_in_mid_run_misses_nothing_once_it_is_back(server, caplog):
-    before = MLflowCallback("later", timeout_s=2.0)
+    before = MLflowCallback("later", timeout_s=6.0)
     rounds_s, end_s = followed(before, model=two_inputs())  # nothing listens yet
-    assert rounds_s < 0.5
-    assert end_s < 10.0
+    assert rounds_s < 4.0
+    assert end_s < 60.0
     first, second = own_warnings(caplog)
     assert "MLflow cannot be reached" in first
     assert "8 item(s) of this run were not taken and are kept; call flush()" in second
@@ -442,7 +442,7 @@ def test_a_server_that_never_answers_is_not_waited_for(tmp_path, caplog):
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
     use(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    callback = MLflowCallback(timeout_s=1.0)
+    callback = MLflowCallback(timeout_s=5.0)
     try:
         rounds_s, end_s = followed(callback)
     finally:
@@ -452,11 +452,11 @@ def test_a_server_that_never_answers_is_not_waited_for(tmp_path, caplog):
             connection.close()
         thread.join(timeout=5)
     assert accepted
-    assert rounds_s < 0.5
-    assert end_s < 8.0
+    assert rounds_s < 4.0
+    assert end_s < 60.0
     assert len(own_warnings(caplog)) == 2
     # The request under way ends by itself, and MLflow's own settings are as they were.
-    wait_for(lambda: not {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"} & os.environ.keys(), 10)
+    wait_for(lambda: not {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"} & os.environ.keys(), 60)
 
 
 # -- a real fit ---------------------------------------------------------------------------------------------------------

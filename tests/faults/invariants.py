@@ -30,7 +30,7 @@ OPTIONS = {
     "rounds_per_stage": 100,
     "max_retries": 12,
 }
-LEFT_S = 10.0
+LEFT_S = 40.0
 
 
 @dataclass

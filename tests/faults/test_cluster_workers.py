@@ -75,21 +75,21 @@ def test_a_stopped_worker_is_given_up_at_the_deadline_and_is_gone_soon_after(
 ):
     injector = Injector(tmp_path / "plan").call_at("step", 4, 1, action=Stop(tmp_path, "stopped"))
     with injector.installed():
-        model = estimator(injector, stall_timeout_s=5.0).fit(fault_frame)
+        model = estimator(injector, stall_timeout_s=12.0).fit(fault_frame)
     injector.check_fired()
-    gone_within(int((tmp_path / "stopped").read_text()), 6)
+    gone_within(int((tmp_path / "stopped").read_text()), 20)
     reference.check(model, retries=1)
-    assert "sent nothing for 5 s" in caplog.text
+    assert "sent nothing for 12 s" in caplog.text
     assert "replica 1 on 127.0.0." in caplog.text
     leaks.check()
 
 
 @pytest.mark.fault(rows=[18], phases="TR RT")
 def test_a_zombie_that_wakes_during_the_next_attempt_changes_nothing(fault_frame, reference, leaks, tmp_path):
-    # It wakes 1.5 s after it was given up: Spark kills a cancelled task's worker after 2 s (spark.python.task.killTimeout).
+    # It wakes 1 to 1.5 s after it was given up: Spark kills a cancelled task's worker after 2 s (spark.python.task.killTimeout).
     injector = Injector(tmp_path / "plan")
     injector.call_at("step", 3, 0, action=Linger(tmp_path, "trains", 5.5))
-    injector.call_at("transfer", 5, 1, action=Linger(tmp_path, "sends", 5.5))
+    injector.call_at("transfer", 5, 1, action=Linger(tmp_path, "sends", 5.0))
     with injector.installed():
         model = estimator(injector, stall_timeout_s=4.0, retry_backoff_s=0.1).fit(fault_frame)
     injector.check_fired()

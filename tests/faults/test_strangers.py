@@ -143,7 +143,7 @@ class SlowOnes:
         self._thread.start()
 
     def _drip(self):
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + 60.0
         left = list(self._socks)
         while left and time.monotonic() < deadline:
             for sock in list(left):
@@ -161,7 +161,7 @@ class SlowOnes:
             time.sleep(0.1)
 
     def wait(self):
-        self._thread.join(timeout=25.0)
+        self._thread.join(timeout=65.0)
         for sock in self._socks:
             sock.close()
 
@@ -184,7 +184,7 @@ def trained(tmp_path, port, *, after_round=lambda number: None):
 def test_every_call_without_the_token_or_a_place_is_refused_and_the_fit_goes_on_to_the_same_bits(
     tmp_path, monkeypatch, tls, record_property
 ):
-    monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 1.0)
+    monkeypatch.setattr(coordinator_module, "_HANDSHAKE_S", 6.0)
     with contextlib.closing(local_coordinator()) as undisturbed:
         expected = trained(tmp_path, undisturbed)
     tried: Counter[str] = Counter()

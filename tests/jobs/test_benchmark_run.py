@@ -12,7 +12,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
@@ -30,7 +30,7 @@ def test_the_quick_run_writes_a_table_json_and_plots(tmp_path):
     done = subprocess.run(
         [SUBMIT, "--conf", "spark.driver.host=127.0.0.1", "jobs/benchmark.py", "--quick", "--pairs", "2",
          "--only", ",".join(SECTIONS), "--output", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     content = json.loads((tmp_path / "benchmark.json").read_text())

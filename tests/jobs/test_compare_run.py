@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ def test_two_algorithms_on_digits_become_lines_a_table_and_a_plot(tmp_path):
     done = subprocess.run(
         [sys.executable, "jobs/compare.py", "digits", "--only", "averaging,diloco", "--seeds", "1", "--epochs", "2",
          "--out", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]

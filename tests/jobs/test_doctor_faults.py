@@ -62,14 +62,14 @@ def test_slots_that_another_job_holds(warm):
         while not context.statusTracker().getActiveStageIds():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        report = doctor(warm, timeout_s=1.5)
+        report = doctor(warm, timeout_s=12)
         assert len(context.statusTracker().getActiveJobsIds()) == 1, "its own job is cancelled, and no other"
     finally:
         context.cancelJobsWithTag("busy")
         holder.join(timeout=30)
     found = the(report, "barrier stages")
     assert found.level == "fail"
-    assert "did not end within 1.5 s" in found.seen
+    assert "did not end within 12 s" in found.seen
     assert "other jobs" in found.change
     assert the(report, "versions").level == "ok", "plain tasks had one slot"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
@@ -29,7 +29,7 @@ def run(folder, *arguments):
     done = subprocess.run(
         [SUBMIT, "--master", "local[2]", "--conf", "spark.ui.enabled=false", "--conf", "spark.driver.host=127.0.0.1",
          "jobs/housing.py", "--output", str(folder), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout)

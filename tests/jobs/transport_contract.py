@@ -98,7 +98,7 @@ def test_a_stopped_process_is_cancelled_by_the_deadline(blobs, tmp_path, monkeyp
         return features
 
     with pytest.raises(ReplicaLostError, match=r"did not end within|had no running task"):
-        estimator(augment=tell, open_timeout_s=6.0, stall_timeout_s=6.0, max_retries=0).fit(blobs)
+        estimator(augment=tell, open_timeout_s=20.0, stall_timeout_s=10.0, max_retries=0).fit(blobs)
     pid = int(pids.read_text())
     assert pid > 1
     deadline = time.monotonic() + 20
@@ -119,7 +119,7 @@ def test_ctrl_c_frees_the_slots(spark, blobs, tmp_path):
         estimator(augment=slowly, callbacks=[interrupt], sync_every=1000, epochs=30).fit(blobs)
     began = time.monotonic()
     assert spark.range(0, 2, 1, 2).mapInArrow(_pass, "id long", barrier=True).count() == 2
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 def _pass(batches):

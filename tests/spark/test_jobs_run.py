@@ -11,7 +11,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-pytestmark = pytest.mark.jobs  # each test starts spark-submit anew
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]  # each test starts spark-submit anew
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
@@ -27,7 +27,7 @@ def submit(job, *arguments, config="conf/digits.toml"):
     }
     return subprocess.run(
         [SUBMIT, "--conf", "spark.driver.host=127.0.0.1", f"jobs/{job}.py", config, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
 
 

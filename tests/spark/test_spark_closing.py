@@ -17,8 +17,8 @@ pytestmark = pytest.mark.spark
 
 @pytest.mark.fault(rows=[11], phases="TR")
 def test_a_round_goes_on_without_the_slowest_task_and_the_record_names_it(blobs, tmp_path):
-    injector = Injector(tmp_path / "plan").delay_at("train", 2, 1, seconds=1.5)
-    options = {"quorum": 1, "quorum_grace_s": 0.3, "epochs": 4, "sync_every": 3, "rounds_per_stage": 1000}
+    injector = Injector(tmp_path / "plan").delay_at("train", 2, 1, seconds=6.0)
+    options = {"quorum": 1, "quorum_grace_s": 2.0, "epochs": 4, "sync_every": 3, "rounds_per_stage": 1000}
     model = estimator(preprocess=injector.carrier(), **options).fit(blobs)
     injector.check_fired()
     by_round = {record.round: [part.dropped for part in record.replicas] for record in model.history}

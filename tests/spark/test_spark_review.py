@@ -50,19 +50,23 @@ def test_resuming_with_another_optimizer_is_refused_with_both_and_the_same_call_
     assert fresh.fit(blobs).history[0].round == 1
 
 
-def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs):
+def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tmp_path):
     def hog(batches):
-        list(batches)
-        time.sleep(10)
+        numbers = [row.as_py() for batch in batches for row in batch.column(0)]
+        (tmp_path / f"{numbers[0]}").touch()
+        time.sleep(20)
         return iter(())
 
     busy = threading.Thread(target=lambda: spark.range(0, 2, 1, 2).mapInArrow(hog, "id long").collect())
     busy.start()
-    time.sleep(2)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     began = time.monotonic()
     with pytest.raises(ReplicaLostError, match=r"(?s)ingest had no running task for 3 s.*open_timeout_s"):
         estimator(open_timeout_s=3.0, max_retries=0).fit(blobs)
-    assert time.monotonic() - began < 30  # the clean-up waited for slots too, under its own deadline
+    assert time.monotonic() - began < 90  # the clean-up waited for slots too, under its own deadline
     busy.join()
 
 
