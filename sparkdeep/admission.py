@@ -63,6 +63,16 @@ def not_finite(replica: int, host: str, round_number: int, more: str = "") -> No
     )
 
 
+def searched_too_far(error: NonFiniteError) -> NonFiniteError:
+    """The error of a line search whose step led out of what numbers can say; clipping and the replicas' rate have no part in it."""
+    return NonFiniteError(
+        f"round {error.round}: the loss or the gradient became NaN or infinite at parameters that the line search tried; those of "
+        "the round before stay. Start it with a smaller step (lr= of LBFGS), scale the features, train in float64, or regularise.",
+        round_number=error.round,
+        replica=error.replica,
+    )
+
+
 def common_sections(updates: Sequence[Update]) -> list[str]:
     """Names of the optimizer state that the replicas which count average.
 

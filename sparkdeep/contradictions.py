@@ -10,9 +10,10 @@ from sparkdeep.aggregators import TrimmedMean
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.drift import Scaffold
 from sparkdeep.errors import ConfigError
+from sparkdeep.inner_rates import Rates
 from sparkdeep.local_work import WarmStart
 
-__all__ = ["check_outer", "check_together", "warn_of_effects"]
+__all__ = ["check_length", "check_outer", "check_together", "warn_of_dense_rounds", "warn_of_effects"]
 
 _LOG = logging.getLogger("sparkdeep")
 
@@ -60,16 +61,68 @@ def check_outer(run: RunSettings, outer_optimizer: object) -> None:
         )
 
 
+def check_length(run: RunSettings, steps: Sequence[int]) -> None:
+    """Refuse a warm start that is the whole run.
+
+    Args:
+        run: as the driver knows it.
+        steps: local steps an epoch, by replica.
+
+    Raises:
+        ConfigError: with both numbers, and the remedies.
+    """
+    if not isinstance(run.schedule, WarmStart) or run.time_budget_s is not None:
+        return
+    alone, whole = run.schedule.num_steps, run.epochs * max(steps)
+    remedy = "Give it fewer steps (WarmStart(n), or warm_start= of the preset; 0 for none), or train for more epochs."
+    if alone >= whole and len(steps) > 1:
+        raise ConfigError(
+            f"schedule={run.schedule!r} with a run of {whole} local steps: only the first replica would train, on its own rows. "
+            f"{remedy}"
+        )
+    if alone > whole / 2 and len(steps) > 1:
+        _LOG.warning(
+            "schedule=%r: the first replica trains alone for more than half of the run, which has %d local steps. %s",
+            run.schedule,
+            whole,
+            remedy,
+        )
+
+
+def warn_of_dense_rounds(rates: Rates) -> None:
+    """Say that rounds which become long when the learning rate falls never do."""
+    if rates.constant:
+        _LOG.warning(
+            "schedule=PostLocal() with a constant learning rate: it waits for the first fall of the rate, and every step is averaged "
+            "until then. Give lr_scheduler=, or PostLocal(switch_step=n)."
+        )
+
+
 def warn_of_effects(run: RunSettings) -> None:
     """Say aloud what is allowed and does less than it says."""
-    if isinstance(run.aggregator, TrimmedMean) and 0 < run.aggregator.share * run.num_workers < 1:
-        _LOG.warning(
-            "aggregator=%r with num_workers=%d: rounded down to whole replicas it cuts none, and is a plain mean. Give a share of at "
-            "least %g, or Median().",
-            run.aggregator,
-            run.num_workers,
-            math.ceil(1000 / run.num_workers) / 1000,
-        )
+    if isinstance(run.aggregator, TrimmedMean):
+        _warn_of_trimming(run, run.aggregator.share)
+
+
+def _warn_of_trimming(run: RunSettings, share: float) -> None:
+    """Trimming cuts whole replicas of those that count in a round, which may be fewer than there are."""
+    counted, why = run.num_workers, f"num_workers={run.num_workers}"
+    for name in ("quorum", "min_workers"):
+        least = getattr(run, name)
+        if least is not None and least < counted:
+            counted, why = least, f"{name}={least}"
+    if not 0 < share * counted < 1:
+        return
+    enough = math.ceil(1000 / counted) / 1000
+    _LOG.warning(
+        "aggregator=%r with %s: rounded down to whole replicas it cuts none of %d, and is a plain mean then. %s",
+        run.aggregator,
+        why,
+        counted,
+        f"Give a share of at least {enough:g}, or Median()."
+        if enough < 0.5
+        else "Use more replicas: of so few none can be cut.",
+    )
 
 
 def _refuse(setting: str, others: Sequence[str], why: str) -> None:

@@ -125,10 +125,12 @@ class ControlVariates:
 
     @torch.no_grad()
     def adjust(self) -> None:
-        """Add `c - c_i`."""
+        """Add `c - c_i`, also to a gradient of 0 that autograd did not make: others may have one there."""
         for parameter, term in zip(self._parameters, self._terms, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(term)
+            elif term.any():
+                parameter.grad = term.clone()
 
     def stepped(self, rate: float) -> None:
         """Sum up the rates."""

@@ -40,7 +40,7 @@ class Evaluations:
     """
 
     def __init__(self, *, remember: bool) -> None:
-        self._remember = remember
+        self.remember = remember
         self._known: dict[bytes, RoundResult] = {}
         self._fresh: list[RoundResult] = []
         self._first: RoundResult | None = None
@@ -54,12 +54,12 @@ class Evaluations:
     def at(self, parameters: Tensor, evaluate: Callable[[], RoundResult]) -> RoundResult:
         """What is known at `parameters`, (numel,), or else what `evaluate` gives."""
         began = time.perf_counter()
-        place = place_of(parameters) if self._remember else b""
+        place = place_of(parameters) if self.remember else b""
         result = self._known.get(place)
         cached = result is not None
         if result is None:
             result = evaluate()
-            if self._remember:
+            if self.remember:
                 # A copy: the next evaluation's mean is written over this one's.
                 result = self._known[place] = dataclasses.replace(result, mean=result.mean.clone())
             self._fresh.append(result)
@@ -80,7 +80,7 @@ class Evaluations:
         Its loss is that at its end where the line search has been there, as it has, and else that with which it began.
         """
         assert self._first is not None, "the optimizer's step did not call its closure"
-        if not self._remember:
+        if not self.remember:
             return self._first
         place = place_of(parameters)
         self._known = {place: self._known[place]} if place in self._known else {}

@@ -17,7 +17,7 @@ from sparkdeep.admission import Terms
 from sparkdeep.checkpoint import CheckpointDirectory, Loaded
 from sparkdeep.compression import codec_named
 from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.contradictions import check_outer, check_together, warn_of_effects
+from sparkdeep.contradictions import check_length, check_outer, check_together, warn_of_dense_rounds, warn_of_effects
 from sparkdeep.coordinator import Coordinator
 from sparkdeep.downlink import Downlink
 from sparkdeep.evaluations import Evaluations
@@ -28,6 +28,7 @@ from sparkdeep.gradient_checks import check_factory, check_model
 from sparkdeep.gradient_outer import GradientOuter
 from sparkdeep.inner_rates import InnerRates
 from sparkdeep.launch import Launcher, ReplicaPlan
+from sparkdeep.local_work import PostLocal
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.orders import JobRunner
 from sparkdeep.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
@@ -127,6 +128,9 @@ class Fit:
             rates=InnerRates(self.program),
             sync_every=self.settings.sync_every,
         )
+        check_length(self.settings, generation.steps)
+        if isinstance(self.settings.schedule, PostLocal) and self.settings.schedule.switch_step is None:
+            warn_of_dense_rounds(self.state.rates)
         self.down_codec = codec_named(self.local.down_codec)
         if self.down_codec.lossy or self.local.overlap:
             self.state.downlink = Downlink(

@@ -59,6 +59,10 @@ def check_model(program: Program, run: RunSettings, *, line_search: bool) -> Non
     """
     if line_search:
         _check_line_search(run)
+    if line_search and run.divergence_factor is not None:
+        raise ConfigError(
+            f"divergence_factor={run.divergence_factor!r} with a line search, which takes no step that raises the loss: leave it out."
+        )
     if run.gradient != "all":
         return
     for name, module in program.model.named_modules():

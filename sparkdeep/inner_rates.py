@@ -16,6 +16,10 @@ __all__ = ["InnerRates", "NoRates", "Rates"]
 class Rates(Protocol):
     """Learning rates by local steps."""
 
+    @property
+    def constant(self) -> bool:
+        """Whether nothing changes it."""
+
     def at(self, step: int) -> float:
         """After so many local steps."""
 
@@ -29,6 +33,11 @@ class Rates(Protocol):
 @final
 class NoRates:
     """Where nothing asks for them."""
+
+    @property
+    def constant(self) -> bool:
+        """Never asked for."""
+        return self.at(0) == 0.0
 
     def at(self, step: int) -> float:
         """Never asked for."""
@@ -71,6 +80,12 @@ class InnerRates:
         """The highest until then."""
         self._reach(step)
         return self._highest[min(step, len(self._highest) - 1)]
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing changes it."""
+        self._reach(0)
+        return self._scheduler is None
 
     def mean(self, first: int, steps: int) -> float:
         """The mean of the rates of so many steps from the `first` on; of none, that of the first."""

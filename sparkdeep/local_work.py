@@ -82,7 +82,7 @@ class PostLocal(LocalWork):
     """Dense first, then local: every step is averaged until `switch_step`, then every `sync_every` ones.
 
     Lin et al. (2020, "Don't use large mini-batches, use local SGD"), who switch at the first drop of the learning rate: that is
-    what None means.
+    what None means. A rate that comes back to its highest, as with warm restarts, is dense again.
     """
 
     switch_step: int | None = None
@@ -102,7 +102,10 @@ class PostLocal(LocalWork):
 
 @dataclass(frozen=True)
 class QSR(LocalWork):
-    """The quadratic synchronization rule: `max(sync_every, floor((alpha / rate)^2))` (Gu et al., 2024)."""
+    """The quadratic synchronization rule: `max(sync_every, floor((alpha / rate)^2))` (Gu et al., 2024).
+
+    While the rate rises, as in its warm-up, `sync_every`: it is low there, and nothing is settled yet.
+    """
 
     alpha: float
 
@@ -112,6 +115,8 @@ class QSR(LocalWork):
     def steps(self, clock: Clock) -> int:
         """More as the rate falls; at a rate of 0, an epoch."""
         rate = clock.rate(clock.step)
+        if clock.rate(clock.step + 1) > rate:
+            return clock.sync_every
         quadratic = (self.alpha / rate) ** 2 if rate > 0 else math.inf
         return max(clock.sync_every, math.floor(min(quadratic, float(clock.steps_per_epoch))))
 
@@ -120,7 +125,8 @@ class QSR(LocalWork):
 class AdaComm(LocalWork):
     """Adaptive communication: `ceil(sync_every * sqrt(rate_0 / rate * loss / loss_0))` (Wang and Joshi, 2019).
 
-    `loss_0` and `rate_0` are those of the first `every` rounds and of the start, `loss` that of the newest `every` whole ones.
+    `loss_0` is that of the first `every` rounds, `loss` that of the newest `every` whole ones, `rate_0` the highest rate so far:
+    that of the start, or of the end of a warm-up. Rounds without a finite loss do not count.
     """
 
     every: int = 10
@@ -138,7 +144,7 @@ class AdaComm(LocalWork):
         at = sum(
             max(part.steps + part.skipped_steps for part in r.replicas) for r in clock.records[: blocks * self.every]
         )
-        first, now = clock.rate(0), clock.rate(at)
+        first, now = clock.highest(at), clock.rate(at)
         if not losses[0] > 0 or not losses[1] >= 0 or not now > 0:
             return clock.sync_every
         wanted = math.ceil(clock.sync_every * math.sqrt(first / now * losses[1] / losses[0]))
@@ -146,14 +152,15 @@ class AdaComm(LocalWork):
 
     @staticmethod
     def _loss(records: Sequence[RoundRecord]) -> float:
-        return sum(record.loss for record in records) / len(records)
+        losses = [record.loss for record in records if math.isfinite(record.loss)]
+        return sum(losses) / len(losses) if losses else math.nan
 
 
 @dataclass(frozen=True)
 class WarmStart(LocalWork):
     """One replica first, then all (Dean et al., 2012): for `num_steps` local steps only the first replica trains.
 
-    The others keep time: their rows of these steps come in the next epoch.
+    The others keep time: their rows of these steps come in the next epoch, so that a run must be longer than the warm start.
     """
 
     alike = False
@@ -163,9 +170,9 @@ class WarmStart(LocalWork):
 
     def __post_init__(self) -> None:
         at_least("WarmStart.num_steps", self.num_steps, 1)
-        if self.then is not None and (not isinstance(self.then, LocalWork) or self.then.own_clock):
+        if self.then is not None and (not isinstance(self.then, LocalWork) or not self.then.alike):
             raise ConfigError(
-                f"WarmStart.then={self.then!r}: must be a schedule on the common clock, such as PostLocal(), or None."
+                f"WarmStart.then={self.then!r}: must be a schedule that is the same for all replicas, such as PostLocal(), or None."
             )
 
     def steps(self, clock: Clock) -> int:
@@ -203,15 +210,23 @@ class DyLU(LocalWork):
         """Of the fastest replica."""
         return clock.sync_every
 
-    def shares(self, clock: Clock, num_replicas: int) -> list[int]:
-        """Local steps of every replica, at least 1; alike until each has done some."""
-        done = [[0, 0.0] for _ in range(num_replicas)]
+    def shares(self, clock: Clock, left: Sequence[int]) -> list[int]:
+        """Local steps of every replica, at least 1; alike until one has done some.
+
+        Args:
+            clock: where the run is.
+            left: steps that each replica has left; one that has none is no measure for the others. One that has been late in all
+                the rounds that are looked at counts as half as fast as the slowest of the others.
+        """
+        num_replicas = len(left)
+        done = [[0, 0.0] for _ in left]
         for record in clock.records[-self.rounds :]:
             if len(record.replicas) == num_replicas:
                 for own, part in zip(done, record.replicas, strict=True):
                     own[0] += part.steps
                     own[1] += part.compute_seconds
-        if not all(steps and seconds > 0 for steps, seconds in done):
+        speeds = [steps / seconds if steps and seconds > 0 else 0.0 for steps, seconds in done]
+        known = [speed for speed, rest in zip(speeds, left, strict=True) if speed > 0 and rest > 0]
+        if not known:
             return [clock.sync_every] * num_replicas
-        speeds = [steps / seconds for steps, seconds in done]
-        return [max(1, round(clock.sync_every * speed / max(speeds))) for speed in speeds]
+        return [max(1, round(clock.sync_every * min(1.0, (speed or min(known) / 2) / max(known)))) for speed in speeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import final
 
 import torch
@@ -45,17 +46,21 @@ class ReplicaWindow:
         self._change = torch.zeros_like(self._base)
         """(numel,): what it changed since its last push, up to `_base`."""
         self._steps = -1
+        self._waited_s = 0.0
+        """For visits, which are no computing."""
         layout = replica.layout
         self._rounds_off = any(entry.dtype != layout.dtype for entry in layout.entries)
 
     def train(self, spec: RoundSpec) -> LocalResult:
         """Do the window; gives its last push, with the rows, steps and loss of all of it."""
         self._begin()
+        self._waited_s = 0.0
         result = self._replica.train(spec, lambda share: self._between(spec.round, share))
         if result.update.weight == 0:
             return result
         self._add_up()
-        return dataclasses.replace(result, vector=self._change)
+        update = dataclasses.replace(result.update, compute_s=max(0.0, result.update.compute_s - self._waited_s))
+        return dataclasses.replace(result, update=update, vector=self._change)
 
     def _begin(self) -> None:
         """Its steps go on from the parameters that the model holds, which are those fetched in the model's own precision."""
@@ -75,8 +80,10 @@ class ReplicaWindow:
         self._steps += 1  # the call before the first step makes it 0
         pushes, fetches = self._steps % self._n_push == 0, self._steps % self._n_fetch == 0
         if self._steps > 0 and (pushes or fetches):
+            began = time.perf_counter()
             with self._replica.aside():
                 self._visit(round_number, pushes=pushes, fetches=fetches)
+            self._waited_s += time.perf_counter() - began
 
     def _visit(self, round_number: int, *, pushes: bool, fetches: bool) -> None:
         exchange = self._replica.exchange

@@ -11,10 +11,10 @@ from collections.abc import Generator, Sequence
 import torch
 
 from sparkdeep import seams
-from sparkdeep.admission import not_finite
+from sparkdeep.admission import not_finite, searched_too_far
 from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.divergence import check_divergence
-from sparkdeep.errors import CheckpointError, FencedError, ReplicaLostError
+from sparkdeep.errors import CheckpointError, FencedError, NonFiniteError, ReplicaLostError
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.outer import OnArrival
 from sparkdeep.recording import Told, record_of
@@ -108,7 +108,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     def closure() -> RoundResult:
         nonlocal result
         result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
-        if result.rolled_back or all(spec.skip for spec in specs):
+        if result.rolled_back or _counts_nobody(run, result):
             raise _RolledBackError
         if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
             check_divergence(result.loss, state.records, run.settings, specs[0].round)
@@ -125,7 +125,12 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
 
     def evaluate() -> RoundResult:
         assert run.evaluations is not None
-        return run.evaluations.at(state.parameters, closure)
+        try:
+            return run.evaluations.at(state.parameters, closure)
+        except NonFiniteError as error:
+            if run.evaluations.remember:
+                raise searched_too_far(error) from error
+            raise
 
     if run.evaluations is not None:
         run.evaluations.begin()
@@ -166,6 +171,11 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
         run.furthest = state.committed
         run.ledger.progressed()
     return record
+
+
+def _counts_nobody(run: Run, result: RoundResult) -> bool:
+    """Whether an outer step would be taken on no data: all were idle, or out of rows, or their rows have no weight."""
+    return not (run.settings.gradient or run.state.downlink or any(update.weight for update in result.updates))
 
 
 def _known_steps(specs: Sequence[RoundSpec]) -> int:

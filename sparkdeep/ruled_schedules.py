@@ -89,7 +89,7 @@ class PacedSchedule(OwnClocks):
         left = [self.epochs * own - done for own, done in zip(self.steps, consumed, strict=True)]
         if max(left) <= 0:
             return None
-        paces = self.rule.shares(clock, len(consumed))
+        paces = self.rule.shares(clock, left)
         return tuple(
             RoundSpec(
                 round=committed + 1,

@@ -32,17 +32,20 @@ def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal
             objective inconsistency problem in heterogeneous federated optimization"): with `p_i` the replica's part of the
             rows that there are, and `t_i` its steps, the parameters move by
             `(sum_j p_j t_j) * sum_i p_i (x_i - start) / t_i`, so that a replica which takes more steps does not pull the
-            optimum its way. With equal steps it is the mean by rows. Exact for plain SGD; a close correction for others.
+            optimum its way. With equal steps it is the mean by the rows that there are. Exact for plain SGD; a close correction for others.
     """
     weights = reduced_weights([update.weight for update in updates])
     counted = [i for i, weight in enumerate(weights) if weight > 0]
     if weighting == "equal":
         return Shares(weights=tuple(float(weight > 0) for weight in weights), divisor=float(len(counted)))
     steps = {updates[i].steps for i in counted}
-    if weighting == "rows" or len(steps) <= 1:
+    if weighting == "rows" or not counted:
         return Shares(weights=tuple(weights), divisor=sum(weights))
     # Weighted rows weigh in a shard as they did in the part of it that was trained on.
     parts = {i: rows[i] * updates[i].weight / updates[i].rows for i in counted}
+    if len(steps) == 1:
+        alike = reduced_weights([parts.get(i, 0.0) for i in range(len(updates))])
+        return Shares(weights=tuple(alike), divisor=sum(alike))
     whole = sum(parts.values())
     effective = sum(parts[i] / whole * updates[i].steps for i in counted)
     shares = [0.0] * len(updates)

@@ -17,6 +17,7 @@ from torch import nn
 from sparkdeep import EarlyStopping
 from sparkdeep.aggregators import Median
 from sparkdeep.errors import ConfigError, PreflightError
+from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.spark import transports
 from sparkdeep.spark.settings import FitSettings, described, digest_of
 
@@ -232,6 +233,23 @@ def test_what_needs_an_open_connection_is_refused_where_every_round_is_a_job(mon
     with pytest.raises(ConfigError, match=f"with transport='spark': .*{reason}"):
         transports.chosen(settings(transport="spark", **options), None)
     assert transports.chosen(settings(transport="spark", codec="int8"), None) == "spark"
+
+
+def test_records_of_rounds_without_a_replica_are_refused_where_every_round_is_a_job(monkeypatch):
+    monkeypatch.setattr(transports, "is_connect", lambda _spark: False)
+    parts = [
+        ReplicaRecord(
+            replica=i, host="h", rows=4, weight=4, steps=1, compute_seconds=1.0, input_seconds=0.0, dropped=dropped
+        )
+        for i, dropped in enumerate(["", "late"])
+    ]
+    record = RoundRecord(round=1, epoch=1, rows=4, loss=0.5, replicas=parts)
+    with pytest.raises(
+        ConfigError, match="replay='records of rounds that went on without a replica' with transport='spark'"
+    ):
+        transports.chosen(settings(transport="spark", replay=[record]), None)
+    whole = replace(record, replicas=[replace(part, dropped="") for part in parts])
+    assert transports.chosen(settings(transport="spark", replay=[whole]), None) == "spark"
 
 
 def test_a_key_is_refused_where_no_replica_keeps_rows():

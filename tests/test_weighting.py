@@ -31,6 +31,15 @@ def test_equal_steps_are_the_mean_by_rows_to_the_bit():
     assert shares_of(updates, [80, 60, 5], "rows").weights == (4.0, 3.0, 0.0)
 
 
+def test_equal_steps_are_no_exception_from_nearly_equal_ones():
+    rows = [1000, 9000]
+    equal = shares_of([update(100, 5), update(100, 5)], rows, "fednova")
+    assert [weight / equal.divisor for weight in equal.weights] == pytest.approx([0.1, 0.9])
+    nearly = shares_of([update(100_000, 5000), update(100_020, 5001)], rows, "fednova")
+    assert nearly.weights == pytest.approx([0.1, 0.9], rel=1e-3)
+    assert shares_of([update(100, 5), update(100, 5)], rows, "rows").weights == (1.0, 1.0), "by what was trained on"
+
+
 def test_the_shares_are_the_papers():
     steps, rows = [2, 5, 11], [200, 300, 500]
     shares = shares_of([update(10 * s, s) for s in steps], rows, "fednova")

@@ -84,6 +84,10 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
             (name.partition("=")[0] for name in settings.run.closing),
             (" ".join(settings.run.closing) or None, "each round is a job of its own that all replicas end together"),
         ),
+        "replay": (
+            "records of rounds that went on without a replica" if _went_on_without(settings) else None,
+            "each round is a job of its own that all replicas end together",
+        ),
         "min_workers": (settings.run.min_workers, "the number of replicas does not change there"),
         "worker_process": (
             "spawn" if settings.worker_process == "spawn" else None,
@@ -96,6 +100,10 @@ def chosen(settings: FitSettings, spark: SparkSession) -> str:
                 f"{name}={value!r} with transport='spark': {reason}. Leave it out, or use transport='socket'."
             )
     return transport
+
+
+def _went_on_without(settings: FitSettings) -> bool:
+    return any(part.dropped for record in settings.replay for part in record.replicas)
 
 
 def _portions(settings: FitSettings) -> str:

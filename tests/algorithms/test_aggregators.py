@@ -374,4 +374,10 @@ def test_a_share_that_would_leave_nobody_is_refused(share):
 
 def test_a_share_that_cuts_nobody_is_warned_of(tmp_path, caplog):
     fitted(tmp_path, program(), aggregator=TrimmedMean(0.2))
-    assert "it cuts none, and is a plain mean. Give a share of at least 0.334" in caplog.text
+    assert "it cuts none of 3, and is a plain mean then. Give a share of at least 0.334" in caplog.text
+    caplog.clear()
+    fitted(tmp_path, program(), aggregator=TrimmedMean(0.35))
+    assert not caplog.records
+    fitted(tmp_path, program(), aggregator=TrimmedMean(0.35), quorum=2, quorum_grace_s=60.0)
+    assert "with quorum=2: rounded down to whole replicas it cuts none of 2" in caplog.text
+    assert "Use more replicas: of so few none can be cut." in caplog.text, "a share of 0.5 is refused"

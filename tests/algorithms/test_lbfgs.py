@@ -17,7 +17,7 @@ from twin_faults import Plan
 
 from sparkdeep.algorithms import lbfgs
 from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.errors import ReplicaLostError
+from sparkdeep.errors import ConfigError, NonFiniteError, ReplicaLostError
 from sparkdeep.evaluations import Evaluations
 from sparkdeep.gradient_outer import GradientOuter
 from sparkdeep.metrics import RoundRecord
@@ -48,6 +48,23 @@ def in_one_call(model, loss, x, y, *, iterations, evaluations=10**6, **given):
 
     optimizer.step(closure)
     return flat(model), losses
+
+
+def test_a_line_search_out_of_range_is_told_with_remedies_that_it_has(tmp_path):
+    x = np.full((8, 1), 1e200)
+    y = np.ones((8, 1))
+    torch.manual_seed(0)
+    own = program(nn.Linear(1, 1).double(), nn.MSELoss())
+    with pytest.raises(NonFiniteError, match=r"at parameters that the line search tried.*scale the features") as caught:
+        run(tmp_path, own, deal(x, y, [4, 4]), schema_of(x, y), epochs=3, batch_size=4, outer_optimizer=WOLFE, **COMMON)
+    assert "clip_grad_norm" not in str(caught.value)
+
+
+def test_a_bound_on_the_loss_has_no_meaning_beside_a_line_search(tmp_path):
+    x, y = np.ones((8, 1)), np.ones((8, 1))
+    own = program(nn.Linear(1, 1).double(), nn.MSELoss())
+    with pytest.raises(ConfigError, match=r"divergence_factor=10.* with a line search"):
+        run(tmp_path, own, deal(x, y, [4, 4]), schema_of(x, y), outer_optimizer=WOLFE, divergence_factor=10.0, **COMMON)
 
 
 # -- against scipy ---------------------------------------------------------------------------------------------------

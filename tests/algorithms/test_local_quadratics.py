@@ -150,6 +150,33 @@ def test_the_fixed_point_of_fedprox_comes_nearer_to_the_optimum_with_mu(tmp_path
     assert away[0] > away[1] > away[2] > 0
 
 
+class Branches(nn.Module):
+    """Rows with a positive second feature go through `b`, which the others never touch; the loss is the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.b = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x):
+        return (self.b if float(x[0, 1]) > 0 else self.a).expand(len(x), 1)
+
+
+def _first(prediction, _label):
+    return prediction.mean()
+
+
+def test_scaffold_moves_what_only_one_replica_has_a_gradient_of(tmp_path):
+    # Gradient 1 for `b` on one of two replicas, so 1/2 together: 4 rounds of 2 steps with a rate of 0.1 move it by 0.4.
+    x = np.array([[0.0, -1.0]] * 2 + [[0.0, 1.0]] * 2)
+    y = np.zeros((4, 1))
+    own = Program(model=Branches(), loss=_first, optimizer=partial(SGD, lr=0.1))
+    options = {"epochs": 4, "batch_size": 1, "sync_every": 2, "drift_correction": Scaffold()}
+    run(tmp_path, own, deal(x, y, [2, 2]), schema_of(x, y), **options)
+    for parameter in (own.model.a, own.model.b):
+        assert float(parameter.detach()) == pytest.approx(-0.4, abs=1e-12)
+
+
 @pytest.mark.parametrize("options", [{"rounds_per_stage": 1}, {"replica_state": "durable", "checkpoint_every": 1}])
 def test_control_variates_outlive_a_stage(tmp_path, options):
     hessians, centres = problem()

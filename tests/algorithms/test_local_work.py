@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from functools import partial
@@ -73,6 +74,16 @@ def test_the_quadratic_rule_grows_as_the_rate_falls():
     assert steps == [8, 16, 25, 99, 100, 100]
 
 
+def test_the_quadratic_rule_waits_for_the_end_of_a_warm_up():
+    def rates(step):  # up for ten steps, then down
+        return 0.02 * step if step <= 10 else 0.2 * 0.9 ** (step - 10)
+
+    rule = QSR(alpha=1.0)
+    assert [rule.steps(clock(step, rates)) for step in (0, 1, 5, 9)] == [8] * 4
+    assert rule.steps(clock(10, rates)) == 25
+    assert rule.steps(clock(15, rates)) == 71  # (0.9^-5 / 0.2)^2
+
+
 def test_adaptive_communication_follows_loss_and_rate():
     rule = AdaComm(every=2)
     records = [record(1, 4.0, (8, 8)), record(2, 4.0, (8, 8))]
@@ -85,6 +96,17 @@ def test_adaptive_communication_follows_loss_and_rate():
     assert rule.steps(halved) == 8  # ceil(8 sqrt(4 / 4))
 
 
+def test_adaptive_communication_measures_rates_by_the_highest_and_leaves_out_what_is_not_finite():
+    rule = AdaComm(every=2)
+    records = [record(number, 4.0, (8, 8)) for number in (1, 2)] + [record(number, 1.0, (8, 8)) for number in (3, 4)]
+    warmed = clock(32, lambda step: min(step, 10) / 100, records=records)  # from a rate of 0
+    assert rule.steps(warmed) == 4  # ceil(8 sqrt(1 / 4)), not 1
+    records[0] = dataclasses.replace(records[0], loss=math.nan)
+    assert rule.steps(clock(32, records=records)) == 4
+    records[1] = dataclasses.replace(records[1], loss=math.nan)
+    assert rule.steps(clock(32, records=records)) == 8, "nothing to compare with"
+
+
 def test_a_warm_start_has_one_replica_first_and_no_mixed_round():
     rule = WarmStart(20)
     assert [rule.steps(clock(step)) for step in (0, 8, 16, 20)] == [8, 8, 4, 8]
@@ -95,14 +117,21 @@ def test_a_warm_start_has_one_replica_first_and_no_mixed_round():
 
 def test_speeds_become_steps():
     rule = DyLU(rounds=2)
-    assert rule.shares(clock(), 2) == [8, 8]
+    assert rule.shares(clock(), [9, 9]) == [8, 8]
     records = [
         record(1, 1.0, (8, 8), (9.0, 1.0)),
         record(2, 1.0, (8, 8), (1.0, 4.0)),
         record(3, 1.0, (8, 2), (1.0, 4.0)),
     ]
-    assert rule.shares(clock(records=records), 2) == [8, 1]  # 16 steps in 2 s against 10 in 8 s: 8 and 1.25
-    assert rule.shares(clock(records=records), 3) == [8, 8, 8], "records of another number of replicas say nothing"
+    assert rule.shares(clock(records=records), [9, 9]) == [8, 1]  # 16 steps in 2 s against 10 in 8 s: 8 and 1.25
+    assert rule.shares(clock(records=records), [9] * 3) == [8, 8, 8], (
+        "records of another number of replicas say nothing"
+    )
+    assert rule.shares(clock(records=records), [0, 9]) == [8, 8], "one that is through its rows is no measure"
+    late = [record(number, 1.0, (8, 4, 0), (1.0, 1.0, 1.0)) for number in (1, 2)]
+    assert rule.shares(clock(records=late), [9] * 3) == [8, 4, 2], (
+        "one that never came in time gets half of the slowest's"
+    )
 
 
 def test_steps_over_the_end_of_an_epoch_come_as_stretches():
@@ -204,16 +233,59 @@ def test_rounds_of_two_epochs_see_every_row_twice(tmp_path):
 
 
 def test_a_warm_start_is_the_first_replica_alone(tmp_path):
-    warm, records, _ = fitted(tmp_path, epochs=1, sync_every=2, schedule=WarmStart(6))
+    x, y = table()
+    port = local_coordinator()
+    options = {"epochs": 2, "batch_size": 4, "sync_every": 2, "schedule": WarmStart(6)}
+    fit = make_fit(tmp_path, program(), deal(x, y, ROWS), schema_of(x, y), coordinator=port, **options)
+    rounds = fit.rounds()
+    records = list(itertools.islice(rounds, 3))
+    warm = fit.state.parameters.clone()
+    rounds.close()
+    port.close()
     assert [[p.steps for p in r.replicas] for r in records] == [[2, 0, 0]] * 3
     assert [[p.dropped for p in r.replicas] for r in records] == [["", "idle", "idle"]] * 3
-    x, y = table()
     alone = program()
     run(tmp_path, alone, deal(x[:24], y[:24], [24]), schema_of(x, y), epochs=1, batch_size=4, sync_every=2)
     assert torch.equal(warm, flat(alone.model))
     _, then, _ = fitted(tmp_path, epochs=2, sync_every=2, schedule=WarmStart(6))
     assert [p.steps for p in then[3].replicas] == [2, 2, 2]
     assert sum(r.rows for r in then) == 24 + sum(ROWS)
+
+
+def test_a_warm_start_that_is_the_whole_run_is_refused_and_one_of_most_of_it_is_warned_of(tmp_path, caplog):
+    with pytest.raises(ConfigError, match=r"WarmStart\(num_steps=18.*a run of 18 local steps: only the first replica"):
+        fitted(tmp_path, schedule=WarmStart(18))
+    with pytest.raises(ConfigError, match=r"schedule that is the same for all replicas"):
+        WarmStart(5, then=WarmStart(3))
+    assert not caplog.records
+    fitted(tmp_path, schedule=WarmStart(10))
+    assert "trains alone for more than half of the run, which has 18 local steps" in caplog.text
+
+
+def test_post_local_with_a_constant_rate_is_warned_of(tmp_path, caplog):
+    fitted(tmp_path, epochs=1, schedule=PostLocal(3))
+    fitted(tmp_path, program(scheduler=partial(MultiStepLR, milestones=[2])), epochs=1, schedule=PostLocal())
+    assert not caplog.records
+    _, records, _ = fitted(tmp_path, epochs=1, schedule=PostLocal())
+    assert "PostLocal() with a constant learning rate" in caplog.text
+    assert steps_of(records) == [1] * 6
+
+
+def test_a_round_in_which_nobody_has_a_row_takes_no_outer_step(tmp_path):
+    # The first replica is through its 16 rows after 4 steps, the others are idle until step 7: round 3 has nobody.
+    momentum = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
+    sizes, options = [16, 24], {"epochs": 2, "sync_every": 2, "outer_optimizer": momentum}
+    x, y = table(sizes)
+    own = program()
+    fit = make_fit(
+        tmp_path, own, deal(x, y, sizes), schema_of(x, y), coordinator=(port := local_coordinator()), batch_size=4,
+        schedule=WarmStart(7), **options,
+    )  # fmt: skip
+    seen = [(record.rows, fit.state.parameters.clone()) for record in fit.rounds()]
+    port.close()
+    assert [rows for rows, _ in seen[:4]] == [8, 8, 0, 4]
+    assert torch.equal(seen[2][1], seen[1][1])
+    assert not torch.equal(seen[3][1], seen[2][1])
 
 
 def test_slow_replicas_take_fewer_steps_and_every_row_counts(tmp_path):
@@ -286,7 +358,7 @@ def test_a_ring_takes_rounds_of_any_length_that_all_have(tmp_path):
         (partial(AdaComm, every=0), r"AdaComm\.every=0"),
         (partial(Epochs, 1.5), r"Epochs\.count=1\.5"),
         (partial(WarmStart, 0), r"WarmStart\.num_steps=0"),
-        (partial(WarmStart, 5, then=DyLU()), r"WarmStart\.then=DyLU.*on the common clock"),
+        (partial(WarmStart, 5, then=DyLU()), r"WarmStart\.then=DyLU.*the same for all replicas"),
         (partial(DyLU, rounds=0), r"DyLU\.rounds=0"),
         (partial(RunSettings, schedule="qsr"), r"schedule='qsr': must be a rule such as PostLocal\(\)"),
     ],
