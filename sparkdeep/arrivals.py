@@ -162,6 +162,11 @@ class Arrivals:
         return True
 
     def _of_another_run(self, replica: int) -> ConfigError:
+        if not self._order:
+            return ConfigError(
+                f"round {self._work.round} is repeated from a record without arrivals: of a long run, a model's history keeps only the "
+                "newest. Give records that were written as they came, by a callback or in rounds.jsonl."
+            )
         return ConfigError(
             f"round {self._work.round} is repeated from a record in which replica {replica} came in "
             f"{Counter(self._order)[replica]} times, and now it does {'less' if self._left[replica] > 0 else 'more'} often: "

@@ -59,7 +59,8 @@ class LocalSettings:
     precision: Literal["bf16"] | None = None
     """"bf16": forward and loss under `torch.autocast` in bfloat16; parameters keep their dtype."""
     inner_state: InnerState = "keep"
-    """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round."""
+    """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round. A replica that comes to
+    a run anew, after its executor was lost or its rows were dealt again, begins with none in each case."""
     drift_correction: DriftCorrection | None = None
     """`FedProx(mu)` or `Scaffold()`: what is added to a replica's gradient where shards are unlike each other."""
     seed: int = 0

@@ -30,7 +30,9 @@ class _RoundsAverage(Callback):
     """Keeps one average of the global parameters, in float64: 8 bytes a parameter on the driver.
 
     It does not touch the fit. It begins anew with every fit, except for one that goes on at the very round where the fit
-    before it ended, which resuming in the same process does.
+    before it ended, which resuming in the same process does: give each run an average of its own. A round that is repeated after
+    a replica was lost is taken as it was the first time; where clocks decide (time budgets, quorum, asynchronous runs) the
+    repetition may differ from it.
     """
 
     def __init__(self, update: Callable[..., None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from compare_parts.results import Run, append
 
 __all__ = ["DATASETS", "Dataset", "images_of", "run_images", "tune_images"]
 
+_TRIES: Final = 3  # a single one picks rates by luck
 _SCHEMA: Final = "pixels array<float>, label bigint, held_out boolean"
 
 
@@ -104,7 +106,7 @@ def run_images(
 
 
 def tune_images(part: str, names: Sequence[str], data: Path | None, out: Path) -> dict[str, tuple[float, float]]:
-    """The rates of least loss by contender, each tried once on rows of their own; runs are added to `out`/tuning."""
+    """The most accurate rates by contender, each tried with three seeds on rows of their own; runs are added to `out`/tuning."""
     dataset, images = DATASETS[part], images_of(part, data, tuning=True)
     best = {}
     with tempfile.TemporaryDirectory(prefix="sparkdeep-compare-") as folder:
@@ -112,10 +114,11 @@ def tune_images(part: str, names: Sequence[str], data: Path | None, out: Path) -
         for name in names:
             found = {}
             for rates in grid(CONTENDERS[name]):
-                run = _fit(frame, images, part, name, TUNING_SEED, rates, dataset)
-                print(f"  {run.settings}")
-                append(dataclasses.replace(run, name=f"{name}: {run.settings}"), out / "tuning")
-                found[rates] = run.last.accuracy or 0.0, -run.last.loss
+                tried = [_fit(frame, images, part, name, TUNING_SEED + i, rates, dataset) for i in range(_TRIES)]
+                for run in tried:
+                    append(dataclasses.replace(run, name=f"{name}: {run.settings}"), out / "tuning")
+                found[rates] = statistics.mean(run.last.accuracy or 0.0 for run in tried)
+                print(f"  {tried[0].settings}: mean accuracy {found[rates]:.4f}", flush=True)
             best[name] = max(found, key=lambda rates: found[rates])
             print(f"{part} {name}: best inner, outer {best[name]}", flush=True)
     spark_session().catalog.clearCache()

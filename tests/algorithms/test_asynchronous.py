@@ -433,6 +433,14 @@ def test_who_waits_for_a_slow_replica_is_not_taken_for_a_silent_one(tmp_path):
     assert not records[0].retries
 
 
+def test_a_record_whose_arrivals_were_not_kept_is_refused_with_where_to_get_them(tmp_path):
+    rule, outer = Asynchronous(1, 1), partial(Downpour, lr=0.02)
+    _, records, _ = train(tmp_path, rule, outer)
+    cut = [dataclasses.replace(record, arrivals=[]) for record in records]
+    with pytest.raises(ConfigError, match=r"round 1 is repeated from a record without arrivals.*written as they came"):
+        train(tmp_path, rule, outer, replay=cut)
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
