@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import random
-import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from asynchronous_runs import (
+    BATCH,
+    EPOCHS,
+    EXACT,
+    RATE,
+    SIZES,
+    X,
+    Y,
+    net,
+    options_of,
+    program,
+    train,
+)
 from plain_loop import epoch_batches
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
-from twin import deal, flat, local_coordinator, make_fit, run, schema_of
+from twin import deal, local_coordinator, make_fit, schema_of
 
-from sparkdeep import seams
-from sparkdeep.arrivals import FETCHED, Arrivals
+from sparkdeep.arrivals import FETCHED
 from sparkdeep.asynchrony import Asynchronous
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.errors import ConfigError, NonFiniteError, ReplicaLostError
-from sparkdeep.injection import Injector
-from sparkdeep.local_work import DyLU, PostLocal, WarmStart
-from sparkdeep.messages import Visit
+from sparkdeep.errors import ConfigError
+from sparkdeep.local_work import PostLocal
 from sparkdeep.metrics import RoundRecord
 from sparkdeep.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.program import Program
-from sparkdeep.round_values import RoundWork
-from sparkdeep.schedule import RoundSpec
-from sparkdeep.store import LocalStore
-
-RNG = np.random.default_rng(7)
-X, Y = RNG.normal(size=(96, 3)), RNG.normal(size=(96, 1))
-SCHEMA = schema_of(X, Y)
-SIZES = [24, 16, 8]
-RATE, BATCH, EPOCHS = 0.05, 4, 2
-EXACT = {"rtol": 1e-13, "atol": 1e-13}
-
-
-def net():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-
-
-def program(optimizer=None, model=None, **parts):
-    return Program(model=model or net(), loss=nn.MSELoss(), optimizer=optimizer or partial(SGD, lr=RATE), **parts)
-
-
-def options_of(asynchronous, outer, sizes=SIZES, **options):
-    whole = {"epochs": EPOCHS, "batch_size": BATCH, "sync_every": "epoch", "max_retries": 0, **options}
-    return whole | {"asynchronous": asynchronous, "outer_optimizer": outer}
-
-
-def train(tmp_path, asynchronous, outer, sizes=SIZES, *, own=None, **options):
-    count = sum(sizes)
-    made = own or program()
-    _, records, fit = run(
-        tmp_path, made, deal(X[:count], Y[:count], sizes), SCHEMA, **options_of(asynchronous, outer, **options)
-    )
-    return flat(made.model), records, fit
-
 
 # -- written out ------------------------------------------------------------------------------------------------------
 
@@ -281,246 +253,6 @@ def test_what_a_narrow_model_rounds_off_is_not_pushed(tmp_path):
     assert torch.equal(seen[1][:3], seen[0][:3])
     assert torch.equal(seen[2][:3], seen[0][:3])
     assert not torch.equal(seen[2][3:], seen[0][3:])
-
-
-# -- replay -----------------------------------------------------------------------------------------------------------
-
-
-def dropping():
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Linear(6, 1)).double()
-    return program(partial(AdamW, lr=0.02), model)
-
-
-class Slow:
-    """A seam at which one replica waits before it comes in; outside of the lock that replicas of one process share."""
-
-    def __init__(self, replica, seconds):
-        self.replica, self.seconds = replica, seconds
-
-    def reached(self, phase, round_number, replica):
-        if phase == "transfer" and replica == self.replica:
-            time.sleep(self.seconds)
-
-    def passing(self, phase, round_number, replica, data):
-        return data
-
-    def __enter__(self):
-        seams.install(self)
-
-    def __exit__(self, *_):
-        seams.install(None)
-
-
-@pytest.mark.parametrize("options", [
-    {}, {"time_budget_s": 0.01, "schedule": WarmStart(4)}, {"schedule": DyLU(), "sync_every": 3},
-], ids=["epochs", "seconds", "dylu"])  # fmt: skip
-def test_a_recorded_run_gives_its_bits_again(tmp_path, options):
-    rule, outer = Asynchronous(1, 2), partial(DelayedNesterov, lr=0.3, delay=2)
-    with Slow(1, 0.01):
-        got, records, _ = train(tmp_path, rule, outer, own=dropping(), **options)
-    with Slow(0, 0.005):
-        again, repeated, _ = train(tmp_path, rule, outer, own=dropping(), replay=records, **options)
-    assert torch.equal(got, again)
-    assert [r.arrivals for r in repeated] == [r.arrivals for r in records]
-    assert [[p.steps for p in r.replicas] for r in repeated] == [[p.steps for p in r.replicas] for r in records]
-    assert [r.loss for r in repeated] == [r.loss for r in records]
-    if not options:
-        orders = [sorted(records[0].arrivals), sorted(records[0].arrivals, reverse=True)]
-        others = [[dataclasses.replace(records[0], arrivals=order), *records[1:]] for order in orders]
-        trained = [train(tmp_path, rule, outer, own=dropping(), replay=other)[0] for other in others]
-        assert not all(torch.equal(one, got) for one in trained)
-
-
-def test_a_warm_start_has_the_first_replica_alone(tmp_path):
-    _, records, _ = train(
-        tmp_path, Asynchronous(), partial(Downpour, lr=0.02), [24, 24], schedule=WarmStart(4), sync_every="epoch"
-    )
-    assert [r.replicas[1].dropped for r in records] == ["idle", "", ""]
-    assert {replica for replica, _ in records[0].arrivals} == {0}
-    assert {replica for replica, _ in records[1].arrivals} == {0, 1}
-    assert [[p.steps for p in r.replicas] for r in records] == [[4, 0], [2, 2], [6, 6]]
-
-
-def test_a_warm_start_by_the_clock_leaves_the_others_all_their_rows(tmp_path):
-    sizes, warm = [24, 16], WarmStart(7)
-    _, records, _ = train(
-        tmp_path, Asynchronous(), partial(Downpour, lr=0.02), sizes, schedule=warm, time_budget_s=0.001
-    )
-    alone = [r for r in records if r.replicas[1].dropped == "idle"]
-    assert sum(r.replicas[0].steps for r in alone) == 7
-    assert alone == records[: len(alone)]
-    assert not any(r.replicas[1].steps or r.replicas[1].skipped_steps for r in alone)
-    assert [sum(r.replicas[i].steps for r in records) for i in range(2)] == [12, 8]
-    # A warm start that is longer than the first replica's rows ends with them.
-    _, records, _ = train(
-        tmp_path, Asynchronous(), partial(Downpour, lr=0.02), sizes, schedule=WarmStart(100), time_budget_s=0.001
-    )
-    assert [sum(r.replicas[i].steps for r in records) for i in range(2)] == [12, 8]
-
-
-@pytest.mark.parametrize("rule", [Asynchronous(1, 3), Asynchronous(1, 2)], ids=str)
-def test_a_record_of_other_pushes_is_refused(tmp_path, rule):
-    outer = partial(Downpour, lr=0.02)
-    _, records, _ = train(tmp_path, Asynchronous(2, 2) if rule.n_push == 3 else Asynchronous(1, 1), outer)
-    cut = [dataclasses.replace(record, arrivals=record.arrivals[:-1]) for record in records]
-    with pytest.raises(ConfigError, match=r"n_fetch, n_push and batch_size that it had"):
-        train(tmp_path, rule, outer, replay=records if rule.n_push == 3 else cut)
-
-
-# -- staleness ---------------------------------------------------------------------------------------------------------
-
-
-def _without(early, arrivals):
-    """Arrivals without one of each replica's."""
-    for replica, _ in early:
-        arrivals.remove(next(one for one in arrivals if one[0] == replica))
-    return arrivals
-
-
-@pytest.mark.parametrize(("rule", "bound"), [((1, 1), 2), ((2, 2), 3), ((3, 2), 4), ((1, 2), 2)], ids=str)
-def test_no_push_is_staler_than_it_may_be(tmp_path, rule, bound):
-    sizes, outer = [32, 32, 16], partial(Downpour, lr=0.02)
-    with Slow(2, 0.05):
-        _, bounded, _ = train(tmp_path, Asynchronous(*rule, max_staleness=bound), outer, sizes)
-    # In a script all of the others come between a fetch of the last replica and the push that follows it.
-    early = [[2, 0]] if rule[1] > rule[0] else []
-    late = [dataclasses.replace(r, arrivals=early + _without(early, sorted(r.arrivals))) for r in bounded]
-    _, free, _ = train(tmp_path, Asynchronous(*rule), outer, sizes, replay=late)
-    assert max(s for r in free for _, s in r.arrivals) > bound
-    assert max(s for r in bounded for _, s in r.arrivals) <= bound
-    pushes = [[sum(i == j and s != FETCHED for i, s in r.arrivals) for j in range(3)] for r in bounded]
-    assert pushes == [[-(-8 // rule[1]), -(-8 // rule[1]), -(-4 // rule[1])]] * EPOCHS
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_whoever_may_come_first_somebody_always_may_and_none_is_too_stale(seed):
-    rng = random.Random(seed)
-    count, n_fetch, n_push = rng.randint(1, 6), rng.randint(1, 6), rng.randint(1, 6)
-    rule = Asynchronous(n_fetch, n_push)
-    bound = rule.least_staleness(count) + rng.choice((0, 0, 1, 4))
-    rule = dataclasses.replace(rule, max_staleness=bound)
-    lengths = [rng.randint(1, 40) for _ in range(count)]
-    specs = [RoundSpec(round=1, epoch=0, first_step=0, num_steps=length) for length in lengths]
-    work = RoundWork(specs=specs, clocks=[0] * count, rows=[1] * count, apply=lambda _change, _clock, _steps: None)
-    x = torch.zeros(1)
-    window = Arrivals(count, work, rule, x, lambda: None)
-
-    def next_of(replica):
-        steps = window._steps[replica] + 1
-        while steps < lengths[replica] and steps % n_push and steps % n_fetch:
-            steps += 1
-        last = steps == lengths[replica]
-        pushes, fetches = last or steps % n_push == 0, not last and steps % n_fetch == 0
-        return Visit(round=1, steps=steps, pushes=pushes, fetches=fetches, finite=True), last
-
-    fast = rng.randrange(count)
-    while window._working:
-        able = [(i, *next_of(i)) for i in sorted(window._working)]
-        able = [(i, visit, last) for i, visit, last in able if window._may_come(i, visit, last=last)]
-        assert able, "all wait for each other"
-        i, visit, last = next((one for one in able if one[0] == fast), rng.choice(able))
-        window._come(i, visit, x, last=last)
-    assert max(staleness for _, staleness in window.log) <= bound
-    assert sum(s != FETCHED for _, s in window.log) == sum(-(-length // n_push) for length in lengths)
-
-
-def test_who_waits_for_a_slow_replica_is_not_taken_for_a_silent_one(tmp_path):
-    rule = Asynchronous(3, 1, max_staleness=5)
-    with Slow(1, 0.8):  # its third visit, in which it fetches, is what the other one's sixth waits for, to fetch
-        _, records, _ = train(tmp_path, rule, partial(Downpour, lr=0.02), [32, 32], epochs=1, stall_timeout_s=2.3)
-    assert len(records) == 1
-    assert not records[0].retries
-
-
-def test_a_record_whose_arrivals_were_not_kept_is_refused_with_where_to_get_them(tmp_path):
-    rule, outer = Asynchronous(1, 1), partial(Downpour, lr=0.02)
-    _, records, _ = train(tmp_path, rule, outer)
-    cut = [dataclasses.replace(record, arrivals=[]) for record in records]
-    with pytest.raises(ConfigError, match=r"round 1 is repeated from a record without arrivals.*written as they came"):
-        train(tmp_path, rule, outer, replay=cut)
-
-
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("phase", ["step", "transfer", "corrupt"])
-def test_a_window_in_which_a_replica_was_lost_is_undone_and_repeated(tmp_path, phase):
-    rule, outer = Asynchronous(1, 1), partial(Downpour, lr=0.02)
-    got, records, _ = train(tmp_path, rule, outer, own=dropping())
-    plan = Injector(tmp_path / "plan")
-    if phase == "corrupt":
-        plan.corrupt_at("transfer", 2, 1)
-    else:
-        plan.fail_at(phase, 2, 1)
-    with plan.installed(), pytest.raises(ReplicaLostError):
-        train(tmp_path, rule, outer, own=dropping(), replay=records)
-    plan.check_fired()
-    plan = Injector(tmp_path / "again")
-    plan.corrupt_at("transfer", 2, 1) if phase == "corrupt" else plan.fail_at(phase, 2, 1)
-    with plan.installed():
-        again, repeated, _ = train(tmp_path, rule, outer, own=dropping(), replay=records, max_retries=2)
-    assert torch.equal(got, again)
-    assert [r.retries for r in repeated] == [0, 1]
-    assert [r.arrivals for r in repeated] == [r.arrivals for r in records]
-
-
-class Fails:
-    """Raises, or gives NaN, in the n-th batch of a shard."""
-
-    def __init__(self, batch):
-        self.batch, self.calls = batch, 0
-
-    def __call__(self, features):
-        self.calls += 1
-        return features * float("nan") if self.calls == self.batch else features
-
-
-def test_a_push_that_is_not_finite_ends_the_fit_and_leaves_no_trace(tmp_path):
-    coordinator = local_coordinator()
-    try:
-        sizes = [24, 24]
-        fit = make_fit(
-            tmp_path, program(augment=Fails(9)), deal(X[:48], Y[:48], sizes), SCHEMA, coordinator=coordinator,
-            **options_of(Asynchronous(1, 1), partial(Downpour, lr=0.02)),
-        )  # fmt: skip
-        rounds = fit.rounds()
-        next(rounds)
-        before = fit.state.parameters.detach().clone()
-        squares = copy.deepcopy(fit.outer.state_dict())
-        with pytest.raises(NonFiniteError, match="round 2"):
-            next(rounds)
-        assert torch.equal(fit.state.parameters, before)
-        for place, state in fit.outer.state_dict()["state"].items():
-            assert torch.equal(state["sum"], squares["state"][place]["sum"])
-    finally:
-        coordinator.close()
-
-
-def test_a_run_resumed_from_a_checkpoint_is_the_undisturbed_one(tmp_path):
-    rule, outer = Asynchronous(1, 2), partial(DelayedNesterov, lr=0.3, delay=2)
-    settings = {"epochs": 4, "checkpoint_every": 1}
-    got, records, _ = train(tmp_path, rule, outer, own=dropping(), **settings)
-    coordinator = local_coordinator()
-    folder = tmp_path / "checkpoints"
-    try:
-        fit = make_fit(
-            tmp_path, dropping(), deal(X[:48], Y[:48], SIZES), SCHEMA, coordinator=coordinator, replay=records,
-            checkpoints=CheckpointDirectory(LocalStore(folder), identity={}),
-            **options_of(rule, outer, **settings),
-        )  # fmt: skip
-        rounds = fit.rounds()
-        assert [next(rounds).round, next(rounds).round] == [1, 2]
-        rounds.close()
-    finally:
-        coordinator.close()
-    again, rest, fit = train(
-        tmp_path, rule, outer, own=dropping(), replay=records, **settings,
-        checkpoints=CheckpointDirectory(LocalStore(folder), identity={}),
-    )  # fmt: skip
-    assert [r.round for r in rest] == [3, 4]
-    assert torch.equal(got, again)
-    assert [r.arrivals for r in fit.state.records] == [r.arrivals for r in records]
 
 
 # -- records and refusals ----------------------------------------------------------------------------------------------
