@@ -108,7 +108,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
     def closure() -> RoundResult:
         nonlocal result
         result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
-        if result.rolled_back or _counts_nobody(run, result):
+        if result.rolled_back or all(spec.skip for spec in specs) or _counts_nobody(run, result):
             raise _RolledBackError
         if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
             check_divergence(result.loss, state.records, run.settings, specs[0].round)

@@ -207,7 +207,7 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
 
 TUNED: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
     "digits": {
-        "one replica": (0.05, 0.0),
+        "one replica": (0.02, 0.0),
         "averaging, every step": (0.1, 0.0),
         "averaging": (0.05, 0.0),
         "averaging, every epoch": (0.05, 0.0),

@@ -53,4 +53,15 @@ def _dress(axes: Any, axis: str) -> None:
     axes.set_yscale("log")
     if axis != "rows":
         axes.set_xscale("log")
+        _mark(axes.xaxis)
+    _mark(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
+
+
+def _mark(axis: Any) -> None:
+    """Marks at 1, 2 and 5 of every decade: less than a decade has some, and many have room."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
