@@ -5,6 +5,7 @@ SHELL := bash
 
 CONF ?= conf/digits.toml
 ARGS ?=
+JOBS ?=
 SETUP := source .ci/setup.sh
 
 help:  ## list the commands
@@ -18,9 +19,9 @@ test:  ## set up, then format, lint, types and the three tiers of tests, each ti
 	@$(SETUP)
 	bash .ci/test.sh
 
-test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect
+test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect; JOBS=quick: but the slowest
 	@$(SETUP)
-	bash .ci/test.sh jobs
+	bash .ci/test.sh jobs $(JOBS)
 
 test-algorithms:  ## set up, then the algorithms against their papers, and a small run of each preset
 	@$(SETUP)

@@ -113,6 +113,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow_job
 def test_the_command_starts_a_session_with_the_properties_of_a_file(tmp_path):
     properties = tmp_path / "my.conf"
     properties.write_text("# ours\nspark.master local[3]\nspark.python.worker.reuse false\n")
@@ -124,6 +125,7 @@ def test_the_command_starts_a_session_with_the_properties_of_a_file(tmp_path):
     assert "sparkdeep can train here" in ran.stdout
 
 
+@pytest.mark.slow_job
 def test_the_command_ends_with_1_where_spark_itself_refuses_the_barrier():
     dynamic = {"enabled": "true", "minExecutors": "2", "shuffleTracking.enabled": "true"}
     options = [

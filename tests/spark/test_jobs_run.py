@@ -70,7 +70,7 @@ def test_evaluate_and_predict_read_that_model(trained):
     [
         ("fit.batch_sise=3", 2, "wrong configuration", "batch_size"),
         ('fit.feature_cols=["pixel"]', 2, "wrong configuration", "pixels"),
-        ("optimizer.args={lr=1e30}", 1, "failed", "NaN"),
+        pytest.param("optimizer.args={lr=1e30}", 1, "failed", "NaN", marks=pytest.mark.slow_job),
     ],
 )
 def test_what_goes_wrong_has_an_exit_code_and_a_reason(tmp_path, override, code, status, words):
