@@ -29,6 +29,7 @@ from sparkdeep.manifest import (
     plain_json,
     read_bounded,
 )
+from sparkdeep.own_names import without_modules
 from sparkdeep.store_protocol import JSON, Bytes, Store, check_name
 
 __all__ = ["CheckpointDirectory", "Loaded"]
@@ -272,13 +273,16 @@ class CheckpointDirectory:
         )
 
     def _refuse_another_run(self, commit: Commit) -> None:
-        differences = flat_differences(commit.identity, self._identity)
+        differences = self._differences(commit)
         if differences:
             raise CheckpointError(
                 f"the checkpoint of round {commit.round_number} in {self._store.uri} belongs to another run; stored "
                 f"vs. now: {'; '.join(differences)}. Use another checkpoint_dir, or resume=False to start over in "
                 "this one"
             )
+
+    def _differences(self, commit: Commit) -> list[str]:
+        return flat_differences(without_modules(commit.identity), without_modules(self._identity))
 
     def _prune(self, lease: Lease, newest: int) -> None:
         fences = lease.all_fences()
@@ -309,7 +313,7 @@ class CheckpointDirectory:
             if any_identity or unreadable:  # which folder it stood for is not known, so that stays
                 self._store.delete(name)
             return
-        if any_identity or not flat_differences(commit.identity, self._identity):
+        if any_identity or not self._differences(commit):
             self._store.delete(name)
             self._leavings.append(commit.prefix)
 

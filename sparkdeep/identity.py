@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparkdeep.config import LocalSettings, RunSettings
 from sparkdeep.generation import ShardFacts
+from sparkdeep.own_names import name_of
 from sparkdeep.parameters import Layout, named_tensors, raw_bytes
 from sparkdeep.program import Program
 
@@ -22,7 +23,7 @@ __all__ = ["describe", "run_identity", "tensors_digest"]
 def describe(value: Any) -> Any:
     """A JSON value that differs when a factory, loss or callable visibly differs.
 
-    Classes and functions go by name, a partial by its parts, a module by its class, its plain settings and its
+    Classes and functions go by name (see `own_names`), a partial by its parts, a module by its class, its plain settings and its
     tensors. What a function does inside is not looked at.
     """
     if value is None or isinstance(value, bool | int | float | str):
@@ -31,16 +32,16 @@ def describe(value: Any) -> Any:
         return [describe(value.func), describe(value.args), describe(value.keywords)]
     if isinstance(value, nn.Module):
         plain = {k: v for k, v in vars(value).items() if isinstance(v, bool | int | float | str) and k != "training"}
-        return [_name(type(value)), plain, tensors_digest(value)]
+        return [name_of(type(value)), plain, tensors_digest(value)]
     if is_dataclass(value) and not isinstance(value, type):
-        return {"class": _name(type(value))} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        return {"class": name_of(type(value))} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [describe(v) for v in value]
     if isinstance(value, Tensor):
         return [str(value.dtype), list(value.shape), hashlib.blake2b(_bytes(value), digest_size=8).hexdigest()]
-    return _name(value) if hasattr(value, "__qualname__") else _name(type(value))
+    return name_of(value) if hasattr(value, "__qualname__") else name_of(type(value))
 
 
 def tensors_digest(module: nn.Module) -> str:
@@ -97,10 +98,6 @@ def run_identity(
         # Not the fresh parameters: a module instance that a script builds anew differs after each crash.
         "warm_start": None if warm_start is None else tensors_digest(warm_start),
     }
-
-
-def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
 
 
 def _bytes(tensor: Tensor) -> memoryview:

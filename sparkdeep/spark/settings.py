@@ -24,6 +24,7 @@ from sparkdeep.gradient_checks import check_factory
 from sparkdeep.identity import describe
 from sparkdeep.interop import may_bring_loss, may_bring_optimizer
 from sparkdeep.metrics import RoundRecord
+from sparkdeep.own_names import with_first_modules
 from sparkdeep.prediction import check_choice
 from sparkdeep.store_protocol import shown_uri
 
@@ -251,7 +252,7 @@ def digest_of(settings: FitSettings, identity: Mapping[str, Any]) -> str:
     values = {name: value for name, value in described(settings).items() if name not in _PASSING}
     nameless = {f.name: _code(getattr(settings, f.name)) for f in fields(settings) if f.name not in _PASSING}
     whole = json.dumps([identity, values, nameless], sort_keys=True, default=str)
-    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(with_first_modules(whole).encode(), digest_size=8).hexdigest()
 
 
 def _code(value: Any) -> Any:
