@@ -32,6 +32,8 @@ __all__ = ["PyfuncModel", "logged"]
 
 _FACTS: Final = "pyfunc.json"
 _MODEL: Final = "model"
+_LOADER: Final = "sparkdeep.pyfunc"
+"""The module that logged models name; it gives them `_load_pyfunc`."""
 _PACKAGES: Final = ("sparkdeep", "torch", "pyspark", "pyarrow", "numpy", "pandas", "safetensors", "cloudpickle")
 
 
@@ -129,7 +131,7 @@ def logged(
             flavor=mlflow_module("pyfunc"),
             run_id=run_id,
             registered_model_name=registered_model_name,
-            loader_module=__name__,
+            loader_module=_LOADER,
             data_path=str(data),
             code_paths=code_paths or None,
             signature=_signature(model),
