@@ -97,6 +97,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         ConfigError: a setting is unknown ("did you mean") or cannot be meant.
     """
 
+    __module__ = "sparkdeep"  # what Spark ML writes into files, and imports when it reads them
+
     @keyword_only
     def __init__(
         self,

@@ -70,6 +70,8 @@ class TorchModel(Model, MLWritable, MLReadable):
         history: one `RoundRecord` a round.
     """
 
+    __module__ = "sparkdeep"  # what Spark ML writes into files, and imports when it reads them
+
     def __init__(
         self,
         *,
