@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
+from sparkdeep.registry import register
 from sparkdeep.setting_checks import at_least, not_negative, positive
 
 __all__ = ["DelayedNesterov", "Downpour", "FedAdam", "FedYogi", "SlowMo"]
@@ -154,3 +155,8 @@ class Downpour(Adagrad):
                     gradient.div_(self.inner_lr)
             super().step()
         return loss
+
+
+for _own in (DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo):
+    register(_own, f"sparkdeep:{_own.__name__}")  # what an estimator's files name them
+    register(_own, f"sparkdeep.outer_optimizers:{_own.__name__}")  # what the first version's files do

@@ -189,6 +189,8 @@ def import_factory(spec: str) -> Callable[..., Any]:
     if match is None:
         raise ConfigError(f"{spec!r} is not of the form 'package.module:name'; write for instance 'torch.nn:MSELoss'")
     module_name, qualname = match.groups()
+    if module_name.partition(".")[0] == "sparkdeep" and spec in _registered:
+        return _registered[spec]  # a class of ours, whose module may have moved
     try:
         target: Any = importlib.import_module(module_name)
     except ImportError as exc:
