@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickletools
 from functools import partial
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
+from first_version import EXPECTED, FOLDER, written
 from foreign_models import blobs, two_towers
 from plain_loop import train_plainly
 from torch import nn
@@ -119,6 +122,18 @@ def test_copies_and_pickles_hold_the_same_network(keras):
         with torch.no_grad():
             next(other.parameters()).add_(1.0)
         assert not torch.equal(other(x), first(x)), "the Keras variables share the torch parameters, not the copy's"
+
+
+def test_a_pickle_names_one_module_of_ours_and_the_first_versions_is_read(keras):
+    held = cloudpickle.dumps(build_model(network(keras, 0.3), {}, 0))
+    told = [argument for _, argument, _ in pickletools.genops(held) if isinstance(argument, str)]
+    assert {name for name in told if name.startswith("sparkdeep")} == {"sparkdeep.keras_network"}, (
+        "files name it: it stays, see tests/test_names_in_files.py"
+    )
+    first = TorchModel.load(str(FOLDER / "keras"), trust_pickle=True)
+    assert first.model(torch.tensor(written.ROWS)).tolist() == [
+        pytest.approx(row, abs=1e-6) for row in EXPECTED["keras"]
+    ]
 
 
 def test_dropout_follows_train_and_eval(keras):

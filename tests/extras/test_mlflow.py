@@ -258,6 +258,7 @@ def test_the_signature_names_columns_and_types_and_is_enforced(store):
     with mlflow.start_run():
         info = log_model(two_inputs())
     loaded = mlflow.pyfunc.load_model(info.model_uri)
+    assert loaded.metadata.flavors["python_function"]["loader_module"] == "sparkdeep.pyfunc"
     assert {spec.name: str(spec.type) for spec in loaded.metadata.signature.inputs} == {
         "area": "DataType.double", "pixels": "Array(double)"}  # fmt: skip
     assert [(spec.name, str(spec.type)) for spec in loaded.metadata.signature.outputs] == [
