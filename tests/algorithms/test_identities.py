@@ -7,8 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
+from paths import TESTS
 
 IDENTITIES = {
     1: "one replica with averaging is a plain loop over the same batches, to the last bit, across a resume too",

@@ -13,9 +13,9 @@ from torch import nn
 from twin import deal, facts_of, run, schema_of, write_shards
 
 from sparkdeep import ConfigError, TorchEstimator, TorchModel
-from sparkdeep.building import build_model, copy_of
-from sparkdeep.keras_network import KerasNetwork
-from sparkdeep.program import Program, pack_program, unpack_program
+from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.keras import KerasNetwork
+from sparkdeep.models.program import Program, pack_program, unpack_program
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("default")]
 

@@ -23,10 +23,11 @@ from invariants import (
 from twin import deal, schema_of, write_shards
 from twin_faults import Plan
 
-from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.injection import Injector
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.testing.injection import Injector
 
-plain_replicas = pytest.importorskip("benchmarks.plain_replicas")
+plain_replicas = pytest.importorskip("speed_parts.plain_replicas")
 
 
 @contextlib.contextmanager
