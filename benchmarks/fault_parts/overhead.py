@@ -84,8 +84,9 @@ class Contest:
             return time.perf_counter() - began, self._busy_s(name) - busy
 
     def _busy_s(self, name: str) -> float:
-        stages = getattr(self.fits[name], "_stages", None)  # there is none before the first round
-        replicas = stages._stage.hellos.values() if stages is not None and stages._stage is not None else ()
+        run = getattr(self.fits[name], "_run", None)  # there is none before the first round
+        stage = run.replicas._stage if run is not None else None
+        replicas = stage.hellos.values() if stage is not None else ()
         return time.process_time() + sum(_of_process_s(hello.pid) for hello in replicas)
 
     def close(self) -> None:

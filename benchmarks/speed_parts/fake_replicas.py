@@ -27,6 +27,7 @@ from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.stages.coordinator import Coordinator
+from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tensors.state_dicts import pack_tensors
@@ -180,8 +181,10 @@ def open_fake_fit(
             ),
             plan=plan_of(program, local, None),
             shards=[ShardFacts(rows=_ROWS, digest=_DIGEST)] * replicas,
-            launcher=ProcessLauncher(_replica, replicas, numel, local, states, inside=inside),
-            coordinator=coordinator,
+            stages=SocketStages(
+                launcher=ProcessLauncher(_replica, replicas, numel, local, states, inside=inside),
+                coordinator=coordinator,
+            ),
             run=new_run_id(),
         )
         with contextlib.closing(fit.rounds()) as rounds:

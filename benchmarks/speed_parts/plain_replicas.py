@@ -24,6 +24,7 @@ from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.stages.coordinator import Coordinator
+from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.versions import versions
 from speed_parts.images import Images
@@ -135,10 +136,12 @@ def plain_fit(
             settings=settings,
             plan=plan,
             shards=facts,
-            launcher=ProcessLauncher(
-                target, len(shards), plan, list(shards), shards[0].parent / f"states-{new_run_id()}", inside=inside
+            stages=SocketStages(
+                launcher=ProcessLauncher(
+                    target, len(shards), plan, list(shards), shards[0].parent / f"states-{new_run_id()}", inside=inside
+                ),
+                coordinator=coordinator,
             ),
-            coordinator=coordinator,
             run=new_run_id(),
             **options,
         )

@@ -76,6 +76,10 @@ class RoundResult:
     """(len(sections) * numel,): mean of the optimizer states, likewise."""
     loss: float
     updates: list[Update]
+    hosts: Sequence[str] = ()
+    """By replica."""
+    reset: Sequence[int] = ()
+    """Replicas that began the round with a fresh optimizer, as their state was lost."""
     saved: list[Saved]
     seconds: float
     traffic: Traffic = field(default_factory=Traffic)

@@ -7,18 +7,16 @@ import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
-from sparkdeep.optim.aggregators import embeddings_of
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
 from sparkdeep.optim.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
-from sparkdeep.protocol.orders import JobRunner
 from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.fit_checks import check_factory, check_inner_optimizer, check_model, warn_of_dense_rounds
@@ -26,24 +24,15 @@ from sparkdeep.rounds.generation import Generation
 from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.rounds.loop import run_rounds
 from sparkdeep.rounds.run import Run
-from sparkdeep.rounds.run_state import RunState, deal_rest
+from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import CheckpointSnapshots, MemorySnapshots, Snapshot, Snapshots
-from sparkdeep.rounds.transport import StageOpener
+from sparkdeep.rounds.transport import FitParts, StageOpener
 from sparkdeep.settings.contradictions import check_length, check_outer, check_together, warn_of_effects
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
-from sparkdeep.stages.admission import Terms
-from sparkdeep.stages.coordinator import Coordinator
-from sparkdeep.stages.gathering import Plane
-from sparkdeep.stages.jobs import RoundStages
-from sparkdeep.stages.launch import Launcher
-from sparkdeep.stages.opener import Stages
-from sparkdeep.stages.ring import available as ring_available
-from sparkdeep.stages.staffing import Staffing
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.tensors.encoding import codec_named
-from sparkdeep.tensors.parameters import Layout, named_tensors
-from sparkdeep.tensors.state_dicts import pack_tensors
+from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["Fit", "new_run_id"]
@@ -72,11 +61,8 @@ class Fit:
     """The ledger of rows and digests, one a replica."""
     run: str
     """The run's id."""
-    launcher: Launcher | None = None
-    """With `coordinator`: replicas that dial in."""
-    coordinator: Coordinator | None = None
-    runner: JobRunner | None = None
-    """In place of both: every round is a job, and nothing dials."""
+    stages: StageOpener
+    """How replicas are reached."""
     outer_optimizer: Callable[..., torch.optim.Optimizer] | None = None
     checkpoints: CheckpointDirectory | None = None
     resume: bool = True
@@ -105,11 +91,9 @@ class Fit:
         check_length(self.settings, generation.steps)
         if isinstance(self.settings.schedule, PostLocal) and self.settings.schedule.switch_step is None:
             warn_of_dense_rounds(self.state.rates)
-        self.down_codec = codec_named(self.local.down_codec)
-        if self.down_codec.lossy or self.local.overlap:
-            self.state.downlink = Downlink(
-                self.down_codec, overlap=bool(self.local.overlap), parameters=self.state.parameters
-            )
+        down = codec_named(self.local.down_codec)
+        if down.lossy or self.local.overlap:
+            self.state.downlink = Downlink(down, overlap=bool(self.local.overlap), parameters=self.state.parameters)
         self.outer = self._outer()
         self.snapshots = self._snapshots()
         self.resumed_from = self._begin()
@@ -149,8 +133,6 @@ class Fit:
         latest = self.snapshots.begin(resume=self.resume) if isinstance(self.snapshots, CheckpointSnapshots) else None
         if latest is not None:
             self.outer.load_state_dict(self.state.restore(self.layout, latest.files, self.local, self.settings))
-            if self.runner is not None and self.state.generation.num_replicas != len(self.shards):
-                deal_rest(self.state, self.shards, self.local, self.settings)  # nothing there does it stage by stage
         elif self.snapshots is not None and self.settings.replica_state == "durable":
             files = self.state.to_files(self.layout, self.outer.state_dict(), [])
             self.snapshots.save(Snapshot(round=0, files=files))
@@ -158,78 +140,34 @@ class Fit:
 
     def rounds(self) -> Generator[RoundRecord]:
         """Train, yielding each round's record; see `run_rounds` for what it raises."""
-        stages = self._opener()
-        run = Run(
+        parts = FitParts(
+            run=self.run,
+            module=self.program.model,
+            layout=self.layout,
+            local=self.local,
+            settings=self.settings,
+            plan=self.plan,
+            shards=self.shards,
+            wide=self.outer_optimizer is not None,
+            on_beat=self.on_beat,
+            on_log=self.on_log,
+        )
+        self._run = run = Run(
             settings=self.settings,
             local=self.local,
             layout=self.layout,
             state=self.state,
             outer=self.outer,
-            stages=stages,
+            replicas=self.stages.replicas(parts),
             metrics=self.program.metrics or {},
             validate=any(shard.rows["validation"] for shard in self.shards),
             snapshots=self.snapshots,
             furthest=self.state.committed,
             replay={record.round: record for record in self.replay},
-            base=self._base,
-            overlap=bool(self.local.overlap),
             evaluations=self.evaluations,
         )
-        self._stages, self._run = stages, run
         with closing(run_rounds(run)) as records:
             yield from records
-
-    def _opener(self) -> StageOpener:
-        if self.runner is not None:
-            return RoundStages(
-                runner=self.runner,
-                run=self.run,
-                settings=self.settings,
-                layout=self.layout,
-                plan=self.plan,
-                fixed=self._fixed,
-                wide=self.outer_optimizer is not None,
-                on_log=self.on_log,
-                portions=self.settings.portions is not None,
-            )
-        assert self.launcher is not None, "a fit has a runner, or a launcher with a coordinator"
-        assert self.coordinator is not None, "a launcher's replicas dial a coordinator"
-        return Stages(
-            launcher=self.launcher,
-            staffing=Staffing(launcher=self.launcher, shards=self.shards, local=self.local, settings=self.settings),
-            coordinator=self.coordinator,
-            run=self.run,
-            settings=self.settings,
-            plane=Plane(
-                layout=self.layout,
-                codec=codec_named(self.local.codec),
-                wide=self.outer_optimizer is not None,
-                weighting=self.settings.shares,
-                aggregator=self.settings.aggregator,
-                embeddings=embeddings_of(self.program.model),
-                asynchronous=self.settings.asynchronous,
-                terms=Terms(
-                    quorum=self.settings.quorum,
-                    grace_s=self.settings.quorum_grace_s,
-                    on_nonfinite=self.settings.on_nonfinite,
-                ),
-            ),
-            tensors=self._fixed,
-            ring_possible=self._base is None
-            and not self.down_codec.lossy
-            and not self.settings.closing
-            and ring_available(),
-            keep=self.settings.replica_state == "local",
-            on_beat=self.on_beat,
-            on_log=self.on_log,
-        )
-
-    @property
-    def _base(self) -> Literal["start", "global"] | None:
-        """What the mean of updates is added to: with `overlap` they tell of progress, with a lossy codec of a difference."""
-        if self.local.overlap:
-            return "global"
-        return "start" if codec_named(self.local.codec).lossy else None
 
     @property
     def num_rounds(self) -> int | None:
@@ -253,7 +191,7 @@ class Fit:
 
     def close_stage(self) -> None:
         """Close the open stage: its slots are free for other Spark jobs until the next round."""
-        self._stages.close(self.state)
+        self._run.replicas.rest(self.state)
 
     def stop(self, reason: str) -> None:
         """End the run after the round that was just yielded."""
@@ -289,12 +227,6 @@ class Fit:
         buffers = best.buffers if best is not None else self.state.buffers
         self.layout.write(self.program.model, parameters)
         self.layout.write_buffers(self.program.model, buffers)
-
-    def _fixed(self) -> bytes:
-        """The parameters that do not travel with every round."""
-        moving = {entry.name for entry in self.layout.entries} | set(self.layout.buffers)
-        tensors = {name: tensor for name, tensor in named_tensors(self.program.model) if name not in moving}
-        return pack_tensors(tensors) if tensors else b""
 
 
 def plan_of(program: Program, local: LocalSettings, schema: Any, *, steps: bool = True) -> ReplicaPlan:

@@ -23,7 +23,7 @@ from sparkdeep.rounds.recording import Told, record_of, replayed
 from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.run_state import Best
 from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.rounds.transport import OpenStage
+from sparkdeep.rounds.transport import Opening
 from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["run_rounds"]
@@ -46,13 +46,13 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
     try:
         while run.pending is not None or not _over(run):
             try:
-                stage = run.stages.current(run.state, lambda: _latest(run))
+                opening = run.replicas.ready(run.state, lambda: _latest(run))
                 if run.pending is None:
-                    run.pending = _round(run, stage)
+                    run.pending = _round(run, opening)
                 if _validation_due(run):
-                    _validate(run, stage)
+                    _validate(run)
                 if _snapshot_due(run):
-                    _keep(run, stage)
+                    _keep(run)
             except ReplicaLostError as error:
                 _recover(run, error)
                 continue
@@ -65,11 +65,11 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
                 run.pending = record
                 continue
             seams.reach("between", round_number=record.round)
-            if not _over(run) and run.stages.due(record.seconds - record.stage_seconds):
-                _close(run)
-        _close(run)
+            if not _over(run):
+                _rest(run, record.seconds - record.stage_seconds)
+        _rest(run)
     finally:
-        run.stages.discard()
+        run.replicas.discard()
 
 
 def _over(run: Run) -> bool:
@@ -84,7 +84,7 @@ class _RolledBackError(Exception):
     """The round counts nobody: there is no outer step."""
 
 
-def _round(run: Run, stage: OpenStage) -> RoundRecord:
+def _round(run: Run, opening: Opening) -> RoundRecord:
     """One round and its outer step: afterwards it is committed in the driver's memory."""
     state = run.state
     planned = state.specs()
@@ -107,7 +107,7 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
 
     def closure() -> RoundResult:
         nonlocal result
-        result = stage.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
+        result = run.replicas.train(work, state.starting(base=run.base), _ahead(run, specs[0]))
         if result.rolled_back or all(spec.skip for spec in specs) or _counts_nobody(run, result):
             raise _RolledBackError
         if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
@@ -146,18 +146,16 @@ def _round(run: Run, stage: OpenStage) -> RoundRecord:
             state.buffers = result.buffers
         state.take_inner(result, run.layout.dtype)
     assert result is not None
-    _count_rolled_back(run, stage, result)
+    _count_rolled_back(run, result)
     record = record_of(
         specs,
         result,
-        hosts=[stage.hellos[i].host for i in range(len(specs))],
         seconds=time.perf_counter() - began,
         told=Told(
-            opening_s=run.stages.last_opening_s,
+            opening_s=opening.seconds,
             failures=run.ledger.take(),
             aggregation=state.aggregation,
-            state_reset=run.stages.committed_round(),
-            changed=run.stages.take_change(),
+            changed=opening.changed,
             evaluations=[] if run.evaluations is None else run.evaluations.records,
         ),
     )
@@ -182,13 +180,13 @@ def _known_steps(specs: Sequence[RoundSpec]) -> int:
     return max(0 if spec.budget_s is not None else spec.num_steps for spec in specs)
 
 
-def _count_rolled_back(run: Run, stage: OpenStage, result: RoundResult) -> None:
+def _count_rolled_back(run: Run, result: RoundResult) -> None:
     run.rolled_back = run.rolled_back + 1 if result.rolled_back else 0
     if run.rolled_back > run.settings.max_retries:
         replica = next(i for i, why in sorted(result.dropped.items()) if why == "nonfinite")
         raise not_finite(
             replica,
-            stage.hellos[replica].host,
+            result.hosts[replica],
             run.state.committed + 1,
             f" {run.rolled_back} rounds in a row were taken back, and max_retries={run.settings.max_retries}.",
         )
@@ -196,7 +194,7 @@ def _count_rolled_back(run: Run, stage: OpenStage, result: RoundResult) -> None:
 
 def _ahead(run: Run, spec: RoundSpec) -> RoundSpec | None:
     """The round that replicas may begin before `spec` is committed: the next one, unless something is due in between."""
-    if not run.overlap or run.stages.last_planned():
+    if not run.overlap:
         return None
     state = run.state
     ends_epoch = state.schedule.epochs_done(spec.round, state.consumed) > state.epochs_done()
@@ -218,11 +216,11 @@ def _validates_at(run: Run, committed: int, epoch_ended: bool) -> bool:
     return epoch_ended if every == "epoch" else committed % every == 0
 
 
-def _validate(run: Run, stage: OpenStage) -> None:
+def _validate(run: Run) -> None:
     assert run.pending is not None
     began = time.perf_counter()
     state = run.state
-    scores = merge_scores(stage.evaluate(state.globals()), run.metrics)
+    scores = merge_scores(run.replicas.evaluate(state.globals()), run.metrics)
     seconds = time.perf_counter() - began
     run.pending = dataclasses.replace(
         run.pending, metrics=scores, validation_seconds=seconds, seconds=run.pending.seconds + seconds
@@ -264,12 +262,12 @@ def _owed(run: Run, record: RoundRecord) -> bool:
     return run.wanted and not run.told and not run.overlap
 
 
-def _keep(run: Run, stage: OpenStage) -> None:
+def _keep(run: Run) -> None:
     assert run.pending is not None
     assert run.snapshots is not None
     began = time.perf_counter()
     seams.reach("checkpoint", round_number=run.state.committed)
-    files = run.state.to_files(run.layout, run.outer.state_dict(), stage.states(run.state.clocks()))
+    files = run.state.to_files(run.layout, run.outer.state_dict(), run.replicas.states(run.state.clocks()))
     problem = ""
     try:
         run.snapshots.save(Snapshot(round=run.state.committed, files=files))
@@ -289,17 +287,17 @@ def _keep(run: Run, stage: OpenStage) -> None:
     )
 
 
-def _close(run: Run) -> None:
-    """Close the stage in good order; a replica that is lost on the way out costs its kept state, not the run."""
+def _rest(run: Run, round_s: float | None = None) -> None:
+    """Close the stage if it is due; a replica that is lost on the way out costs its kept state, not the run."""
     try:
-        run.stages.close(run.state)
+        run.replicas.rest(run.state, round_s)
     except ReplicaLostError as error:
         _LOG.warning("a replica was lost while the stage closed: %s", error)
 
 
 def _recover(run: Run, error: ReplicaLostError) -> None:
     """Get ready to repeat what failed, or raise when it has failed too often."""
-    run.stages.discard()
+    run.replicas.discard()
     run.ledger.add(error, run.state.committed + 1)
     _LOG.warning(
         "round %d, attempt %d of %d failed: %s",

@@ -24,23 +24,18 @@ class Told:
     failures: list[FailureRecord]
     """Attempts that failed before."""
     aggregation: str
-    state_reset: list[int]
-    """Replicas that began the round with a fresh optimizer."""
     changed: str
     """Such as "3 -> 2" where the number of replicas changed before it."""
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     """Of a gradient round."""
 
 
-def record_of(
-    specs: Sequence[RoundSpec], result: RoundResult, *, hosts: Sequence[str], seconds: float, told: Told
-) -> RoundRecord:
+def record_of(specs: Sequence[RoundSpec], result: RoundResult, *, seconds: float, told: Told) -> RoundRecord:
     """The record of a round that was just committed.
 
     Args:
         specs: by replica.
         result: of the round.
-        hosts: by replica.
         seconds: of the round and its outer step.
         told: the rest.
     """
@@ -64,14 +59,14 @@ def record_of(
         sent_bytes=result.traffic.sent_bytes,
         received_bytes=result.traffic.received_bytes,
         aggregation=told.aggregation,
-        state_reset=told.state_reset,
+        state_reset=list(result.reset),
         num_workers_changed=told.changed,
         evaluations=told.evaluations,
         arrivals=result.arrivals,
         replicas=[
             ReplicaRecord(
                 replica=i,
-                host=hosts[i],
+                host=result.hosts[i],
                 rows=update.rows,
                 weight=update.weight,
                 steps=update.steps,

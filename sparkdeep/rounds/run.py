@@ -12,9 +12,10 @@ from sparkdeep.optim.outer import OuterOptimizer
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import Snapshots
-from sparkdeep.rounds.transport import StageOpener
+from sparkdeep.rounds.transport import Replicas
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
+from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tracking.records import RoundRecord
 
@@ -31,16 +32,12 @@ class Run:
     layout: Layout
     state: RunState
     outer: OuterOptimizer
-    stages: StageOpener
+    replicas: Replicas
     metrics: Mapping[str, Any]
     validate: bool
     """Whether there are validation rows."""
     snapshots: Snapshots | None
     """Where durable states go; None: `replica_state="local"` without a checkpoint."""
-    base: Literal["start", "global"] | None = None
-    """What the mean of updates is added to, where they are differences."""
-    overlap: bool = False
-    """Whether a round may begin before the one before it is committed."""
     pending: RoundRecord | None = None
     """A committed round that is not validated or kept yet."""
     epoch_ended: bool = False
@@ -62,3 +59,15 @@ class Run:
 
     def __post_init__(self) -> None:
         self.ledger = FailureLedger(max_retries=self.settings.max_retries)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether a round may begin before the one before it is committed."""
+        return bool(self.local.overlap)
+
+    @property
+    def base(self) -> Literal["start", "global"] | None:
+        """What the mean of updates is added to: with `overlap` they tell of progress, with a lossy codec of a change."""
+        if self.overlap:
+            return "global"
+        return "start" if codec_named(self.local.codec).lossy else None

@@ -15,18 +15,17 @@ from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, Sp
 from sparkdeep.optim.combining import Mean, check_updates, combine
 from sparkdeep.protocol.messages import Hello, Saved, Update, parse
 from sparkdeep.protocol.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
-from sparkdeep.protocol.plans import ReplicaPlan, RoundSpec
+from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic
 from sparkdeep.rounds.planning import job_description, stage_description
-from sparkdeep.rounds.run_state import RunState
+from sparkdeep.rounds.run_state import RunState, deal_rest
 from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.rounds.transport import FitParts, Opening
 from sparkdeep.tensors.encoding import codec_named
-from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tensors.state_dicts import unpack_dict, unpack_tensors
 from sparkdeep.versions import versions
 
-__all__ = ["RoundStages"]
+__all__ = ["JobReplicas", "JobStages"]
 
 # A job cannot say how far it is: it counts as lost after this many times the longest silence that a replica may keep,
 # or the longest round so far.
@@ -34,37 +33,35 @@ _PATIENCE: Final = 10
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class JobStages:
+    """Replicas without a connection: every round is a job."""
+
+    runner: JobRunner
+
+    def replicas(self, parts: FitParts) -> JobReplicas:
+        """The replicas of a fit."""
+        return JobReplicas(runner=self.runner, parts=parts)
+
+
+@final
 @dataclass(kw_only=True)
-class RoundStages:
+class JobReplicas:
     """Runs every round, every validation and every look at replica states as one job.
 
     A replica takes its state from the executor's disk, where the round before left it, and keeps it there.
     """
 
     runner: JobRunner
-    run: str
-    """The run's id."""
-    settings: RunSettings
-    layout: Layout
-    plan: ReplicaPlan
-    fixed: Callable[[], bytes]
-    """The parameters that are not trained, as `trees.pack_tensors`; b"" when there are none."""
-    wide: bool
-    """Whether the outer step wants the mean in float64."""
-    on_log: Callable[[int, str], None]
-    portions: bool = False
-    """Whether the tasks are of portions of the rows, and keep no state."""
-    hellos: dict[int, Hello] = field(default_factory=dict, init=False)
+    parts: FitParts
+    _hellos: list[Hello] = field(default_factory=list, init=False)
     """Of the last job."""
-    last_opening_s: float = field(default=0.0, init=False)
-    """Always 0: what a job's start costs is part of its exchange."""
     _state: RunState | None = field(default=None, init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
     _send_states: bool = field(default=True, init=False)
     _renew: bool = field(default=False, init=False)
-    _reset: list[int] = field(default_factory=list, init=False)
-    _trained_by: str = field(default="", init=False)
-    """The last job that trained a round."""
+    _trained: tuple[int, str] = field(default=(0, ""), init=False)
+    """The last round that was trained, and the job that did it."""
     _kept_by: str = field(default="", init=False)
     """The job whose states on the executors' disks count."""
     _mean: Stored | None = field(default=None, init=False)
@@ -77,36 +74,21 @@ class RoundStages:
 
     # -- what the loop calls ---------------------------------------------------------------------------------------
 
-    def current(self, state: RunState, latest: Callable[[], Snapshot | None]) -> RoundStages:
-        """Itself: nothing is opened before there is an order."""
+    def ready(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Opening:
+        """See `Replicas`: nothing is opened before there is an order, so that a job's start is part of its exchange."""
         if self._renew:
             self.runner.renew()
             self._renew = False
+        parts = self.parts
+        if state.generation.num_replicas != len(parts.shards):  # a checkpoint goes on that had another number
+            deal_rest(state, parts.shards, parts.local, parts.settings)
         self._state = state
         self._snapshot = latest() if self._send_states else None
-        return self
+        return Opening()
 
-    def take_change(self) -> str:
-        """Always "": the number of replicas does not change."""
-        return ""
-
-    def committed_round(self) -> list[int]:
-        """The replicas whose state was lost before the last round, told once."""
-        self._kept_by = self._trained_by
-        reset, self._reset = self._reset, []
-        return reset
-
-    def last_planned(self) -> bool:
-        """Always: a job runs one round."""
-        return True
-
-    def due(self, round_s: float) -> bool:
-        """Never: a job ends by itself."""
-        del round_s
-        return False
-
-    def close(self, state: RunState) -> None:
+    def rest(self, state: RunState, round_s: float | None = None) -> None:
         """Nothing is open."""
+        del state, round_s
 
     def discard(self) -> None:
         """After a failure nothing is taken for granted: not the exchange's mean, and not the executors' states."""
@@ -129,25 +111,26 @@ class RoundStages:
         what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)
         replies = self._run(self._order("train", start, spec), what)
         updates = [parse(Update, reply.header["update"]) for reply in replies]
-        check_updates(updates, [self.hellos[i].host for i in range(len(replies))], spec.round)
-        codec = codec_named(self.plan.settings.codec)
+        check_updates(updates, [hello.host for hello in self._hellos], spec.round)
+        codec = codec_named(self.parts.plan.settings.codec)
         mean = None
         if self.runner.exchange is None:
-            mean = combine(updates, lambda i: replies[i].body, self.layout, codec, start.base)
+            mean = combine(updates, lambda i: replies[i].body, self.parts.layout, codec, start.base)
         if self.runner.exchange is not None:
             mean = self._exchanged(replies[0])
         self._send_states = False
-        self._trained_by = replies[0].header["job"]
-        self._reset = [i for i, reply in enumerate(replies) if reply.header["state"] == "reset"]
+        self._trained = (spec.round, replies[0].header["job"])
         total_weight = sum(update.weight for update in updates)
         vector = start.parameters.to(torch.float64) if mean is None else mean.vector
         return RoundResult(
-            mean=vector[: self.layout.numel],
+            mean=vector[: self.parts.layout.numel],
             buffers=start.buffers if mean is None else mean.buffers,
             sections=[] if mean is None else mean.sections,
-            inner=vector[self.layout.numel :],
+            inner=vector[self.parts.layout.numel :],
             loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
             updates=updates,
+            hosts=[hello.host for hello in self._hellos],
+            reset=[i for i, reply in enumerate(replies) if reply.header["state"] == "reset"],
             saved=[parse(Saved, reply.header["saved"]) for reply in replies],
             seconds=time.perf_counter() - began,
             traffic=Traffic(sent_bytes=self._sent_bytes, received_bytes=sum(len(reply.body) for reply in replies)),
@@ -162,44 +145,51 @@ class RoundStages:
     def states(self, clocks: Sequence[int]) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job; portions have none."""
         del clocks
-        if self.portions:
+        if self._portions:
             return []
         assert self._state is not None
         what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
         return [reply.body for reply in self._run(self._order("states"), what)]
+
+    @property
+    def _portions(self) -> bool:
+        """Whether the tasks are of portions of the rows, and keep no state."""
+        return self.parts.settings.portions is not None
 
     def _order(
         self, kind: Literal["train", "evaluate", "states"], start: Globals | None = None, spec: RoundSpec | None = None
     ) -> Order:
         assert self._state is not None
         state = self._state
+        if state.committed == self._trained[0]:
+            self._kept_by = self._trained[1]
         sent = self._sent() if start is not None else ()
         exchange = self.runner.exchange if kind == "train" else None
         parcel = None if start is None else self._shipped(start)
         if self._fixed is None:
-            self._fixed = self.fixed()
+            self._fixed = self.parts.fixed()
         return Order(
-            run=self.run,
+            run=self.parts.run,
             job=secrets.token_hex(8),
             kind=kind,
-            settings=self.plan.settings,
-            schema=self.plan.schema,
+            settings=self.parts.plan.settings,
+            schema=self.parts.plan.schema,
             facts=state.generation.shards,
             versions=versions(),
             committed=state.committed,
             scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
-            source="sent" if sent else "local" if state.committed and not self.portions else "fresh",
+            source="sent" if sent else "local" if state.committed and not self._portions else "fresh",
             kept_by=self._kept_by,
-            durable=self.settings.replica_state == "durable",
-            portions=self.portions,
+            durable=self.parts.settings.replica_state == "durable",
+            portions=self._portions,
             sections=() if start is None else tuple(start.sections),
             start=parcel,
-            program=None if start is None else self.runner.ship("program", self.plan.program),
+            program=None if start is None else self.runner.ship("program", self.parts.plan.program),
             fixed=self.runner.ship("fixed", self._fixed) if self._fixed and start is not None else None,
             states=sent,
             spec=spec,
             exchange=exchange,
-            wide=self.wide,
+            wide=self.parts.wide,
             stale=self._stale(parcel) if exchange is not None else (),
             timeout_s=self._timeout_s(),
         )
@@ -225,7 +215,9 @@ class RoundStages:
         return tuple(job for job in self._jobs if not any(f"/{job}/" in name for name in names))
 
     def _timeout_s(self) -> float:
-        return self.settings.open_timeout_s + _PATIENCE * max(self.settings.stall_timeout_s, self._longest_s)
+        return self.parts.settings.open_timeout_s + _PATIENCE * max(
+            self.parts.settings.stall_timeout_s, self._longest_s
+        )
 
     def _run(self, order: Order, what: str) -> list[Reply]:
         began = time.monotonic()
@@ -233,7 +225,7 @@ class RoundStages:
             self._jobs = [*(job for job in self._jobs if job not in order.stale), order.job]
         try:
             replies = self.runner.run(
-                order, what, timeout_s=order.timeout_s, idle_timeout_s=self.settings.open_timeout_s
+                order, what, timeout_s=order.timeout_s, idle_timeout_s=self.parts.settings.open_timeout_s
             )
         except ShardLostError:
             self._renew = True
@@ -244,10 +236,10 @@ class RoundStages:
             raise ReplicaLostError(f"the job failed: {type(error).__name__}: {error}") from error
         self._longest_s = max(self._longest_s, time.monotonic() - began)
         ordered = self._checked(order, replies)
-        self.hellos = {i: parse(Hello, reply.header["hello"]) for i, reply in enumerate(ordered)}
+        self._hellos = [parse(Hello, reply.header["hello"]) for reply in ordered]
         for i, reply in enumerate(ordered):
             for line in reply.header.get("lines", ()):
-                self.on_log(i, str(line))
+                self.parts.on_log(i, str(line))
         return ordered
 
     def _checked(self, order: Order, replies: Sequence[Reply]) -> list[Reply]:
@@ -265,9 +257,9 @@ class RoundStages:
         told = reply.header.get("mean")
         if told is None:
             return None
-        dtype = torch.float64 if self.wide else self.layout.dtype
+        dtype = torch.float64 if self.parts.wide else self.parts.layout.dtype
         sections = [str(name) for name in told["sections"]]
-        size = (1 + len(sections)) * self.layout.numel * dtype.itemsize
+        size = (1 + len(sections)) * self.parts.layout.numel * dtype.itemsize
         body = reply.body
         if len(body) != size + int(told["buffer_bytes"]):
             raise ProtocolError(

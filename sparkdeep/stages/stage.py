@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
@@ -76,8 +77,6 @@ class Stage:
         self._running: RunningStage | None = None
         self._pool = ThreadPoolExecutor(num_replicas, thread_name_prefix=f"sparkdeep-{name}")
         self._alive = threading.Thread(target=self._stay_alive, name="sparkdeep-alive", daemon=True)
-
-    # -- opening and closing ---------------------------------------------------------------------------------------
 
     def admit(self, hello: Hello, connection: Connection) -> None:
         """Take in a replica.
@@ -237,7 +236,8 @@ class Stage:
         gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
         self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
         self._fresh, self._held = False, gathering.held
-        return gathering.result(time.perf_counter() - began)
+        hosts = [self.hellos[i].host for i in range(self.num_replicas)]
+        return replace(gathering.result(time.perf_counter() - began), hosts=hosts)
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""
@@ -309,8 +309,8 @@ class Stage:
             if isinstance(error, ReplicaLostError):
                 return error
         # Spark often knows better why a line went dead; of a replica that is merely silent it knows nothing.
-        dead = not all(isinstance(error, SilentError) for error in errors.values())
-        deadline = time.monotonic() + (_REASON_S if dead else 0.0)
+        silent = all(isinstance(error, SilentError) for error in errors.values())
+        deadline = time.monotonic() + (0.0 if silent else _REASON_S)
         while failure is None and time.monotonic() < deadline:
             assert self._running is not None
             failure = self._running.failure()

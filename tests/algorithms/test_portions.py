@@ -18,6 +18,7 @@ from sparkdeep.models.program import Program
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
+from sparkdeep.stages.jobs import JobStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.testing.in_process import InProcessRunner
@@ -70,7 +71,7 @@ def make(tmp_path, sizes, *, wrap=None, validation=False, checkpoints=None, **op
         settings=RunSettings(num_workers=2, retry_backoff_s=0.01, **settings),
         plan=plan_of(own, local, schema, steps=False),
         shards=facts_of(paths),
-        runner=wrap(runner) if wrap else runner,
+        stages=JobStages(runner=wrap(runner) if wrap else runner),
         run=name,
         outer_optimizer=WOLFE,
         checkpoints=checkpoints,

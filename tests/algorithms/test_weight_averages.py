@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_torch_model import Net, schema
+from model_parts import Net, schema
 from torch import nn
 from torch.optim import SGD
 from twin import deal, local_coordinator, make_fit, schema_of

@@ -21,6 +21,7 @@ from sparkdeep.spark.ingest.tasks import FLAG, numbered
 from sparkdeep.spark.session.jobs import SparkJob
 from sparkdeep.spark.tasks.barrier import BarrierLauncher
 from sparkdeep.spark.tasks.cleaning import clean_executors
+from sparkdeep.stages.opener import SocketStages
 
 pytestmark = pytest.mark.spark
 
@@ -59,8 +60,7 @@ class SparkWorld:
                 settings=settings,
                 plan=plan,
                 shards=ingested.facts,
-                launcher=launcher,
-                coordinator=coordinator,
+                stages=SocketStages(launcher=launcher, coordinator=coordinator),
                 run=run,
                 **options,
             )

@@ -17,6 +17,7 @@ from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.stages.coordinator import Coordinator
+from sparkdeep.stages.opener import SocketStages
 from sparkdeep.testing.in_process import InProcessLauncher
 
 
@@ -103,8 +104,7 @@ def make_fit_on(tmp_path, program, paths, schema, *, coordinator, wrap=None, **o
         settings=settings,
         plan=plan,
         shards=facts_of(paths),
-        launcher=wrap(launcher) if wrap else launcher,
-        coordinator=coordinator,
+        stages=SocketStages(launcher=wrap(launcher) if wrap else launcher, coordinator=coordinator),
         run=new_run_id(),
         **options,
     )

@@ -20,7 +20,7 @@ from sparkdeep.spark.fit.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.fit.programs import columns_read, program_of, rehearsed, schema_for
 from sparkdeep.spark.fit.settings import FitSettings, described
 from sparkdeep.spark.fit.shard_source import ShardSource
-from sparkdeep.spark.fit.transports import Transport, check_load, chosen, ends_of, guarded, probe, transport_for
+from sparkdeep.spark.fit.transports import Transport, check_load, chosen, guarded, probe, stages_of, transport_for
 from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.ingest.petastorm_source import active_session, source_of
 from sparkdeep.spark.model.model import TorchModel
@@ -161,7 +161,7 @@ def _assemble(
         replay=settings.replay,
         on_beat=beat,
         on_log=progress.log,
-        **ends_of(launcher, settings, spark, stack),
+        stages=stages_of(launcher, settings, spark, stack),
     )
     check_load(settings, fit)
     if fit.state.committed:

@@ -16,15 +16,18 @@ from sparkdeep.protocol.plans import ReplicaPlan
 from sparkdeep.protocol.tls import check_tls
 from sparkdeep.rounds.fit import Fit
 from sparkdeep.rounds.run_state import RunState
+from sparkdeep.rounds.transport import StageOpener
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, access_to, is_connect
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.barrier import BarrierLauncher
 from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
+from sparkdeep.stages.jobs import JobStages
+from sparkdeep.stages.opener import SocketStages
 from sparkdeep.tensors.parameters import named_tensors
 
-__all__ = ["Transport", "check_load", "chosen", "ends_of", "guarded", "probe", "transport_for"]
+__all__ = ["Transport", "check_load", "chosen", "guarded", "probe", "stages_of", "transport_for"]
 
 Transport: TypeAlias = BarrierLauncher | SparkRunner
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
@@ -231,12 +234,12 @@ def transport_for(
     )
 
 
-def ends_of(
+def stages_of(
     transport: Transport, settings: FitSettings, spark: SparkSession, stack: contextlib.ExitStack
-) -> dict[str, Any]:
-    """The arguments of `Fit` that say how replicas are reached; a port that is opened is closed with the stack."""
+) -> StageOpener:
+    """How replicas are reached; a port that is opened is closed with the stack."""
     if isinstance(transport, SparkRunner):
-        return {"runner": transport}
+        return JobStages(runner=transport)
     access = access_to(spark)
     host = access.conf("spark.driver.host") or "localhost"
     coordinator = Coordinator(
@@ -246,7 +249,7 @@ def ends_of(
         tls=settings.tls is True,
     )
     stack.callback(coordinator.close)
-    return {"launcher": transport, "coordinator": coordinator}
+    return SocketStages(launcher=transport, coordinator=coordinator)
 
 
 def check_load(settings: FitSettings, fit: Fit) -> None:
@@ -255,8 +258,7 @@ def check_load(settings: FitSettings, fit: Fit) -> None:
     Raises:
         PreflightError: with the numbers, and what to set.
     """
-    runner = fit.runner
-    if not isinstance(runner, SparkRunner):
+    if not isinstance(fit.stages, JobStages) or not isinstance(runner := fit.stages.runner, SparkRunner):
         return
     sections = _MOST_SECTIONS if settings.local.inner_state == "average" else 0
     sections += isinstance(settings.local.drift_correction, Scaffold)

@@ -18,7 +18,7 @@ from twin_faults import Plan, Watched, marked_table
 
 from sparkdeep.models.program import Program
 from sparkdeep.rounds.planning import rounds_to_run, stage_description
-from sparkdeep.stages.opener import Stages
+from sparkdeep.stages.opener import SocketReplicas
 from sparkdeep.tracking.records import RoundRecord
 
 
@@ -135,14 +135,14 @@ def test_a_fixed_number_of_rounds_a_stage_is_what_the_descriptions_say(tmp_path)
 
 def test_after_the_first_stage_auto_says_beforehand_which_rounds_it_runs(tmp_path, monkeypatch):
     # Opening costs 10 ms, a round at least 40: the first stage is closed by the clock long before round 60.
-    opened = Stages._open
+    opened = SocketReplicas._open
 
     def cheaply(stages, *arguments):
         stage = opened(stages, *arguments)
-        stages._opening_s = stages.last_opening_s = 0.01
+        stages._opening_s = 0.01
         return stage
 
-    monkeypatch.setattr(Stages, "_open", cheaply)
+    monkeypatch.setattr(SocketReplicas, "_open", cheaply)
     descriptions, ran = described(tmp_path, augment=SlowHook(), rounds_per_stage="auto")
     assert descriptions[0] == "sparkdeep fit: rounds from 1 of 60"
     assert len(ran) >= 2

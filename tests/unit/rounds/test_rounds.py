@@ -348,7 +348,7 @@ def test_a_generator_closed_early_leaves_no_thread_and_no_port(tmp_path):
         assert next(rounds).round == 1
         assert any("replica" in name for name in our_threads())
         rounds.close()
-        address = fit.coordinator.address
+        address = fit.stages.coordinator.address
     assert_nothing_is_left(address)
 
 
@@ -358,7 +358,7 @@ def test_an_interrupt_between_rounds_leaves_nothing(tmp_path):
         next(rounds)
         with pytest.raises(KeyboardInterrupt):
             rounds.throw(KeyboardInterrupt)
-        address = fit.coordinator.address
+        address = fit.stages.coordinator.address
     assert_nothing_is_left(address)
 
 
@@ -371,7 +371,7 @@ def test_an_interrupt_in_the_middle_of_a_round_leaves_nothing(tmp_path):
     with opened(tmp_path, Plan({(0, 3): interrupt})) as fit:
         with pytest.raises(KeyboardInterrupt):
             list(fit.rounds())
-        address = fit.coordinator.address
+        address = fit.stages.coordinator.address
         assert fit.state.committed == 1
     assert_nothing_is_left(address)
 

@@ -9,26 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_parts import Net, schema
 from pyspark.ml.util import MLReadable, MLWritable
-from torch import nn
 
 from sparkdeep import TorchModel, register
-from sparkdeep.data.schema import ColumnType, build_schema
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.models.registry import reference_of
 from sparkdeep.spark.model.columns import Columns
 from sparkdeep.spark.model.params import MODEL_PARAMS, values_of
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.storage.manifest import decode, encode
-
-
-class Net(nn.Module):
-    def __init__(self, inputs=2):
-        super().__init__()
-        self.linear = nn.Linear(inputs, 3)
-
-    def forward(self, x):
-        return self.linear(x)
 
 
 @register
@@ -48,15 +38,6 @@ def first(output):
 
 def not_registered(features):
     return features
-
-
-def schema(feature_cols=("a", "b"), **options):
-    types = {name: ColumnType(kind="scalar", dtype="float64") for name in "abcdy"}
-    types["bytes"] = ColumnType(kind="binary", dtype="bytes")
-    types["words"] = ColumnType(kind="array", dtype="int64")
-    if not isinstance(feature_cols, str | dict):
-        feature_cols = list(feature_cols)
-    return build_schema(types=types, feature_cols=feature_cols, label_cols="y", weight_col=None, **options)
 
 
 def made(**options):

@@ -30,6 +30,7 @@ from sparkdeep.protocol.orders import Inline, Reply, Stored, digest_of
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.stages.jobs import JobStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.testing.in_process import InProcessRunner
@@ -122,7 +123,7 @@ class Rig:
             plan=plan_of(own, local, self.schema),
             shards=facts_of(self.paths),
             run=run,
-            runner=wrap(runner) if wrap else runner,
+            stages=JobStages(runner=wrap(runner) if wrap else runner),
             **options,
         )
 
@@ -208,9 +209,9 @@ def test_a_replica_out_of_rows_weighs_nothing(tmp_path):
 def test_the_mean_in_the_exchange_is_where_the_next_round_starts(rig, tmp_path):
     fit, records = rig.jobs(program(), exchange=tmp_path / "exchange", **OPTIONS)
     assert len(records) > 3
-    assert fit.runner.shipped == ["start", "program", "fixed"]  # the rest was there already
+    assert fit.stages.runner.shipped == ["start", "program", "fixed"]  # the rest was there already
     fit, _ = rig.jobs(program(), exchange=tmp_path / "other", outer_optimizer=partial(SGD, lr=0.5), **OPTIONS)
-    assert sorted(fit.runner.shipped) == ["fixed", "program"] + ["start"] * (
+    assert sorted(fit.stages.runner.shipped) == ["fixed", "program"] + ["start"] * (
         len(records) + 1
     )  # and once to validate the last
 
@@ -312,7 +313,7 @@ def test_a_lost_durable_state_sends_the_run_back_to_its_snapshot(rig, tmp_path):
                 path.unlink()
 
     fit, _ = rig.jobs(program(), wrap=lambda runner: Faulty(runner, before=before), **options)
-    orders = [order for order, _ in fit.runner.orders]
+    orders = [order for order, _ in fit.stages.runner.orders]
     assert [o.source for o in orders if o.kind == "train"][:5] == ["fresh", "local", "local", "sent", "local"]
     assert torch.equal(flat(fit.program.model), flat(expected.program.model))
 
@@ -344,7 +345,7 @@ def test_a_mean_that_is_gone_from_the_exchange_is_shipped_again(rig, tmp_path):
         program(), exchange=tmp_path / "exchange", wrap=lambda runner: Faulty(runner, before=before), **OPTIONS
     )
     assert records[2].retries == 1
-    assert fit.runner.shipped == ["start", "program", "fixed", "start"]
+    assert fit.stages.runner.shipped == ["start", "program", "fixed", "start"]
     assert torch.equal(flat(fit.program.model), flat(expected.program.model))
 
 
@@ -354,7 +355,7 @@ def test_a_shard_that_is_gone_is_made_anew(rig):
             raise ShardLostError("replica 0: its shard lies with another executor.")
 
     fit, _ = rig.jobs(program(), wrap=lambda runner: Faulty(runner, before=before), **OPTIONS)
-    assert fit.runner.renewed == 1
+    assert fit.stages.runner.renewed == 1
 
 
 @pytest.mark.fault(rows=[30], phases="LD")
@@ -437,6 +438,6 @@ def test_parcels_say_what_is_wrong_with_them(tmp_path):
 
 def test_jobs_say_what_they_are(rig):
     fit, _ = rig.jobs(program(), wrap=Faulty, **{**OPTIONS, "epochs": 1})
-    said = [description for _, description in fit.runner.orders]
+    said = [description for _, description in fit.stages.runner.orders]
     assert said[0] == "sparkdeep fit: rounds 1-1 of 2"
     assert said[-1] == "sparkdeep fit: validation after round 2 of 2"

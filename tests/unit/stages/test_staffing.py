@@ -18,6 +18,7 @@ from sparkdeep.models.program import Program
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
+from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.testing.in_process import InProcessLauncher
@@ -77,8 +78,8 @@ def fit_of(tmp_path, coordinator, *, slots=3, optimizer=None, checkpoints=None, 
     launcher = Elastic(tmp_path, plan, schema_of(*table), table, workers)
     launcher.available = slots
     fit = Fit(
-        program=program, local=local, settings=run, plan=plan, shards=facts_of(launcher.folders), launcher=launcher,
-        coordinator=coordinator, run=new_run_id(), checkpoints=checkpoints, replay=replay,
+        program=program, local=local, settings=run, plan=plan, shards=facts_of(launcher.folders),
+        stages=SocketStages(launcher=launcher, coordinator=coordinator), run=new_run_id(), checkpoints=checkpoints, replay=replay,
     )  # fmt: skip
     return fit, launcher
 
@@ -134,7 +135,7 @@ def test_a_replacement_is_waited_for_before_the_run_goes_on_with_fewer(tmp_path,
     for record in fit.rounds():
         if record.round == 2:
             launcher.available = 2
-            fit._stages.staffing.sleep = sleep
+            fit._run.replicas.staffing.sleep = sleep
     assert len(waits) == 3
     assert launcher.dealt == [3]
 
@@ -147,8 +148,8 @@ def test_too_few_slots_are_counted_in_the_error_within_the_deadline(tmp_path, co
     for _ in range(3):
         next(rounds)
     launcher.available = 1
-    fit._stages.staffing.clock = itertools.count(0.0, 30.0).__next__
-    fit._stages.staffing.sleep = lambda _seconds: None
+    fit._run.replicas.staffing.clock = itertools.count(0.0, 30.0).__next__
+    fit._run.replicas.staffing.sleep = lambda _seconds: None
     with pytest.raises(ReplicaLostError, match=r"1 of the 3 slots .* open_timeout_s=60 s.*min_workers="):
         next(rounds)
     assert fit.state.committed == 3

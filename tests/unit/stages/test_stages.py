@@ -99,7 +99,7 @@ def test_a_replica_without_its_shard_has_the_shards_made_anew(fit_of, monkeypatc
     monkeypatch.setattr(launch_module, "Hello", hello)
     plan = Plan()
     fit = fit_of(plan)
-    monkeypatch.setattr(fit.launcher, "renew", lambda: renewed.append(plan.launches))
+    monkeypatch.setattr(fit.stages.launcher, "renew", lambda: renewed.append(plan.launches))
     got, records = result(fit)
     assert renewed == [1], "once, and before the second launch"
     assert torch.equal(got, expected)
