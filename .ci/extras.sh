@@ -87,9 +87,9 @@ extras_tests() {
     return "$code"
 }
 
-timed "environment .venv-extras" 240 extras_venv .venv-extras constraints-extras.txt "${extras_packages[@]}"
-timed "environment .venv-airflow" 90 extras_venv .venv-airflow constraints-airflow.txt "${airflow_packages[@]}"
-timed "environment .venv-oracles" 90 extras_venv .venv-oracles constraints-oracles.txt "${oracle_packages[@]}"
+timed "environment .venv-extras" 240 extras_venv .venv-extras .ci/constraints/extras.txt "${extras_packages[@]}"
+timed "environment .venv-airflow" 90 extras_venv .venv-airflow .ci/constraints/airflow.txt "${airflow_packages[@]}"
+timed "environment .venv-oracles" 90 extras_venv .venv-oracles .ci/constraints/oracles.txt "${oracle_packages[@]}"
 timed "Chromium" 60 extras_chromium
 if [[ "${1:-}" != build ]]; then
     timed "tests with the packages beside ours" 180 extras_tests .venv-extras 700 -m extras tests/extras

@@ -26,17 +26,17 @@ lts_fail() {
 # The environment, made again when what it is made from has changed.
 lts_venv() {
     local folder=.venv-lts stamp
-    stamp="$(cat pyproject.toml constraints-lts.txt | cksum) ${lts_packages[*]} ${lts_alone[*]} ${PWD}"
+    stamp="$(cat pyproject.toml .ci/constraints/lts.txt | cksum) ${lts_packages[*]} ${lts_alone[*]} ${PWD}"
     if [[ -x "$folder/bin/python" && -f "$folder/.stamp" && "$(<"$folder/.stamp")" == "$stamp" ]]; then
         return 0
     fi
     rm -rf "$folder"
     .venv/bin/python -m venv "$folder" || lts_fail ".venv has no working Python: run make test-lts, which makes it"
     timeout "$lts_timeout_s" "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
-        -c constraints-lts.txt "${lts_packages[@]}" >&2 ||
-        lts_fail "pip could not install constraints-lts.txt within ${lts_timeout_s} s: its message is above"
+        -c .ci/constraints/lts.txt "${lts_packages[@]}" >&2 ||
+        lts_fail "pip could not install .ci/constraints/lts.txt within ${lts_timeout_s} s: its message is above"
     timeout "$lts_timeout_s" "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps \
-        -c constraints-lts.txt "${lts_alone[@]}" >&2 ||
+        -c .ci/constraints/lts.txt "${lts_alone[@]}" >&2 ||
         lts_fail "pip could not install ${lts_alone[*]} within ${lts_timeout_s} s: its message is above"
     printf '%s' "$stamp" >"$folder/.stamp"
 }
@@ -75,9 +75,7 @@ readonly lts_spark_home
 if [[ "${1:-}" != build ]]; then
     # Without those that read the project's own text, and the one that trains for half a minute: versions do not matter to them.
     timed "tests without a JVM" 120 lts_tests 480 -n logical --maxprocesses 4 --dist worksteal \
-        -m "not spark and not lts" tests/test_*.py \
-        --deselect=tests/test_architecture.py --deselect=tests/test_readme.py --deselect=tests/test_digits.py \
-        --deselect=tests/test_benchmark.py --deselect=tests/test_compare.py
+        -m "not spark and not lts" tests/unit
     timed "tests on two workers" 60 lts_tests 240 -m lts tests/cluster/test_smoke.py
     timed "petastorm on local[2]" 120 lts_tests 480 -m lts tests/lts
 fi

@@ -32,7 +32,7 @@ print(os.path.realpath(sys.executable))' 2>/dev/null; then
 
 setup_venv() {
     local python stamp log
-    stamp="$(cat pyproject.toml constraints.txt | cksum) ${PWD}"
+    stamp="$(cat pyproject.toml .ci/constraints/main.txt | cksum) ${PWD}"
     if [[ -x .venv/bin/python && -f .venv/.stamp && "$(<.venv/.stamp)" == "$stamp" ]]; then
         return 0
     fi
@@ -45,8 +45,8 @@ setup_venv() {
     fi
     setup_say "installing the pinned packages into .venv with $("$python" --version) (minutes the first time)"
     if ! timeout "$setup_timeout_s" .venv/bin/python -m pip install -qq --disable-pip-version-check \
-        -c constraints.txt -e ".[dev,digits,metrics]" >&2; then
-        setup_fail "pip could not install constraints.txt within ${setup_timeout_s} s: its message is above"
+        -c .ci/constraints/main.txt -e ".[dev,digits,metrics]" >&2; then
+        setup_fail "pip could not install .ci/constraints/main.txt within ${setup_timeout_s} s: its message is above"
     fi
     printf '%s' "$stamp" >.venv/.stamp
 }

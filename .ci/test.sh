@@ -52,8 +52,8 @@ step "format" 60 ruff format --check .
 step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
-    tier "tests without a JVM" 200 "${on_all_cores[@]}" -m "not spark" tests/test_*.py
-    tier "tests on local[2]" 300 -m "spark and not jobs and not algorithms" tests/spark tests/test_readme.py
+    tier "tests without a JVM" 200 "${on_all_cores[@]}" -m "not spark" tests/unit tests/repository tests/benchmarks
+    tier "tests on local[2]" 300 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
     tier "tests on two workers" 240 -m "cluster and not algorithms" tests/cluster
 fi
 printf '== gate: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"

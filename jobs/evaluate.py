@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark.job import Job, run_job
+from sparkdeep.spark.job.run import Job, run_job
 
 
 def evaluate(job: Job) -> None:

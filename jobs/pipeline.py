@@ -17,10 +17,10 @@ from dataclasses import asdict
 from typing import Any
 
 from sparkdeep.errors import ConfigError, SparkdeepError
-from sparkdeep.spark.job import Job, run_job, spark_uri
-from sparkdeep.spark.jobresult import write_result
-from sparkdeep.steps import Step, Steps
-from sparkdeep.store import open_store
+from sparkdeep.spark.job.result import write_result
+from sparkdeep.spark.job.run import Job, run_job, spark_uri
+from sparkdeep.spark.job.steps import Step, Steps
+from sparkdeep.storage.opening import open_store
 
 HIGHER_IS_BETTER = frozenset({"accuracy"})
 

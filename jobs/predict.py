@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from sparkdeep.spark.job import Job, run_job
+from sparkdeep.spark.job.run import Job, run_job
 
 
 def predict(job: Job) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparkdeep.callbacks import Callback, FitInfo
-from sparkdeep.config import EarlyStopping
 from sparkdeep.errors import (
     CheckpointError,
     ConfigError,
@@ -24,15 +22,17 @@ from sparkdeep.errors import (
 
 if TYPE_CHECKING:
     from sparkdeep import algorithms, petastorm, tracking
-    from sparkdeep.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
-    from sparkdeep.asynchrony import Asynchronous
-    from sparkdeep.drift import FedProx, Scaffold
-    from sparkdeep.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
-    from sparkdeep.registry import register
-    from sparkdeep.spark.doctor import doctor
-    from sparkdeep.spark.estimator import TorchEstimator
-    from sparkdeep.spark.model import TorchModel
-    from sparkdeep.weight_averages import EMA, SWA, greedy_soup, soup
+    from sparkdeep.models.registry import register
+    from sparkdeep.optim.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
+    from sparkdeep.optim.asynchronous import Asynchronous
+    from sparkdeep.optim.drift import FedProx, Scaffold
+    from sparkdeep.optim.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
+    from sparkdeep.optim.model_averages import EMA, SWA, greedy_soup, soup
+    from sparkdeep.settings.run import EarlyStopping
+    from sparkdeep.spark.doctor.doctor import doctor
+    from sparkdeep.spark.fit.estimator import TorchEstimator
+    from sparkdeep.spark.model.model import TorchModel
+    from sparkdeep.tracking.callbacks import Callback, FitInfo
 
 __version__ = "0.1.0"
 
@@ -78,17 +78,21 @@ __all__ = [
     "tracking",
 ]
 
-# pyspark is imported when these are first used, and not by a replica that only trains.
+# Imported when they are first used: a replica that only trains never imports pyspark, and numpy's threads, which the first
+# import of it starts, are for `spark.daemon` to hold back.
 _LAZY = {
-    "TorchEstimator": "sparkdeep.spark.estimator",
-    "TorchModel": "sparkdeep.spark.model",
-    "doctor": "sparkdeep.spark.doctor",
-    "register": "sparkdeep.registry",
-    **dict.fromkeys(("Median", "NormClip", "RadialDirectional", "TrimmedMean"), "sparkdeep.aggregators"),
-    **dict.fromkeys(("AdaComm", "DyLU", "Epochs", "PostLocal", "QSR", "WarmStart"), "sparkdeep.local_work"),
-    **dict.fromkeys(("FedProx", "Scaffold"), "sparkdeep.drift"),
-    **dict.fromkeys(("EMA", "SWA", "greedy_soup", "soup"), "sparkdeep.weight_averages"),
-    "Asynchronous": "sparkdeep.asynchrony",
+    "TorchEstimator": "sparkdeep.spark.fit.estimator",
+    "TorchModel": "sparkdeep.spark.model.model",
+    "doctor": "sparkdeep.spark.doctor.doctor",
+    "register": "sparkdeep.models.registry",
+    **dict.fromkeys(("Median", "NormClip", "RadialDirectional", "TrimmedMean"), "sparkdeep.optim.aggregators"),
+    **dict.fromkeys(("AdaComm", "DyLU", "Epochs", "PostLocal", "QSR", "WarmStart"), "sparkdeep.optim.local_work"),
+    **dict.fromkeys(("FedProx", "Scaffold"), "sparkdeep.optim.drift"),
+    **dict.fromkeys(("EMA", "SWA", "greedy_soup", "soup"), "sparkdeep.optim.model_averages"),
+    "Asynchronous": "sparkdeep.optim.asynchronous",
+    "Callback": "sparkdeep.tracking.callbacks",
+    "EarlyStopping": "sparkdeep.settings.run",
+    "FitInfo": "sparkdeep.tracking.callbacks",
 }
 _LAZY_MODULES = ("algorithms", "petastorm", "tracking")
 

@@ -10,12 +10,13 @@ from typing import Any, Final, final
 
 from torch.optim import LBFGS, SGD, Adagrad, AdamW
 
-from sparkdeep.asynchrony import Asynchronous
-from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.checks import refuse_unknown
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import WarmStart
-from sparkdeep.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
-from sparkdeep.setting_checks import refuse_unknown
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.local_work import WarmStart
+from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
 
 __all__ = [
     "ALGORITHMS",

@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> Any:
-    from sparkdeep.coordinator import parse_ports
-    from sparkdeep.spark.doctor import doctor
+    from sparkdeep.spark.doctor.doctor import doctor
+    from sparkdeep.stages.coordinator import parse_ports
 
     parse_ports(options.coordinator_port)  # wrong arguments are told before a session starts
     session = _started(options)
@@ -54,7 +54,7 @@ def _doctor(options: argparse.Namespace) -> Any:
 
 def _started(options: argparse.Namespace) -> Any:
     """The session; started in a thread, since Spark itself may wait for a cluster for ever."""
-    from sparkdeep.spark.doctor import open_session
+    from sparkdeep.spark.doctor.doctor import open_session
 
     outcome: list[Any] = []
 

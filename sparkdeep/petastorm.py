@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from sparkdeep.data.codecs import FieldDecoder
-    from sparkdeep.data.unischema import Unischema
-    from sparkdeep.spark.petastorm_source import PetastormSource
+    from sparkdeep.data.petastorm.codecs import FieldDecoder
+    from sparkdeep.data.petastorm.unischema import Unischema
+    from sparkdeep.spark.ingest.petastorm_source import PetastormSource
 
 __all__ = ["decoders", "open", "read", "read_schema"]
 
@@ -36,7 +36,7 @@ def read(spark: Any, url: str, fields: Sequence[str] | None = None, *, decode: b
             are read: a value is damaged or not of the schema's dtype and shape.
         ConfigError: `url` or `fields` are of the wrong kind; executors lack OpenCV for images (sparkdeep[images]).
     """
-    from sparkdeep.spark import petastorm_native
+    from sparkdeep.spark.ingest import petastorm_native
 
     return petastorm_native.read(spark, url, fields, decode=decode)
 
@@ -47,7 +47,7 @@ def decoders(frame: Any) -> dict[str, FieldDecoder]:
     Raises:
         DataError: no column of the DataFrame is one.
     """
-    from sparkdeep.spark import petastorm_native
+    from sparkdeep.spark.ingest import petastorm_native
 
     return petastorm_native.decoders(frame)
 
@@ -58,7 +58,7 @@ def read_schema(spark: Any, url: str) -> Unischema:
     Raises:
         DataError: as of `read`.
     """
-    from sparkdeep.spark import petastorm_native
+    from sparkdeep.spark.ingest import petastorm_native
 
     return petastorm_native.read_schema(spark, url)
 
@@ -87,6 +87,6 @@ def open(
     Raises:
         ConfigError: a setting is unknown, or set by sparkdeep itself.
     """
-    from sparkdeep.spark.petastorm_source import open_source
+    from sparkdeep.spark.ingest.petastorm_source import open_source
 
     return open_source(url, reader=reader, fields=fields, timeout_s=timeout_s, **options)

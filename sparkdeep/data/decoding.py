@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparkdeep.data.arrow import Array, Source, shaped, without_nans
-from sparkdeep.data.codecs import FieldDecoder
+from sparkdeep.data.petastorm.codecs import FieldDecoder
 from sparkdeep.data.schema import Field
 from sparkdeep.errors import DataError, UserCodeError
 

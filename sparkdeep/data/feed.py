@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from sparkdeep.config import LocalSettings
 from sparkdeep.data.order import EpochOrder, num_batches
 from sparkdeep.data.shards import FieldValues, Shard
-from sparkdeep.state_files import own_files
+from sparkdeep.storage.state_files import own_files
 
 __all__ = ["Feed"]
 
@@ -22,12 +21,25 @@ class Feed:
 
     Args:
         shard: open for as long as batches are read.
-        settings: batch size, seed, blocks and windows.
+        batch_size: rows a batch.
+        accumulate_batches: batches a local step.
+        seed, block_rows, window_rows: see `EpochOrder`.
     """
 
-    def __init__(self, shard: Shard, settings: LocalSettings) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        batch_size: int,
+        accumulate_batches: int,
+        seed: int,
+        block_rows: int,
+        window_rows: int,
+    ) -> None:
         self._shard = shard
-        self._settings = settings
+        self._batch_size = batch_size
+        self._per_step = accumulate_batches
+        self._order_settings = {"seed": seed, "block_rows": block_rows, "window_rows": window_rows}
         self._order: tuple[int, EpochOrder] | None = None
         self._asked = (-1, 0)
         """Epoch, and how many of its blocks the system has been asked to read."""
@@ -40,8 +52,8 @@ class Feed:
         Raises:
             ReplicaLostError: the disk failed.
         """
-        rows, size = self._shard.info.rows["train"], self._settings.batch_size
-        per_step = self._settings.accumulate_batches
+        rows, size = self._shard.info.rows["train"], self._batch_size
+        per_step = self._per_step
         order = self._order_of(epoch)
         with own_files("it read the shard"):
             count = num_batches(rows, size)
@@ -56,11 +68,9 @@ class Feed:
         if self._order is None or self._order[0] != epoch:
             order = EpochOrder(
                 self._shard.info.rows["train"],
-                seed=self._settings.seed,
                 epoch=epoch,
                 digest=self._shard.info.digest,
-                block_rows=self._settings.block_rows,
-                window_rows=self._settings.window_rows,
+                **self._order_settings,
             )
             self._order = (epoch, order)
         return self._order[1]

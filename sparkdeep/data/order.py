@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["EpochOrder", "batch_bounds", "batch_range", "num_batches"]
+__all__ = ["EpochOrder", "batch_bounds", "batch_range", "num_batches", "steps_per_epoch"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -140,3 +140,8 @@ class EpochOrder:
         key: list[Any] = [*self._key, kind, number]
         seed = hashlib.blake2b(json.dumps(key).encode(), digest_size=32).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(seed, "little")))
+
+
+def steps_per_epoch(rows: int, *, batch_size: int, accumulate_batches: int) -> int:
+    """Local steps that `rows` training rows make in one epoch."""
+    return -(-num_batches(rows, batch_size) // accumulate_batches)

@@ -4,51 +4,54 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, Generic, TypeVar, final
+from typing import Any, Final, Generic, Literal, TypeVar, final
 
 import torch
 
-from sparkdeep.config import LocalSettings
+from sparkdeep.errors import DataError
 
-__all__ = ["ahead_of", "batches_ahead"]
+__all__ = ["prefetch_count", "prefetched", "pumped"]
 
 _T = TypeVar("_T")
 
 _LOOK_EVERY_S: Final = 0.1
 _LAST_ITEM_S: Final = 60.0
+_AHEAD: Final = 2
+_POLL_S: Final = 0.1
 
 
-def batches_ahead(settings: LocalSettings, device: torch.device) -> int:
+def prefetch_count(prefetch: int | Literal["auto"], device: torch.device) -> int:
     """How many batches are gathered ahead.
 
     "auto" is 2 on a GPU, whose host has time to spare while it computes, and 0 on a CPU: a replica's one thread
     computes all the time, and another that gathers only takes turns with it.
     """
-    if settings.prefetch == "auto":
+    if prefetch == "auto":
         return 0 if device.type == "cpu" else 2
-    return settings.prefetch
+    return prefetch
 
 
 @contextmanager
-def ahead_of(items: Iterator[_T], ahead: int) -> Iterator[Iterator[_T]]:
-    """Iterate over `items`, of which up to `ahead` are made while the block works on those before.
+def prefetched(items: Iterator[_T], count: int) -> Iterator[Iterator[_T]]:
+    """Iterate over `items`, of which up to `count` are made while the block works on those before.
 
     Items come in their order, and what making one raises is raised where that item is asked for, with its traceback.
     No thread is left when the block ends, however it ends: it finishes the item that it is at, and no other.
 
     Args:
         items: touched by nobody else until the block ends.
-        ahead: items that may wait; with 0 there is no thread, and each is made when it is asked for.
+        count: items that may wait; with 0 there is no thread, and each is made when it is asked for.
 
     Raises:
         TimeoutError: the item that the thread is at when the block ends takes longer than a minute.
     """
-    if ahead == 0:
+    if count == 0:
         yield items
         return
-    prefetch = _Prefetch(items, ahead)
+    prefetch = _Prefetch(items, count)
     try:
         yield prefetch
     finally:
@@ -109,3 +112,65 @@ class _Prefetch(Generic[_T]):
             raise TimeoutError(
                 f"a batch that was being read ahead was not done {_LAST_ITEM_S:g} s after the round ended."
             )
+
+
+def pumped(produce: Callable[[Callable[[], None]], Iterator[_T]], timeout_s: float, silence: str) -> Iterator[_T]:
+    """Yield what `produce` yields; at most two items are made ahead.
+
+    The thread is a daemon, and the iterator of `produce` is closed in it: at once when this one is closed early, and when
+    it moves again after the deadline.
+
+    Args:
+        produce: called in the thread with a function that says that there is progress without an item.
+        timeout_s: the longest time without an item or such a sign.
+        silence: message of the error after it.
+
+    Raises:
+        DataError: `silence`; and whatever `produce` or its iterator raises.
+    """
+    items: queue.Queue[tuple[str, Any]] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+    seen = time.monotonic()
+
+    def beat() -> None:
+        nonlocal seen
+        seen = time.monotonic()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put((kind, value), timeout=_POLL_S)
+                return True
+            except queue.Full:
+                beat()  # it is the reader of the items who takes time
+        return False
+
+    def run() -> None:
+        try:
+            source = produce(beat)
+            for item in source:
+                beat()
+                if not put("item", item):
+                    if hasattr(source, "close"):
+                        source.close()
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001 (raised again where the items are taken)
+            put("error", error)
+
+    threading.Thread(target=run, name="sparkdeep-pump", daemon=True).start()
+    try:
+        while True:
+            try:
+                kind, value = items.get(timeout=_POLL_S)
+            except queue.Empty:
+                if time.monotonic() - seen > timeout_s:
+                    raise DataError(silence) from None
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()

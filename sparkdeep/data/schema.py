@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
+from sparkdeep.checks import misfit
 from sparkdeep.errors import ConfigError, DataError
-from sparkdeep.fields import misfit
 
 __all__ = [
     "Callables",

@@ -13,12 +13,12 @@ from typing import IO, Any, Final, final
 
 import numpy as np
 
+from sparkdeep.checks import misfit, shown
 from sparkdeep.data.arrow import Array, FieldValues, Ragged
 from sparkdeep.data.sample import decode_rows, encode_rows
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shard_maps import SPLITS, StoredShard, open_field, own_files, will_need
 from sparkdeep.errors import DataError
-from sparkdeep.fields import misfit, shown
 
 __all__ = ["SPLITS", "FieldValues", "Shard", "ShardInfo", "ShardWriter", "decode_rows", "encode_rows"]
 

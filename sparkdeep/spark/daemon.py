@@ -24,7 +24,11 @@ from typing import Final
 __all__ = ["main", "refusal"]
 
 # The tasks of training and of `transform`, and with them torch, numpy and pyarrow.
-_IMPORTS: Final = ("sparkdeep.spark.tasks", "sparkdeep.spark.round_tasks", "sparkdeep.spark.scoring")
+_IMPORTS: Final = (
+    "sparkdeep.spark.tasks.replica_tasks",
+    "sparkdeep.spark.tasks.round_tasks",
+    "sparkdeep.spark.model.scoring",
+)
 _QUIET: Final = {
     # numpy's OpenBLAS starts its threads when it is loaded; in the workers numpy's own products stay on one thread.
     "OPENBLAS_NUM_THREADS": "1",

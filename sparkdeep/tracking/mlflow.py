@@ -11,14 +11,13 @@ from importlib import import_module
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, final
 
-from sparkdeep.callbacks import Callback, FitInfo
 from sparkdeep.errors import ConfigError
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.tracking.numbers import numbers_of
+from sparkdeep.tracking.callbacks import Callback, FitInfo
 from sparkdeep.tracking.outbox import Outbox
+from sparkdeep.tracking.records import RoundRecord, numbers_of
 
 if TYPE_CHECKING:
-    from sparkdeep.spark.model import TorchModel
+    from sparkdeep.spark.model.model import TorchModel
 
 __all__ = ["MLflowCallback", "log_model", "mlflow_module"]
 
@@ -136,7 +135,7 @@ class MLflowCallback(Callback):
         for start in range(0, len(names), _MOST_PARAMS):
             part = {name: _text(params[name]) for name in names[start : start + _MOST_PARAMS]}
             self._put("the settings", _params(part))
-        tags = {"sparkdeep.run": info.run, "sparkdeep.num_rounds": str(info.num_rounds)}
+        tags = {"sparkdeep.rounds.run": info.run, "sparkdeep.num_rounds": str(info.num_rounds)}
         if info.committed:
             tags["sparkdeep.resumed_after_round"] = str(info.committed)
         self._put("the run's tags", _tags(tags))
@@ -227,10 +226,8 @@ def log_model(
         ConfigError: the model could not be loaded in another process, with what to do about it.
     """
     mlflow_module()
-    from sparkdeep.spark.pyfunc import logged
-
-    return logged(
-        model,
+    # What a model is made of is known above this room only.
+    return model._log_to_mlflow(
         name,
         run_id=run_id,
         registered_model_name=registered_model_name,

@@ -6,13 +6,12 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, final
 
-from sparkdeep.callbacks import Callback, FitInfo
 from sparkdeep.errors import ConfigError
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.tracking.numbers import numbers_of
+from sparkdeep.tracking.callbacks import Callback, FitInfo
+from sparkdeep.tracking.records import RoundRecord, numbers_of
 
 if TYPE_CHECKING:
-    from sparkdeep.spark.model import TorchModel
+    from sparkdeep.spark.model.model import TorchModel
 
 __all__ = ["TensorBoardCallback"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = pytest.mark.airflow
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "jobs/airflow"
 
 

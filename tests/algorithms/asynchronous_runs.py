@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from twin import deal, flat, run, schema_of
 
 from sparkdeep import seams
-from sparkdeep.program import Program
+from sparkdeep.models.program import Program
 
 RNG = np.random.default_rng(7)
 X, Y = RNG.normal(size=(96, 3)), RNG.normal(size=(96, 1))

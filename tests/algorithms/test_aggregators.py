@@ -14,17 +14,17 @@ from torch import nn
 from torch.optim import SGD
 from twin import deal, flat, run, schema_of
 
-from sparkdeep.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
-from sparkdeep.averaging import OrderedSum
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.compression import CHUNK
-from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.contradictions import check_together
 from sparkdeep.errors import ConfigError
-from sparkdeep.parameters import Layout
-from sparkdeep.program import Program
-from sparkdeep.robust_mean import RobustMean, embeddings_of
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.optim.aggregators import Median, NormClip, RadialDirectional, RobustMean, TrimmedMean, embeddings_of
+from sparkdeep.settings.contradictions import check_together
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.tensors.encoding import CHUNK
+from sparkdeep.tensors.mean import OrderedSum
+from sparkdeep.tensors.parameters import Layout
 
 ALL = [NormClip(), Median(), TrimmedMean(0.34), RadialDirectional()]
 NAMES = [type(one).__name__ for one in ALL]

@@ -18,9 +18,9 @@ from twin import deal, run, schema_of
 from sparkdeep import TorchEstimator, algorithms
 from sparkdeep.algorithms import ALGORITHMS, Algorithm, diloco
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import QSR
-from sparkdeep.program import Program
-from sparkdeep.stored_values import from_json, to_json
+from sparkdeep.models.program import Program
+from sparkdeep.optim.local_work import QSR
+from sparkdeep.spark.model.stored_values import from_json, to_json
 
 SMALL = {
     "averaging": {},

@@ -28,12 +28,12 @@ from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 from twin import deal, local_coordinator, make_fit, schema_of
 
-from sparkdeep.arrivals import FETCHED
-from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import PostLocal
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.local_work import PostLocal
+from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.stages.arrivals import FETCHED
+from sparkdeep.tracking.records import RoundRecord
 
 # -- written out ------------------------------------------------------------------------------------------------------
 

@@ -19,12 +19,12 @@ from asynchronous_runs import (
 )
 from twin import deal, local_coordinator, make_fit
 
-from sparkdeep.asynchrony import Asynchronous
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import NonFiniteError, ReplicaLostError
-from sparkdeep.injection import Injector
-from sparkdeep.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.store import LocalStore
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.testing.injection import Injector
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 

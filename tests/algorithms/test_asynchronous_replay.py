@@ -15,14 +15,14 @@ from asynchronous_runs import (
     train,
 )
 
-from sparkdeep.arrivals import FETCHED, Arrivals
-from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import DyLU, WarmStart
-from sparkdeep.messages import Visit
-from sparkdeep.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.round_values import RoundWork
-from sparkdeep.schedule import RoundSpec
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.local_work import DyLU, WarmStart
+from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.protocol.messages import Visit
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.values import RoundWork
+from sparkdeep.stages.arrivals import FETCHED, Arrivals
 
 # -- replay -----------------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,11 @@ from plain_loop import epoch_batches
 from torch import nn
 from twin import deal, facts_of, flat, local_coordinator, make_fit_on, run, schema_of, write_shards
 
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.program import Program, inner_optimizer
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program, inner_optimizer
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.tracking.records import RoundRecord
 
 ADAM = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 

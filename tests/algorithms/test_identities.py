@@ -7,8 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
+from paths import TESTS
 
 IDENTITIES = {
     1: "one replica with averaging is a plain loop over the same batches, to the last bit, across a resume too",
@@ -55,5 +54,5 @@ def test_every_number_is_one_of_these_and_none_is_left_out():
 
 @pytest.mark.parametrize("number", IDENTITIES)
 def test_an_identity_is_shown_without_a_jvm(number):
-    quick = [*TESTS.glob("test_*.py"), *(TESTS / "algorithms").glob("test_*.py")]
+    quick = [*(TESTS / "unit").rglob("test_*.py"), *(TESTS / "algorithms").glob("test_*.py")]
     assert any(number in marks for path in quick for marks in numbers_of(path).values())

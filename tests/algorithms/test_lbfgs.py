@@ -16,15 +16,14 @@ from twin import deal, flat, local_coordinator, make_fit, run, schema_of
 from twin_faults import Plan
 
 from sparkdeep.algorithms import lbfgs
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError, NonFiniteError, ReplicaLostError
-from sparkdeep.evaluations import Evaluations
-from sparkdeep.gradient_outer import GradientOuter
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.parameters import Layout
-from sparkdeep.program import Program
-from sparkdeep.round_values import RoundResult
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
+from sparkdeep.protocol.values import RoundResult
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.tensors.parameters import Layout
+from sparkdeep.tracking.records import RoundRecord
 
 WOLFE = partial(LBFGS, history_size=10, line_search_fn="strong_wolfe")
 COMMON = {"work": "gradient", "sync_every": "epoch"}

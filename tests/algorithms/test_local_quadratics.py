@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import SGD, Adam
 from twin import deal, flat, run, schema_of
 
-from sparkdeep.drift import FedProx, Scaffold
 from sparkdeep.errors import ConfigError
-from sparkdeep.local_work import Epochs, WarmStart
-from sparkdeep.program import Program
+from sparkdeep.models.program import Program
+from sparkdeep.optim.drift import FedProx, Scaffold
+from sparkdeep.optim.local_work import Epochs, WarmStart
 
 SIZE, REPLICAS, STEPS, RATE = 3, 4, 10, 0.05
 

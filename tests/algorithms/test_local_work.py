@@ -16,16 +16,17 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialLR
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
 
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.config import RunSettings
-from sparkdeep.deadlines import round_deadline_s
 from sparkdeep.errors import ConfigError
-from sparkdeep.inner_rates import InnerRates
-from sparkdeep.local_work import QSR, AdaComm, Clock, DyLU, Epochs, PostLocal, WarmStart
-from sparkdeep.metrics import ReplicaRecord, RoundRecord
-from sparkdeep.program import Program
-from sparkdeep.schedule import RoundSpec, stretches
-from sparkdeep.store import open_store
+from sparkdeep.models.program import Program
+from sparkdeep.optim.local_work import QSR, AdaComm, Clock, DyLU, Epochs, PostLocal, WarmStart
+from sparkdeep.optim.schedule import stretches
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.rounds.guards import round_deadline_s
+from sparkdeep.rounds.inner_rates import InnerRates
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.opening import open_store
+from sparkdeep.tracking.records import ReplicaRecord, RoundRecord
 
 
 def part(replica, steps, seconds=1.0):

@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.outer import TorchOuter
-from sparkdeep.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
-from sparkdeep.parameters import Layout
-from sparkdeep.trees import pack, unpack_dict
+from sparkdeep.optim.outer import TorchOuter
+from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
+from sparkdeep.tensors.parameters import Layout
+from sparkdeep.tensors.state_dicts import pack, unpack_dict
 
 ROUNDS = 12
 RATES = [0.1 * 0.7**t for t in range(ROUNDS)]

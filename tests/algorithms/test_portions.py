@@ -11,15 +11,17 @@ from torch import nn
 from torch.optim import LBFGS
 from twin import deal, facts_of, flat, run, schema_of, write_shards
 
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.config import LocalSettings, RunSettings
+from sparkdeep.data.portions import pieces_of, unpack
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ProtocolError, ReplicaLostError
-from sparkdeep.fitting import Fit, new_run_id, plan_of
-from sparkdeep.portion_files import pieces_of, unpack
-from sparkdeep.program import Program
-from sparkdeep.round_runner import InProcessRunner
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.stages.jobs import JobStages
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.testing.in_process import InProcessRunner
 
 WOLFE = partial(LBFGS, history_size=10, line_search_fn="strong_wolfe")
 
@@ -69,7 +71,7 @@ def make(tmp_path, sizes, *, wrap=None, validation=False, checkpoints=None, **op
         settings=RunSettings(num_workers=2, retry_backoff_s=0.01, **settings),
         plan=plan_of(own, local, schema, steps=False),
         shards=facts_of(paths),
-        runner=wrap(runner) if wrap else runner,
+        stages=JobStages(runner=wrap(runner) if wrap else runner),
         run=name,
         outer_optimizer=WOLFE,
         checkpoints=checkpoints,

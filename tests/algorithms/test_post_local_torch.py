@@ -17,8 +17,8 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.optim import SGD
 from twin import deal, flat, run, schema_of
 
-from sparkdeep.local_work import PostLocal
-from sparkdeep.program import Program
+from sparkdeep.models.program import Program
+from sparkdeep.optim.local_work import PostLocal
 
 with warnings.catch_warnings():  # torch compiles beside it what it calls deprecated itself
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -9,20 +9,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_torch_model import Net, schema
+from model_parts import Net, schema
 from torch import nn
 from torch.optim import SGD
 from twin import deal, local_coordinator, make_fit, schema_of
 from twin_faults import Plan, lost
 
 from sparkdeep import EMA, SWA, TorchModel, greedy_soup, soup
-from sparkdeep.callbacks import Callback, Callbacks, FitInfo
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError, ReplicaLostError
-from sparkdeep.metrics import RoundRecord
-from sparkdeep.program import Program
-from sparkdeep.stage import Stage
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.stages.stage import Stage
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.tracking.callbacks import Callback, Callbacks, FitInfo
+from sparkdeep.tracking.records import RoundRecord
 
 SIZES = [16, 16]
 

@@ -14,8 +14,8 @@ from torch.optim import SGD, AdamW
 from twin import deal, facts_of, flat, run, schema_of, write_shards
 
 from sparkdeep import algorithms
-from sparkdeep.local_work import Epochs
-from sparkdeep.program import Program
+from sparkdeep.models.program import Program
+from sparkdeep.optim.local_work import Epochs
 
 SIZES = [12, 12, 12]
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pyspark
 import pytest
 from cluster_fixtures import environment
+from paths import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1100)]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_spark_submit_reaches_the_same_accuracy_on_a_cluster(cluster, tmp_path):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from paths import TESTS, for_executors
 
-_HERE = Path(__file__).resolve().parent
-_NEIGHBOURS = [str(_HERE), str(_HERE.parent / "spark"), str(_HERE.parent / "jobs"), str(_HERE.parents[1])]
-os.environ["PYTHONPATH"] = os.pathsep.join([*_NEIGHBOURS, *filter(None, [os.environ.get("PYTHONPATH", "")])])
-os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
-os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-sys.path[1:1] = [str(_HERE.parent / "jobs"), str(_HERE.parent / "spark")]
+for_executors(Path(__file__).parent, TESTS / "spark", TESTS / "jobs")
+sys.path[1:1] = [str(TESTS / "jobs"), str(TESTS / "spark")]
 
 # The server's own settings: a client may not set them.
 _SERVER = {

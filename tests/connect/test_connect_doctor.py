@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparkdeep.spark.doctor import doctor
+from sparkdeep.spark.doctor.doctor import doctor
 
 pytestmark = pytest.mark.connect
 

@@ -16,7 +16,7 @@ from transport_models import Wide, estimator, same_bits
 
 from sparkdeep import TorchModel
 from sparkdeep.errors import ConfigError, PreflightError
-from sparkdeep.spark.parcels import artifact_bytes
+from sparkdeep.spark.session.parcels import artifact_bytes
 
 pytestmark = pytest.mark.connect
 

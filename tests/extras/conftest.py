@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from paths import for_executors
 
-_HERE = Path(__file__).resolve().parent
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(_HERE), str(_HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-)
-os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
-os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+for_executors(Path(__file__).parent)
 # Offline, so that nothing that these packages do by themselves reaches for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import struct
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-
-from benchmarks import plots
-from benchmarks.rows import row
+from measuring import plots
+from measuring.rows import row
 
 pytestmark = pytest.mark.extras
 

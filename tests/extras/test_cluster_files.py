@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = pytest.mark.extras
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 TEMPLATES = sorted((CONF / "kubernetes").glob("*.yaml"))
 # Of 2025, and of 2026.
 KUBERNETES = ("1.33", "1.37")

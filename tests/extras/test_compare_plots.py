@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "jobs"))
-
-from compare_parts import plots, results
+from algorithm_parts import plots, results
 
 pytestmark = pytest.mark.extras
 

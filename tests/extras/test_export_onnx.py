@@ -12,7 +12,7 @@ from torch import nn
 
 from sparkdeep import ConfigError, TorchModel
 from sparkdeep.data.schema import build_schema
-from sparkdeep.spark.types import column_types
+from sparkdeep.spark.session.types import column_types
 
 pytestmark = pytest.mark.extras
 

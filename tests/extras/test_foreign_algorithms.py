@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad
 
-from sparkdeep.outer import Assign, TorchOuter
-from sparkdeep.outer_optimizers import FedAdam, FedYogi
-from sparkdeep.parameters import Layout
+from sparkdeep.optim.outer import Assign, TorchOuter
+from sparkdeep.optim.outer_optimizers import FedAdam, FedYogi
+from sparkdeep.tensors.parameters import Layout
 
 pytestmark = pytest.mark.extras
 

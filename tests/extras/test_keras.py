@@ -16,9 +16,9 @@ from torch import nn
 from twin import deal, facts_of, run, schema_of, write_shards
 
 from sparkdeep import ConfigError, TorchEstimator, TorchModel
-from sparkdeep.building import build_model, copy_of
-from sparkdeep.keras_network import KerasNetwork
-from sparkdeep.program import Program, pack_program, unpack_program
+from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.keras import KerasNetwork
+from sparkdeep.models.program import Program, pack_program, unpack_program
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("default")]
 
@@ -127,7 +127,7 @@ def test_copies_and_pickles_hold_the_same_network(keras):
 def test_a_pickle_names_one_module_of_ours_and_the_first_versions_is_read(keras):
     held = cloudpickle.dumps(build_model(network(keras, 0.3), {}, 0))
     told = [argument for _, argument, _ in pickletools.genops(held) if isinstance(argument, str)]
-    assert {name for name in told if name.startswith("sparkdeep")} == {"sparkdeep.keras_network"}, (
+    assert {name for name in told if name.startswith("sparkdeep")} == {"sparkdeep.models.keras"}, (
         "files name it: it stays, see tests/test_names_in_files.py"
     )
     first = TorchModel.load(str(FOLDER / "keras"), trust_pickle=True)

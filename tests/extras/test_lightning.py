@@ -27,10 +27,10 @@ from torch import nn
 from twin import deal, facts_of, run, schema_of, write_shards
 
 from sparkdeep import ConfigError, TorchEstimator, TorchModel
-from sparkdeep.config import LocalSettings
-from sparkdeep.interop import own_parts, ready
-from sparkdeep.lightning_module import lightning_batch
-from sparkdeep.program import Program
+from sparkdeep.data.order import steps_per_epoch
+from sparkdeep.models.building import own_parts, ready
+from sparkdeep.models.lightning_module import lightning_batch
+from sparkdeep.models.program import Program
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("default")]
 
@@ -40,7 +40,8 @@ ROWS, BATCH, EPOCHS = 70, 16, 3
 def program_of(module, facts, *, accumulate=1):
     step, optimizer = own_parts(module, loss=None, training_step=None, optimizer=None, weighted=False)
     program = Program(model=module, loss=None, training_step=step, optimizer=optimizer)
-    return ready(program, LocalSettings(batch_size=BATCH, accumulate_batches=accumulate), EPOCHS, facts)
+    steps = max(steps_per_epoch(one.rows["train"], batch_size=BATCH, accumulate_batches=accumulate) for one in facts)
+    return ready(program, epochs=EPOCHS, steps_per_epoch=steps, batches_per_step=accumulate)
 
 
 def fresh(cls=LitNet, **options):

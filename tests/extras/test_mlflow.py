@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from tracked import Net, halved, side_by_side, two_inputs
 
-from sparkdeep.callbacks import FitInfo
 from sparkdeep.errors import ConfigError
-from sparkdeep.metrics import RoundRecord
 from sparkdeep.tracking import MLflowCallback, log_model
+from sparkdeep.tracking.callbacks import FitInfo
+from sparkdeep.tracking.records import RoundRecord
 
 pytestmark = [
     pytest.mark.extras,
@@ -112,7 +112,7 @@ def test_a_fit_has_a_run_with_its_settings_numbers_and_model(store, caplog):
     assert params["none"] == "null"
     assert len(params["long"]) == 6000
     assert params["num_parameters"] == "43"
-    assert run.data.tags["sparkdeep.run"] == "abc"
+    assert run.data.tags["sparkdeep.rounds.run"] == "abc"
     assert history(callback.run_id, "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
     assert history(callback.run_id, "validation/accuracy") == [(2, 0.5), (4, 0.5)]
     assert history(callback.run_id, "rows_per_second") == [(n, 200.0) for n in range(1, 5)]

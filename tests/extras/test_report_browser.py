@@ -2,7 +2,7 @@
 
 The README's picture is made again, from a real run, by
 
-    python tests/extras/test_report_browser.py runs/digits/report.html jobs/report.png
+    python tests/extras/test_report_browser.py runs/digits/report.html docs/images/report.png
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from report_runs import SETTINGS, about, rounds
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from sparkdeep.report import write
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from report_runs import SETTINGS, about, rounds
+from sparkdeep.tracking.report import write
 
 pytestmark = pytest.mark.extras
 

@@ -19,12 +19,13 @@ from torch.optim import AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
 from twin_faults import marked_table
 
-from sparkdeep import s3
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import CheckpointError, ConfigError, FencedError
-from sparkdeep.program import Program
-from sparkdeep.s3 import S3Store
-from sparkdeep.store import ArrowStore, open_store
+from sparkdeep.models.program import Program
+from sparkdeep.storage import s3
+from sparkdeep.storage.arrow import ArrowStore
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.s3 import S3Store
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -84,7 +85,7 @@ def test_s3_is_opened_over_boto3_and_is_conditional_and_nothing_secret_is_shown(
 
 
 def test_without_boto3_pyarrow_opens_it(bucket, server, monkeypatch):
-    monkeypatch.setattr("sparkdeep.store.boto3_at_hand", lambda: False)
+    monkeypatch.setattr("sparkdeep.storage.opening.boto3_at_hand", lambda: False)
     store = open_store(uri(bucket, server, "run"))
     assert isinstance(store, ArrowStore)
     assert not store.conditional

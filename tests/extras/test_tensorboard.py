@@ -7,9 +7,9 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparkdeep.callbacks import FitInfo
-from sparkdeep.metrics import ReplicaRecord, RoundRecord
 from sparkdeep.tracking import TensorBoardCallback
+from sparkdeep.tracking.callbacks import FitInfo
+from sparkdeep.tracking.records import ReplicaRecord, RoundRecord
 
 pytestmark = [
     pytest.mark.extras,

@@ -14,8 +14,8 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from twin import deal, facts_of, run, schema_of, write_shards
 
 from sparkdeep import ConfigError, TorchEstimator, TorchModel
-from sparkdeep.interop import OwnLoss, own_parts
-from sparkdeep.program import Program
+from sparkdeep.models.building import OwnLoss, own_parts
+from sparkdeep.models.program import Program
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("default")]
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_meant_is_refused_with_a_remedy(spark):
 
 
 def test_torchmetrics_are_given_logits():
-    from sparkdeep.outputs import logits_of
+    from sparkdeep.models.losses import logits_of
 
     output = tiny_bert()(torch.ones(3, LENGTH, dtype=torch.int64))
     assert logits_of(output) is output.logits

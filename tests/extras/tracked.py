@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sparkdeep.data.schema import ColumnType, build_schema
-from sparkdeep.registry import reference_of, register
-from sparkdeep.spark.model import TorchModel
+from sparkdeep.models.registry import reference_of, register
+from sparkdeep.spark.model.model import TorchModel
 
 
 class Net(nn.Module):

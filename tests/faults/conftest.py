@@ -1,15 +1,8 @@
-"""What tests of this tier import: the rest of the tests, and the jobs."""
+"""What tests of this tier share."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-_ROOT = Path(__file__).resolve().parents[2]
-# Behind everything else: `faults` is tests/faults.py, and not jobs/faults.py.
-sys.path.extend(path for path in [str(_ROOT / "jobs")] if path not in sys.path)
 
 pytest.register_assert_rewrite("invariants")
 

@@ -24,9 +24,9 @@ from torch.optim import SGD, AdamW
 from twin import deal, facts_of, flat, local_coordinator, make_fit_on, schema_of, write_shards
 from twin_faults import marked_table
 
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.program import Program
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
 
 __all__ = ["Crashes", "crash_everywhere"]
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from fuzz_lines import update
 from fuzzing import Target
 from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mutate_pickle, mutate_tensors
+from paths import SUPPORT
 from safetensors.numpy import save
 
 from sparkdeep.data.arrow import Ragged
-from sparkdeep.data.owner import Owner, is_dead, owner_of_this_process
+from sparkdeep.data.petastorm.unischema import read_metadata, read_unischema
 from sparkdeep.data.sample import decode_rows, encode_rows
 from sparkdeep.data.schema import Field, Schema
-from sparkdeep.data.scratch import sweep
+from sparkdeep.data.scratch import Owner, is_dead, owner_of_this_process, sweep
 from sparkdeep.data.shards import SPLITS, Shard, ShardWriter
-from sparkdeep.data.unischema import read_metadata, read_unischema
-from sparkdeep.exchange import Exchange
-from sparkdeep.metrics import ReplicaRecord, RoundRecord, read_jsonl, write_jsonl
+from sparkdeep.protocol.exchange import Exchange
+from sparkdeep.tracking.records import ReplicaRecord, RoundRecord, read_jsonl, write_jsonl
 
-PETASTORM = Path(__file__).resolve().parents[1] / "petastorm_data"
+PETASTORM = SUPPORT / "petastorm_data"
 
 
 def lay_down(folder, files):

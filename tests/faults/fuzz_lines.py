@@ -14,21 +14,21 @@ from mutating import PREFIX, frame, frames_of, mutate_bytes, mutate_frames, with
 from torch import nn
 from twin import local_coordinator
 
-from sparkdeep import coordinator as coordinator_module
-from sparkdeep import stage as stage_module
-from sparkdeep.asynchrony import Asynchronous
-from sparkdeep.compression import codec_named
-from sparkdeep.gathering import Plane
-from sparkdeep.messages import Hello, Open, Update, to_header
-from sparkdeep.parameters import Layout, raw_bytes
-from sparkdeep.partition import Partition
-from sparkdeep.round_values import Globals, RoundWork
-from sparkdeep.schedule import RoundSpec
-from sparkdeep.session import versions
-from sparkdeep.stage import Stage
-from sparkdeep.trees import pack, pack_tensors
-from sparkdeep.validation import merge_scores
-from sparkdeep.wire import TOKEN_BYTES, Connection, ConnectionLostError
+from sparkdeep.models.validation import merge_scores
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.protocol.messages import Hello, Open, Update, to_header
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.wire import TOKEN_BYTES, Connection, ConnectionLostError
+from sparkdeep.stages import coordinator as coordinator_module
+from sparkdeep.stages import stage as stage_module
+from sparkdeep.stages.gathering import Plane
+from sparkdeep.stages.stage import Stage
+from sparkdeep.tensors.encoding import codec_named
+from sparkdeep.tensors.mean import Partition
+from sparkdeep.tensors.parameters import Layout, raw_bytes
+from sparkdeep.tensors.state_dicts import pack, pack_tensors
+from sparkdeep.versions import versions
 
 TOKEN = bytes(range(TOKEN_BYTES))
 SILENCE_S = 0.5

@@ -16,23 +16,23 @@ from torch import nn
 from torch.optim import SGD
 from twin import schema_of, write_shards
 
-from sparkdeep import channel as channel_module
-from sparkdeep.admission import Terms
-from sparkdeep.asynchrony import Asynchronous
-from sparkdeep.channel import Channel
-from sparkdeep.compression import codec_named
-from sparkdeep.config import LocalSettings
 from sparkdeep.data.shards import Shard
-from sparkdeep.gathering import Plane, TrainOrder
-from sparkdeep.messages import Hello
-from sparkdeep.parameters import raw_bytes
-from sparkdeep.program import Program
-from sparkdeep.replica import Replica
-from sparkdeep.round_values import Globals, RoundWork
-from sparkdeep.session import serve
-from sparkdeep.state_files import StateFiles
-from sparkdeep.trees import pack_tensors
-from sparkdeep.wire import Connection
+from sparkdeep.models.program import Program
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.protocol.messages import Hello
+from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.wire import Connection
+from sparkdeep.replica import channel as channel_module
+from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.replica import Replica
+from sparkdeep.replica.stage import serve
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.stages.admission import Terms
+from sparkdeep.stages.gathering import Plane, TrainOrder
+from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.tensors.encoding import codec_named
+from sparkdeep.tensors.parameters import raw_bytes
+from sparkdeep.tensors.state_dicts import pack_tensors
 
 
 class ReplicaEnd:

@@ -14,18 +14,21 @@ from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mut
 from safetensors.torch import save
 from torch import nn
 
-from sparkdeep.checkpoint import CheckpointDirectory
-from sparkdeep.config import EarlyStopping, LocalSettings, RunSettings
-from sparkdeep.generation import Generation, ShardFacts
-from sparkdeep.manifest import FileEntry, decode, encode
-from sparkdeep.messages import Failure, Hello, Open, Opened, Saved, Update, parse
-from sparkdeep.registry import ModelReference
-from sparkdeep.run_state import Best, RunState, Snapshot
-from sparkdeep.saving import read_model, write_model
-from sparkdeep.state_files import StateFiles
-from sparkdeep.store import LocalStore
-from sparkdeep.stored_values import from_json, to_json
-from sparkdeep.trees import pack, pack_tensors, unpack, unpack_tensors
+from sparkdeep.models.registry import ModelReference
+from sparkdeep.models.saving import read_model, write_model
+from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Saved, Update, parse
+from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.rounds.generation import Generation
+from sparkdeep.rounds.run_state import Best, RunState
+from sparkdeep.rounds.snapshots import Snapshot
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.spark.model.stored_values import from_json, to_json
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.storage.manifest import FileEntry, decode, encode
+from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack, unpack_tensors
 
 IDENTITY = {"schema": {"features": 2}, "seed": 0}
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from fuzzing import Target
 from mutating import NUMBERS, TEXTS, json_text, mutate_bytes, mutate_json, mutate_text
+from paths import ROOT
 
-from sparkdeep.conf_values import Conf, expected_slots, memory_bytes, slots_per_executor
-from sparkdeep.coordinator import parse_ports
 from sparkdeep.errors import SparkdeepError
-from sparkdeep.spark.jobconfig import load_config, parse_config
-from sparkdeep.store import open_store
-from sparkdeep.store_protocol import check_name
-
-ROOT = Path(__file__).resolve().parents[2]
+from sparkdeep.spark.doctor.conf_values import Conf, expected_slots, memory_bytes, slots_per_executor
+from sparkdeep.spark.job.config import load_config, parse_config
+from sparkdeep.stages.coordinator import parse_ports
+from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import check_name
 
 PROPERTIES = {
     "spark.master": "spark://h:7077",

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paths import ROOT, SUPPORT
+
 from sparkdeep.errors import SparkdeepError
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +95,7 @@ def fuzz(seconds, seed, *, only=(), report=print):
 
 
 def _environment():
-    paths = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
+    paths = [str(ROOT), str(SUPPORT), str(HERE)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from twin import deal, local_coordinator, make_fit, schema_of
 from twin_faults import Plan, marked_table
 
-from sparkdeep.program import Program
+from sparkdeep.models.program import Program
 
 # Batches of 4 are 6 and 5 steps: rounds of 2 steps are 3 an epoch, 6 in all, and both replicas work in each of them.
 SIZES = [22, 18]
@@ -156,8 +156,8 @@ def digest_of(tensors):
 
 def kept_bits(folder):
     """The bits of a fit that keeps checkpoints below `folder`, for a process of its own."""
-    from sparkdeep.checkpoint import CheckpointDirectory
-    from sparkdeep.store import LocalStore
+    from sparkdeep.storage.checkpoints import CheckpointDirectory
+    from sparkdeep.storage.local import LocalStore
 
     torch.set_num_threads(1)
     directory = CheckpointDirectory(LocalStore(folder / "checkpoints"), identity={"run": "x"}, keep=3)

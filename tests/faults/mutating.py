@@ -8,7 +8,7 @@ import json
 import pickletools
 import struct
 
-from sparkdeep.checksum import CHECKSUM_BYTES, Checksum
+from sparkdeep.tensors.encoding import CHECKSUM_BYTES, Checksum
 
 LONGEST = 1 << 16
 """Mutants of raw bytes are cut to this many, so that one input costs milliseconds."""

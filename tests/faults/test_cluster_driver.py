@@ -9,7 +9,7 @@ from child_drivers import ChildDriver
 from fault_models import Signal, estimator
 from fault_runs import verified_rounds
 
-from sparkdeep.injection import Injector
+from sparkdeep.testing.injection import Injector
 
 pytestmark = pytest.mark.cluster
 

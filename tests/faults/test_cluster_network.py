@@ -7,8 +7,8 @@ from cluster_fixtures import free_port
 from fault_models import estimator
 from tcp_proxy import LineFault, TcpProxy, Touch
 
-from sparkdeep import coordinator
-from sparkdeep.injection import Injector
+from sparkdeep.stages import coordinator
+from sparkdeep.testing.injection import Injector
 
 pytestmark = pytest.mark.cluster
 

@@ -9,7 +9,7 @@ from fault_models import ROWS, LoseExecutor, estimator
 from fault_runs import verified_rounds
 
 from sparkdeep.errors import ReplicaLostError, ShardMismatchError, SparkdeepError
-from sparkdeep.injection import Injector
+from sparkdeep.testing.injection import Injector
 
 pytestmark = pytest.mark.cluster
 

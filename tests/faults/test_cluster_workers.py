@@ -10,7 +10,7 @@ import pytest
 from cluster_fixtures import HOSTS, kill_executor
 from fault_models import KillParent, Linger, LoseExecutor, SlowHost, Stop, estimator, segfault
 
-from sparkdeep.injection import Injector
+from sparkdeep.testing.injection import Injector
 
 pytestmark = pytest.mark.cluster
 

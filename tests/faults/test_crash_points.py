@@ -3,7 +3,7 @@
 import pytest
 from crash_points import crash_everywhere
 
-from sparkdeep.checkpoint import CheckpointDirectory
+from sparkdeep.storage.checkpoints import CheckpointDirectory
 
 pytestmark = pytest.mark.fault(rows=[23], phases="CK,CM")
 

@@ -16,12 +16,12 @@ from torch.optim import AdamW
 from twin import deal, flat, local_coordinator, make_fit, schema_of
 from twin_faults import marked_table
 
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.data.shards import ShardWriter
-from sparkdeep.disks import room_for_shards, volume_of
 from sparkdeep.errors import CheckpointError, DiskFullError, PreflightError
-from sparkdeep.program import Program
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.disks import room_for_shards, volume_of
+from sparkdeep.storage.local import LocalStore
 
 pytestmark = pytest.mark.fault(rows=[22], phases="LD,CK")
 

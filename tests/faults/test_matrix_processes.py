@@ -23,10 +23,11 @@ from invariants import (
 from twin import deal, schema_of, write_shards
 from twin_faults import Plan
 
-from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.injection import Injector
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.testing.injection import Injector
 
-plain_replicas = pytest.importorskip("benchmarks.plain_replicas")
+plain_replicas = pytest.importorskip("speed_parts.plain_replicas")
 
 
 @contextlib.contextmanager
@@ -55,8 +56,10 @@ def train_in_processes(folder, injector=None, **options):
         fit.load_result()
     if injector is not None:
         injector.check_fired()
-    assert_nothing_is_left(fit.coordinator.address)
-    return Outcome(tensors_of(fit.program.model), records, fit.coordinator.address, time.monotonic() - began, Plan())
+    assert_nothing_is_left(fit.stages.coordinator.address)
+    return Outcome(
+        tensors_of(fit.program.model), records, fit.stages.coordinator.address, time.monotonic() - began, Plan()
+    )
 
 
 def test_processes_train_to_the_bits_of_threads(tmp_path, undisturbed):

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from invariants import SIZES, Outcome, X, Y, assert_invariants, last_word, program, tensors_of, threads, train
+from paths import ROOT, SUPPORT
 from torch import nn
 from torch.optim import SGD
 from twin import deal, run, schema_of
 from twin_faults import Plan
 
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError, ReplicaLostError, UserCodeError
-from sparkdeep.injection import Injector
-from sparkdeep.program import Program
-from sparkdeep.store import LocalStore
+from sparkdeep.models.program import Program
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.testing.injection import Injector
 
 
 def checkpoints(folder):
@@ -227,7 +228,7 @@ from pathlib import Path
 folder = Path(os.fsdecode(bytes.fromhex(sys.argv[1])))
 os.chdir("/proc")
 from invariants import kept_bits
-from sparkdeep.injection import Injector
+from sparkdeep.testing.injection import Injector
 shift, real = [0.0], time.time
 time.time = lambda: real() + shift[0]
 injector = Injector(folder / "plan")
@@ -252,9 +253,7 @@ def test_clock_locale_zone_and_odd_paths_have_no_effect(tmp_path, undisturbed):
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
         "TZ": "Asia/Kathmandu",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(SUPPORT), str(ROOT)]),
     }
     done = subprocess.run(
         [sys.executable, "-c", _HOSTILE, folder.hex()], env=environment, capture_output=True, text=True, timeout=120

@@ -1,6 +1,6 @@
 """Random lists of faults on the in-process twin: whatever happens, in whatever order, the run is the undisturbed one.
 
-SPARKDEEP_FAULT_EXAMPLES says how many lists are tried; `jobs/faults.py` tries many more than the gate.
+SPARKDEEP_FAULT_EXAMPLES says how many lists are tried; `benchmarks/faults.py` tries many more than the gate.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from invariants import ROUNDS, assert_invariants, train
 from twin_faults import Plan
 
-from sparkdeep import rounds, session
-from sparkdeep.injection import Injector
-from sparkdeep.line import Line
-from sparkdeep.run_state import RunState
+from sparkdeep.replica import stage as session
+from sparkdeep.rounds import loop as rounds
+from sparkdeep.rounds.run_state import RunState
+from sparkdeep.stages.line import Line
+from sparkdeep.testing.injection import Injector
 
 EXAMPLES = int(os.environ.get("SPARKDEEP_FAULT_EXAMPLES", "60"))
 

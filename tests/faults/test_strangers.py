@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from twin import deal, flat, local_coordinator, make_fit, schema_of
 
-from sparkdeep import coordinator as coordinator_module
-from sparkdeep.channel import Channel
 from sparkdeep.errors import ProtocolError
-from sparkdeep.messages import Hello, to_header
-from sparkdeep.program import Program
-from sparkdeep.session import versions
-from sparkdeep.tls import server_context
-from sparkdeep.wire import TOKEN_BYTES, ConnectionLostError
+from sparkdeep.models.program import Program
+from sparkdeep.protocol.messages import Hello, to_header
+from sparkdeep.protocol.tls import server_context
+from sparkdeep.protocol.wire import TOKEN_BYTES, ConnectionLostError
+from sparkdeep.replica.channel import Channel
+from sparkdeep.stages import coordinator as coordinator_module
+from sparkdeep.versions import versions
 
 EACH = 12
 SLOW = 24

@@ -12,9 +12,9 @@ from dataclasses import asdict
 import pytest
 from twin import local_coordinator
 
-from sparkdeep.channel import Channel
-from sparkdeep.messages import Hello
-from sparkdeep.wire import TOKEN_BYTES, ConnectionLostError
+from sparkdeep.protocol.messages import Hello
+from sparkdeep.protocol.wire import TOKEN_BYTES, ConnectionLostError
+from sparkdeep.replica.channel import Channel
 
 KINDS = [
     "hello",

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[2]
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(_ROOT), str(_ROOT / "jobs"), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-)
-os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
-os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-sys.path.extend(path for path in (str(_ROOT / "jobs"), str(Path(__file__).parent)) if path not in sys.path)
+from paths import BENCHMARKS, JOBS, for_executors
+
+for_executors(Path(__file__).parent, JOBS, BENCHMARKS)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from paths import ROOT
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
-ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 SECTIONS = ["exchange", "codecs", "coordinator_limit", "memory", "heap"]
 
@@ -29,7 +29,7 @@ def test_the_quick_run_writes_a_table_json_and_plots(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [SUBMIT, "--conf", "spark.driver.host=127.0.0.1", "jobs/benchmark.py", "--quick", "--pairs", "2",
+        [SUBMIT, "--conf", "spark.driver.host=127.0.0.1", "benchmarks/speed.py", "--quick", "--pairs", "2",
          "--only", ",".join(SECTIONS), "--output", str(tmp_path)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def printed(*command):
 
 
 def test_every_cable_is_capped_both_ways_and_nothing_is_left_when_it_fails_inside():
-    from benchmarks.namespaces import DEVICE, address_of, capped_network, why_not
+    from speed_parts.namespaces import DEVICE, address_of, capped_network, why_not
 
     if why_not():
         pytest.skip(why_not())

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_two_algorithms_on_digits_become_lines_a_table_and_a_plot(tmp_path):
@@ -25,7 +23,7 @@ def test_two_algorithms_on_digits_become_lines_a_table_and_a_plot(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "jobs/compare.py", "digits", "--only", "averaging,diloco", "--seeds", "1", "--epochs", "2",
+        [sys.executable, "benchmarks/algorithms.py", "digits", "--only", "averaging,diloco", "--seeds", "1", "--epochs", "2",
          "--out", str(tmp_path)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip

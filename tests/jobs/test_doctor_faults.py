@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sparkdeep.spark.doctor import doctor
+from sparkdeep.spark.doctor.doctor import doctor
 
 pytestmark = pytest.mark.jobs
 
@@ -77,7 +77,7 @@ def test_slots_that_another_job_holds(warm):
 @pytest.mark.fault(rows=[34], phases="PF")
 def test_executors_without_torch(warm, monkeypatch):
     # None in sys.modules is an import that fails, on the workers: the task carries the change with it.
-    from sparkdeep.spark import probes
+    from sparkdeep.spark.doctor import probes
 
     monkeypatch.setattr(probes, "look_task", without_torch)
     report = doctor(warm)
@@ -90,7 +90,7 @@ def test_executors_without_torch(warm, monkeypatch):
 def without_torch(job, batches):
     import sys
 
-    from sparkdeep.spark.probes import look_task
+    from sparkdeep.spark.doctor.probes import look_task
 
     kept = sys.modules.get("torch")
     sys.modules["torch"] = None

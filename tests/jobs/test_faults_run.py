@@ -6,18 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def ran(*arguments):
     return subprocess.run(
-        [sys.executable, "jobs/faults.py", *arguments],
+        [sys.executable, "benchmarks/faults.py", *arguments],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
 

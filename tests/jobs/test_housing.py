@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from paths import ROOT
 
 pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
 
-ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 DATA = Path(os.environ.get("SPARKDEEP_DATA", ROOT.parent / "shared" / "data"))
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from notebook_cells import DIVIDER, HEADER, read_cells
+from paths import JOBS
 from pyspark.ml.torch.distributor import TorchDistributor
 
 from sparkdeep import TorchEstimator
 
 pytestmark = pytest.mark.jobs
 
-FOLDER = Path(__file__).parents[2] / "jobs/notebooks"
+FOLDER = JOBS / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 
 # From the sources of the peers: horovod/spark/torch/estimator.py and sparktorch/torch_distributed.py.

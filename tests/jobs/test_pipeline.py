@@ -12,16 +12,16 @@ from pathlib import Path
 import pipeline
 import pyspark
 import pytest
+from paths import ROOT
 from pyspark.ml import PipelineModel
 
 from sparkdeep import ConfigError, SparkdeepError
-from sparkdeep.spark.job import Job
-from sparkdeep.spark.jobconfig import load_config
-from sparkdeep.steps import Steps
+from sparkdeep.spark.job.config import load_config
+from sparkdeep.spark.job.run import Job
+from sparkdeep.spark.job.steps import Steps
 
 pytestmark = pytest.mark.jobs
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "conf/pipeline.toml"
 
 

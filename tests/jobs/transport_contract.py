@@ -16,7 +16,6 @@ import pytest
 import torch
 from transport_models import Armed, Wide, arms, estimator, same_bits
 
-from sparkdeep.config import EarlyStopping
 from sparkdeep.errors import (
     ConfigError,
     NonFiniteError,
@@ -24,6 +23,7 @@ from sparkdeep.errors import (
     ReplicaLostError,
     UserCodeError,
 )
+from sparkdeep.settings.run import EarlyStopping
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -85,7 +85,7 @@ def test_a_replica_that_hangs_ends_by_itself_and_the_round_is_repeated(blobs, tm
 
 def test_a_stopped_process_is_cancelled_by_the_deadline(blobs, tmp_path, monkeypatch):
     # A stopped process cannot even watch itself.
-    monkeypatch.setattr("sparkdeep.round_stages._PATIENCE", 1)
+    monkeypatch.setattr("sparkdeep.stages.jobs._PATIENCE", 1)
     pids = tmp_path / "pids"
 
     def tell(features):

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from paths import for_executors
 
-_ROOT = Path(__file__).resolve().parents[2]
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-)
-os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
-os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+for_executors(Path(__file__).parent)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROWS
 from lts_rows import SCHEMA
+from paths import ROOT
 from read_natively import plain, rows_of
 
 from sparkdeep import petastorm
@@ -20,7 +21,6 @@ from sparkdeep.errors import DataError
 
 pytestmark = pytest.mark.lts
 
-_ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ("id", "small", "third", "price", "name", "x", "half", "trace", "image", "label")
 # boxes has two dimensions, one of them variable: no type of Spark's says so.
 
@@ -89,16 +89,16 @@ def test_this_stack_reads_natively_what_petastorm_reads(spark, variants, oracle)
 
 
 def test_the_modern_stack_reads_what_petastorm_reads(variants, oracle):
-    modern = _ROOT / ".venv" / "bin" / "python"
+    modern = ROOT / ".venv" / "bin" / "python"
     assert modern.exists(), "make test-lts makes .venv first"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK", "PYTHON"))}
     environment = {
         **kept,
-        "PYTHONPATH": str(_ROOT),
+        "PYTHONPATH": str(ROOT),
         "PYSPARK_PYTHON": str(modern),
         "PYSPARK_DRIVER_PYTHON": str(modern),
         "SPARK_LOCAL_IP": "127.0.0.1",
-        "SPARK_CONF_DIR": str(_ROOT / "conf"),
+        "SPARK_CONF_DIR": str(ROOT / "conf"),
     }
     script = str(Path(__file__).with_name("read_natively.py"))
     done = subprocess.run(

@@ -161,7 +161,7 @@ def test_a_row_group_that_petastorm_loses_at_the_end_is_read(plain, monkeypatch)
     from petastorm.workers_pool.thread_pool import ThreadPool
     from petastorm.workers_pool.ventilator import ConcurrentVentilator
 
-    from sparkdeep.data.petastorm_reading import inspect, read_share
+    from sparkdeep.data.petastorm.reading import inspect, read_share
 
     look, hand_out = ThreadPool.all_workers_done, ConcurrentVentilator._ventilate
     looked, handed_out = threading.Event(), threading.Event()

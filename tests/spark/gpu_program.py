@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 from spark_models import blob_rows, estimator
 
 from sparkdeep.errors import SparkdeepError
-from sparkdeep.spark.placement import resolve_device
+from sparkdeep.spark.session.placement import resolve_device
 
 
 def devices(batches):

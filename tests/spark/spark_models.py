@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparkdeep import TorchEstimator
-from sparkdeep.spark.tasks import FLAG, numbered
+from sparkdeep.spark.ingest.tasks import FLAG, numbered
 
 
 class Net(nn.Module):

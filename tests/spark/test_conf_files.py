@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = pytest.mark.spark
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 PROPERTIES = ("standalone", "yarn", "kubernetes")
 # Objects whose making registers their settings.
 REGISTRIES = (
@@ -106,7 +106,7 @@ def test_our_tests_read_the_files_as_spark_does(spark, name):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_spark_takes_the_resources_together(spark, tmp_path, name):
     """Spark's own check that cores, task cpus and GPUs of an executor go together, and its count of slots."""
-    from sparkdeep.conf_values import slots_per_executor
+    from sparkdeep.spark.doctor.conf_values import slots_per_executor
 
     for path in (CONF / f"{name}.conf", with_gpus(tmp_path, name)):
         properties = loaded(spark, path)

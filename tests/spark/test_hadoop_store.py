@@ -3,11 +3,12 @@ import errno
 import pytest
 from store_contract import StoreContract
 
-from sparkdeep.checkpoint import CheckpointDirectory
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark import hadoop
-from sparkdeep.spark.hadoop import HadoopStore
-from sparkdeep.store import LocalStore, open_store
+from sparkdeep.spark.session import hadoop
+from sparkdeep.spark.session.hadoop import HadoopStore
+from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.local import LocalStore
+from sparkdeep.storage.opening import open_store
 
 pytestmark = pytest.mark.spark
 

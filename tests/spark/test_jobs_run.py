@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from paths import ROOT
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]  # each test starts spark-submit anew
 
-ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from sparkdeep import TorchModel
 from sparkdeep.data.schema import build_schema
 from sparkdeep.errors import ConfigError
-from sparkdeep.registry import reference_of
-from sparkdeep.spark.types import column_types
+from sparkdeep.models.registry import reference_of
+from sparkdeep.spark.session.types import column_types
 
 pytestmark = pytest.mark.spark
 

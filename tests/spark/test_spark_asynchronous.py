@@ -7,9 +7,9 @@ import torch
 from spark_models import Dropped, estimator, same_bits, weights
 
 from sparkdeep import algorithms
-from sparkdeep.asynchrony import Asynchronous
 from sparkdeep.errors import ConfigError
-from sparkdeep.injection import Injector
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.testing.injection import Injector
 
 pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 

@@ -20,7 +20,7 @@ from sparkdeep.errors import (
     SparkdeepError,
     UserCodeError,
 )
-from sparkdeep.spark.preflight import check_session
+from sparkdeep.spark.session.preflight import check_session
 
 pytestmark = pytest.mark.spark
 

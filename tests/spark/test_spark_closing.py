@@ -7,10 +7,10 @@ import torch
 from spark_models import estimator, slowly, weights
 
 from sparkdeep.data.schema import build_schema
-from sparkdeep.injection import Injector
-from sparkdeep.spark.settings import FitSettings
-from sparkdeep.spark.shard_source import ShardSource
-from sparkdeep.spark.types import column_types
+from sparkdeep.spark.fit.settings import FitSettings
+from sparkdeep.spark.fit.shard_source import ShardSource
+from sparkdeep.spark.session.types import column_types
+from sparkdeep.testing.injection import Injector
 
 pytestmark = pytest.mark.spark
 

@@ -7,9 +7,9 @@ from pyspark.sql import functions as F
 
 from sparkdeep.data.schema import build_schema
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark.ingest import dealt
-from sparkdeep.spark.tasks import HASH, numbered
-from sparkdeep.spark.types import column_types
+from sparkdeep.spark.ingest.ingest import dealt
+from sparkdeep.spark.ingest.tasks import HASH, numbered
+from sparkdeep.spark.session.types import column_types
 
 pytestmark = pytest.mark.spark
 

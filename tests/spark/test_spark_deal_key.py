@@ -8,10 +8,10 @@ from spark_models import estimator
 
 from sparkdeep.data.schema import build_schema
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark import dealing_by_key
-from sparkdeep.spark.ingest import dealt
-from sparkdeep.spark.tasks import FLAG, HASH, numbered
-from sparkdeep.spark.types import column_types
+from sparkdeep.spark.ingest import dealing_by_key
+from sparkdeep.spark.ingest.ingest import dealt
+from sparkdeep.spark.ingest.tasks import FLAG, HASH, numbered
+from sparkdeep.spark.session.types import column_types
 
 pytestmark = [pytest.mark.spark, pytest.mark.algorithms]
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.spark.doctor import doctor
+from sparkdeep.spark.doctor.doctor import doctor
 
 pytestmark = pytest.mark.spark
 
@@ -44,7 +44,7 @@ def test_a_sound_session_is_ok_within_ten_seconds_and_left_as_it_was(warm):
 
 
 def test_a_port_that_answers_but_is_not_the_driver(warm, monkeypatch):
-    from sparkdeep.coordinator import Coordinator
+    from sparkdeep.stages.coordinator import Coordinator
 
     monkeypatch.setattr(Coordinator, "route", lambda self, admit: None)  # it hangs up on whoever says hello
     found = the(doctor(warm), "driver's port")

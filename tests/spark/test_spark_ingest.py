@@ -27,10 +27,11 @@ from spark_models import (
 from torch import nn
 
 from sparkdeep.data.schema import build_schema
-from sparkdeep.fitting import new_run_id
-from sparkdeep.spark.barrier import SparkJob, clean_executors
-from sparkdeep.spark.ingest import dealt, read_manifests, shards_of
-from sparkdeep.spark.types import column_types
+from sparkdeep.rounds.fit import new_run_id
+from sparkdeep.spark.ingest.ingest import dealt, read_manifests, shards_of
+from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.types import column_types
+from sparkdeep.spark.tasks.cleaning import clean_executors
 
 pytestmark = pytest.mark.spark
 

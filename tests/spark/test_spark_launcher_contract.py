@@ -13,11 +13,15 @@ from launcher_contract import *  # noqa: F403 (the contract's tests, collected h
 from spark_models import emit
 from twin import local_coordinator
 
-from sparkdeep.config import LocalSettings, RunSettings
-from sparkdeep.fitting import Fit, new_run_id, plan_of
-from sparkdeep.spark.barrier import BarrierLauncher, SparkJob, clean_executors
-from sparkdeep.spark.ingest import read_manifests, shards_of
-from sparkdeep.spark.tasks import FLAG, numbered
+from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import RunSettings
+from sparkdeep.spark.ingest.ingest import read_manifests, shards_of
+from sparkdeep.spark.ingest.tasks import FLAG, numbered
+from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.tasks.barrier import BarrierLauncher
+from sparkdeep.spark.tasks.cleaning import clean_executors
+from sparkdeep.stages.opener import SocketStages
 
 pytestmark = pytest.mark.spark
 
@@ -56,8 +60,7 @@ class SparkWorld:
                 settings=settings,
                 plan=plan,
                 shards=ingested.facts,
-                launcher=launcher,
-                coordinator=coordinator,
+                stages=SocketStages(launcher=launcher, coordinator=coordinator),
                 run=run,
                 **options,
             )

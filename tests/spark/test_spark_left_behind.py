@@ -13,7 +13,7 @@ import pytest
 import torch
 from spark_models import Trap, estimator
 
-from sparkdeep.data.owner import owner_of_this_process
+from sparkdeep.data.scratch import owner_of_this_process
 from sparkdeep.errors import DataError, NonFiniteError, UserCodeError
 
 pytestmark = pytest.mark.spark

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from spark_models import estimator
 
-from sparkdeep import ConfigError, CoordinatorUnreachableError, coordinator
+from sparkdeep import ConfigError, CoordinatorUnreachableError
+from sparkdeep.stages import coordinator
 
 pytestmark = pytest.mark.spark
 

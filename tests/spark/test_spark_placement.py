@@ -94,7 +94,7 @@ def children():
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"sparkdeep.spark.child" in words:
+        if b"sparkdeep.spark.tasks.child" in words:
             found.append(int(path.parent.name))
     return set(found)
 
@@ -137,7 +137,7 @@ def test_an_exception_in_a_spawned_replica_keeps_its_traceback_replica_and_host(
 PARENT = """
 import sys
 from sparkdeep.spark import child
-from sparkdeep.spark.tasks import ReplicaTask
+from sparkdeep.spark.tasks.replica_tasks import ReplicaTask
 from stuck import Stuck
 child.run_in_child(Stuck())
 """

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spark_models import estimator, same_bits, weights
 
 from sparkdeep.errors import ConfigError, PreflightError
-from sparkdeep.spark import barrier, transports
-from sparkdeep.spark import shard_source as shard_source_module
+from sparkdeep.spark.fit import shard_source as shard_source_module
+from sparkdeep.spark.fit import transports
+from sparkdeep.spark.tasks import barrier
 
 pytestmark = pytest.mark.spark
 
@@ -116,7 +117,7 @@ def test_a_fit_over_tls_has_the_same_bits_one_port_private_files_and_no_secret_t
 
     assert len(seen) == len(model.history) > 1
     for running, ports, modes, suffixes in seen:
-        assert [b"sparkdeep.spark.child" in arguments for arguments, _ in running].count(True) == 2
+        assert [b"sparkdeep.spark.tasks.child" in arguments for arguments, _ in running].count(True) == 2
         assert not [pair for pair in running if tells(pair[0], secrets) or tells(pair[1], secrets)]
         assert ports == {("127.0.0.1", port.address.port)}
         assert modes == {"600 700"}

@@ -133,14 +133,13 @@ def write_stages(folder):
 def write_checkpoint(folder):
     """Three rounds of a run in the in-process twin; returns the parameters at its end, and the digest of such a search."""
     import numpy as np
-    from twin import deal, facts_of, flat, local_coordinator, make_fit, schema_of, write_shards
-
     from sparkdeep.checkpoint import CheckpointDirectory
     from sparkdeep.config import LocalSettings, RunSettings
     from sparkdeep.identity import run_identity
     from sparkdeep.program import Program
     from sparkdeep.spark.settings import FitSettings, digest_of
     from sparkdeep.store import LocalStore
+    from twin import deal, facts_of, flat, local_coordinator, make_fit, schema_of, write_shards
 
     x, y = np.array(ROWS, dtype=np.float32), np.array(LABELS)
     dealt, schema, given = deal(x, y, [12, 12]), schema_of(x, y), options()
@@ -185,10 +184,10 @@ def write_mlflow(folder):
     """A logged model; returns its predictions."""
     import mlflow
     import pandas as pd
+    from sparkdeep.registry import reference_of
 
     from sparkdeep import TorchModel
     from sparkdeep.data.schema import ColumnType, build_schema
-    from sparkdeep.registry import reference_of
     from sparkdeep.tracking import log_model
 
     schema = build_schema(
@@ -219,9 +218,9 @@ def write_keras(folder):
     """A Keras model, which is saved as a pickle of the library's own; returns its output."""
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
+    from sparkdeep.building import build_model
 
     from sparkdeep import TorchModel
-    from sparkdeep.building import build_model
     from sparkdeep.data.schema import ColumnType, build_schema
 
     keras.utils.set_random_seed(1)

@@ -1,1 +1,0 @@
-"""The sections of jobs/benchmark.py, one file each, and what they share."""

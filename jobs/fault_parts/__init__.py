@@ -1,1 +1,0 @@
-"""The parts of `jobs/faults.py`: each gives `run(...) -> dict`, JSON-ready, with `title`, `lines` and `failed`."""

@@ -1,0 +1,142 @@
+"""Rules that a setting's value must keep; each error gives the value, the rule and what to give instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from sparkdeep.errors import ConfigError
+
+__all__ = ["at_least", "fits", "instance", "misfit", "not_negative", "one_of", "positive", "refuse_unknown", "shown"]
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse the first unknown name, with the nearest known one.
+
+    Raises:
+        ConfigError: with "did you mean".
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown {where} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def at_least(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}.")
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuse what is no positive number."""
+    if not _is_number(value) or not value > 0:
+        raise ConfigError(f"{name}={value!r}: must be a positive number.")
+
+
+def not_negative(name: str, value: Any, below: float = math.inf) -> None:
+    """Refuse what is no number from 0 to below `below`."""
+    if not _is_number(value) or not 0 <= value < below:
+        limit = f"from 0 to below {below:g}" if below < math.inf else "that is not negative"
+        raise ConfigError(f"{name}={value!r}: must be a number {limit}.")
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse what is none of `choices`."""
+    if value not in (listed := list(choices)):
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, listed))}.")
+
+
+def instance(name: str, value: Any, kinds: tuple[type, ...], what: str) -> None:
+    """Refuse what is neither None nor of `kinds`."""
+    if value is not None and not isinstance(value, kinds):
+        raise ConfigError(f"{name}={value!r}: must be {what}, or None.")
+
+
+_LARGEST: Final = 1 << 63
+
+
+def misfit(cls: type, values: object, *, defaults: bool = False, nan: bool = False) -> str | None:
+    """Say what is wrong with `values` as the fields of the dataclass `cls`; None where they fit.
+
+    Args:
+        cls: a dataclass of plain types, lists, tuples and dicts of them, and further dataclasses.
+        values: name to value, as JSON or `trees.unpack` gives them.
+        defaults: whether a field with a default may be left out.
+        nan: whether a number may be NaN.
+    """
+    if not isinstance(values, Mapping):
+        return f"{cls.__name__} is a {type(values).__name__}, not an object."
+    hints = _hints(cls)
+    wanted = hints.keys() - (_optional(cls) if defaults else set())
+    if odd := [*(wanted - values.keys()), *(values.keys() - hints.keys())]:
+        return f"{cls.__name__}: fields {sorted(map(str, odd))} are missing or unknown."
+    for name, hint in hints.items():
+        if name in values and not fits(values[name], hint, defaults=defaults, nan=nan):
+            return f"{cls.__name__}.{name} is {shown(values[name])}; expected {hint}."
+    return None
+
+
+def fits(value: Any, hint: Any, *, defaults: bool = False, nan: bool = False) -> bool:
+    """Whether a value is of a type; whole numbers are of 64 bits, as arithmetic on larger ones fails in odd places."""
+    if hint is str or hint is bool:  # a round's headers have little else, and these are asked for every round
+        return isinstance(value, hint)
+    if hint is int or hint is float:
+        if isinstance(value, float) and hint is float:
+            return nan or not math.isnan(value)
+        return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
+    origin, items = typing.get_origin(hint), typing.get_args(hint)
+
+    def again(one: Any, kind: Any) -> bool:
+        return fits(one, kind, defaults=defaults, nan=nan)
+
+    if hint is Any:
+        return True
+    if origin in {types.UnionType, typing.Union}:
+        return any(again(value, kind) for kind in items)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in items
+    if origin is tuple and items[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(again, value, items))
+    if origin in {list, tuple}:
+        return isinstance(value, origin) and all(again(one, items[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(again(k, items[0]) and again(v, items[1]) for k, v in value.items())
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]  # hint is a class
+        return misfit(hint, value, defaults=defaults, nan=nan) is None  # type: ignore[arg-type]
+    return isinstance(value, hint)
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, and also where it is too large or too deep to be written out."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return {f.name: hint for f, hint in zip(dataclasses.fields(cls), _resolved(cls), strict=True)}
+
+
+def _resolved(cls: type) -> list[Any]:
+    hints = typing.get_type_hints(cls)
+    return [hints[f.name] for f in dataclasses.fields(cls)]
+
+
+def _optional(cls: type) -> set[str]:
+    missing = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(cls) if f.default is not missing or f.default_factory is not missing}

@@ -1,0 +1,184 @@
+"""From a model's output to columns: what is written, and of which type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from sparkdeep.errors import ConfigError
+from sparkdeep.models.losses import logits_of
+
+__all__ = ["Prediction", "check_choice", "check_rows", "to_arrow"]
+
+Written = Tensor | Mapping[str, Tensor]
+
+Choice = str | Callable[[Any], Tensor] | None
+_CHOICES = ("argmax", "probability")
+_SQL = {"float32": "float", "float64": "double", "int64": "bigint", "bool": "boolean"}
+
+
+def check_choice(choice: Any, vectors: Sequence[str] = ()) -> None:
+    """Refuse a `prediction=` that means nothing.
+
+    Args:
+        choice: the setting.
+        vectors: what else is written for a classifier, see `Prediction`.
+
+    Raises:
+        ConfigError: with what it may be.
+    """
+    if not (choice is None or callable(choice) or choice in _CHOICES):
+        raise ConfigError(
+            f"prediction={choice!r}: must be None (the output itself), 'argmax', 'probability' or a callable."
+        )
+    if vectors and choice == "probability":
+        raise ConfigError(
+            f"prediction='probability' with {'_col and '.join(vectors)}_col: prediction_col then holds the class, as Spark's "
+            "evaluators expect; leave prediction out, or use probability_col alone."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What `transform` writes.
+
+    None writes the output itself; "argmax" the class (for one logit: whether it is positive); "probability" the
+    softmax over classes (for one logit: the sigmoid); a callable what it makes of the output, row by row in dim 0.
+
+    With `vectors`, it is what Spark ML's classifiers write: the class as a double, and beside it the named vectors. The
+    output, or what a callable makes of it, then holds the scores of the classes before softmax, or one logit a row, which
+    stands for the two classes [-z, z].
+    """
+
+    choice: Choice
+    sql_type: str
+    """"float" for one number a row, "array<float>" for a vector, and so on; double for float64 models; "" when the output
+    cannot be written. With `vectors` a struct of prediction and vectors."""
+    vectors: tuple[str, ...] = ()
+    """Of "probability" and "raw_prediction" those that are written too."""
+
+    @classmethod
+    def of(cls, choice: Choice, output: Any, rows: int | None = None, vectors: Sequence[str] = ()) -> Prediction:
+        """The prediction for a model with outputs like `output`.
+
+        Args:
+            choice: what is to be written.
+            output: of the model, for some batch.
+            rows: how many rows that batch has; None: not known, and so not compared.
+            vectors: what else is to be written for a classifier.
+
+        Raises:
+            ConfigError: the output is no tensor with one row per input row, and no callable makes it one; or, with
+                `vectors`, it cannot be scores of classes.
+        """
+        check_choice(choice, vectors)
+        if vectors:
+            scores = class_scores(output, choice)
+            if rows is not None:
+                check_rows(scores, rows)
+            members = "".join(f", {name}: array<double>" for name in vectors)
+            return cls(choice=choice, sql_type=f"struct<prediction: double{members}>", vectors=tuple(vectors))
+        values = chosen(output, choice)
+        if rows is not None:
+            check_rows(values, rows)
+        sql = _SQL[_dtype_of(values)]
+        for _ in range(values.dim() - 1):
+            sql = f"array<{sql}>"
+        return cls(choice=choice, sql_type=sql)
+
+    def apply(self, output: Any) -> Written:
+        """The values to write, (B,) or (B, ...); with `vectors` by name: (B,), and (B, classes) for each vector."""
+        return (
+            classified(class_scores(output, self.choice), self.vectors) if self.vectors else chosen(output, self.choice)
+        )
+
+
+def class_scores(output: Any, choice: Choice) -> Tensor:
+    """The scores of the classes, (B, classes), or of one logit a row, (B,).
+
+    Raises:
+        ConfigError: the output, or what `choice` makes of it, cannot be that.
+    """
+    scores = chosen(output, choice if callable(choice) else None)
+    if scores.dim() > 2 or not scores.is_floating_point() or scores.numel() == 0 < len(scores):
+        raise ConfigError(
+            f"the output has shape {tuple(scores.shape)} and dtype {str(scores.dtype).removeprefix('torch.')}: "
+            "probability_col and raw_prediction_col need the scores of the classes before softmax, (rows, classes) in "
+            "floating point, or one logit a row. Pass prediction=lambda output: ... that picks them, or unset both."
+        )
+    return scores
+
+
+def classified(scores: Tensor, vectors: Sequence[str]) -> dict[str, Tensor]:
+    """The class of each row, (B,) float64, and the named vectors, (B, classes)."""
+    raw = torch.stack([-scores, scores], 1) if scores.dim() == 1 else scores
+    values = {"probability": raw.sigmoid() if scores.dim() == 1 else raw.softmax(1), "raw_prediction": raw}
+    return {"prediction": raw.argmax(1).double(), **{name: values[name] for name in vectors}}
+
+
+def chosen(output: Any, choice: Choice) -> Tensor:
+    """Apply `choice` to a batch's output; a trailing dimension of one number a row is dropped."""
+    whole = output
+    output = choice(output) if callable(choice) else logits_of(output)
+    if output is not whole and choice in _CHOICES and output.dim() > 2:
+        raise ConfigError(
+            f"prediction={choice!r} of logits of shape {tuple(output.shape)}: which dimension holds the classes is not said. "
+            "Pass prediction=lambda output: output.logits.argmax(-1), for one."
+        )
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise ConfigError(
+            f"the model's output is {type(output).__name__}"
+            f"{' of no dimension' if isinstance(output, Tensor) else ''}; transform needs a tensor with one row per input "
+            "row. Pass prediction=lambda output: ... that picks one."
+        )
+    single = output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1)
+    if choice == "argmax":
+        return (output.reshape(-1) > 0).long() if single else output.argmax(1)
+    if choice == "probability":
+        return output.reshape(-1).sigmoid() if single else output.softmax(1)
+    return output.reshape(-1) if single else output
+
+
+def check_rows(written: Written, rows: int) -> None:
+    """Refuse values that are not one a row.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    values = written if isinstance(written, Tensor) else written["prediction"]
+    if len(values) != rows:
+        raise ConfigError(
+            f"the prediction has {len(values)} values for {rows} input rows; transform needs one a row, in dimension 0. "
+            "Pass prediction=lambda output: ... that moves rows there (output.transpose(0, 1) for an RNN without "
+            "batch_first), or correct the model's output."
+        )
+
+
+def _dtype_of(values: Tensor) -> str:
+    if values.dtype in {torch.float64, torch.bool}:
+        return str(values.dtype).removeprefix("torch.")
+    return "float32" if values.is_floating_point() else "int64"
+
+
+def to_arrow(written: Written) -> pa.Array:
+    """A batch's values as an Arrow array of `Prediction.sql_type`'s Arrow type; no copy per row."""
+    if not isinstance(written, Tensor):  # a Spark ML vector holds doubles
+        return pa.StructArray.from_arrays([_dense(values.double()) for values in written.values()], names=list(written))
+    return _dense(written)
+
+
+def _dense(values: Tensor) -> pa.Array:
+    dtype = getattr(torch, _dtype_of(values))
+    dense = np.ascontiguousarray(values.detach().to("cpu", dtype).numpy())
+    array = pa.array(dense.reshape(-1))
+    for axis in range(dense.ndim - 1, 0, -1):
+        rows, width = int(np.prod(dense.shape[:axis])), dense.shape[axis]
+        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * width)
+        array = pa.ListArray.from_arrays(offsets, array)
+    return array

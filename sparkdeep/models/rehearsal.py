@@ -1,0 +1,235 @@
+"""The first rows through model and loss, on the driver, before anything trains: shapes and dtypes, in plain words."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sparkdeep.data.batches import Batch, make_batch
+from sparkdeep.data.schema import Schema
+from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
+from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward, logits_of
+from sparkdeep.models.program import Program, check_trained, inner_optimizer, prepared
+from sparkdeep.models.validation import check_metrics, is_torchmetric
+from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
+
+__all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
+
+
+def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:
+    """A few ingested rows as the model gets them, `preprocess` included."""
+    dtype = float_dtype_of(program.model)
+    return prepared(make_batch(fields, schema, float_dtype=dtype, collate=program.collate), program, augment=False)
+
+
+def materialize(module: nn.Module, batch: Batch, seed: int) -> None:
+    """Give lazy parameters (`nn.LazyLinear` and its kin) their shapes, by one forward pass.
+
+    Raises:
+        ConfigError: the rows do not fit, or a lazy parameter is not reached by `forward`.
+        UserCodeError: the user's `forward` raised; its traceback comes first.
+    """
+    if not _lazy(module):
+        return
+    training = module.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module.eval()
+        try:
+            forward(module, batch.features)
+        except Exception as error:
+            raise _forward_error(error, batch, "the first ingested rows") from error
+    module.train(training)
+    if names := _lazy(module):
+        raise ConfigError(
+            f"lazy parameter {names[0]!r} has no shape yet, as forward() on the first ingested rows did not reach it. Give "
+            "the layer its input size, or remove it."
+        )
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    return [name for name, tensor in named_tensors(module) if is_lazy(tensor)]
+
+
+def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
+    """One batch through a copy of the model, the loss and the metrics, and one step of optimizer and learning rate.
+
+    Returns the model's output, without a gradient.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit; the message gives them and the remedy.
+        UserCodeError: the user's code raised; its traceback comes first.
+    """
+    check_metrics(program.metrics or {})
+    check_trained(program)
+    model = copy_of(program.model).eval()
+    loss_function = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
+    with torch.random.fork_rng(devices=[]):
+        output: Any = None
+        try:
+            output = forward(model, batch.features)
+        except Exception as error:
+            if program.training_step is None:
+                raise _forward_error(error, batch, "the first ingested rows") from error
+        _rehearse_loss(program, loss_function, model, output, batch)
+        with torch.no_grad():
+            if output is not None:
+                output = forward(model, batch.features)  # as transform will see it, of the user's own type
+            _rehearse_one_row(program, model, output, batch)
+            for name, metric in (program.metrics or {}).items():
+                _rehearse_metric(name, metric, output, batch)
+        _rehearse_optimizer(program, model)
+    return output
+
+
+def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch) -> None:
+    produced = _shapes(batch) if output is None else f"output {_describe(output)}, {_shapes(batch)}"
+    try:
+        if program.training_step is None:
+            loss = _watched_loss(loss_function, output, batch, produced)
+        else:
+            loss = loss_function(model, batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            # Some losses take labels of a wrong dtype, and only their gradient refuses them.
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+    except SparkdeepError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the loss cannot take this model's output and these labels: {type(error).__name__}: {error}. It was "
+            f"given {produced}. {_label_remedy(batch)}\n{traceback.format_exc()}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ConfigError(
+            f"the loss must be one number a batch (reduction='mean'), got {_describe(loss)} from {produced}."
+        )
+    if not loss.requires_grad:
+        raise ConfigError(f"the loss does not depend on any trainable parameter; it was given {produced}.")
+    loss_function.check_weights(output, batch)
+
+
+def _watched_loss(loss_function: LossFunction, output: Any, batch: Batch, produced: str) -> Any:
+    watch = BroadcastWatch(batch.rows, batch.labels)
+    with warnings.catch_warnings(record=True) as caught, watch:
+        warnings.simplefilter("always")
+        loss = loss_function.of_output(output, batch)
+    if watch.found or any("target size" in str(w.message) for w in caught):
+        raise ConfigError(
+            f"the loss would broadcast, and train on something else than you mean: {produced}. Make the shapes equal: "
+            "label_cols=['name'] gives labels of shape (B, 1), label_cols='name' gives (B,)."
+        )
+    return loss
+
+
+def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Batch) -> None:
+    """A batch of one row must keep its row: the last batch of validation and of `transform` may be one."""
+    rows = batch.rows
+    if rows == 1 or not isinstance(output, Tensor) or output.shape[:1] != (rows,):
+        return
+    features = batch.features
+    parts = features.values() if isinstance(features, dict) else [features]
+    if not all(isinstance(part, Tensor) and part.shape[:1] == (rows,) for part in parts):
+        return
+    first = {k: v[:1] for k, v in features.items()} if isinstance(features, dict) else features[:1]
+    try:
+        one = forward(model, first)
+    except Exception as error:
+        if program.training_step is not None:
+            return  # its model need not have a forward pass of its own
+        raise _forward_error(error, batch, "a batch of one row, the first of the ingested ones") from error
+    if not isinstance(one, Tensor) or one.dim() != output.dim() or len(one) != 1:
+        raise ConfigError(
+            f"the model's output for one row is {_describe(one)}, for {rows} rows {_describe(output)}: the dimension of rows "
+            "is gone, as .squeeze() does to a batch of one. Name the dimension: .squeeze(-1)."
+        )
+
+
+def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        _, scheduler = inner_optimizer(program, parameters)
+        if scheduler is not None:
+            scheduler.step()
+            scheduler.state_dict()
+    except SparkdeepError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer= or lr_scheduler= cannot be used: {type(error).__name__}: {error}. optimizer is called with the list "
+            "of trainable parameters, lr_scheduler with the optimizer, and its step() with nothing, once a local step: "
+            "optimizer=partial(torch.optim.AdamW, lr=1e-3), lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, "
+            f"step_size=100).\n{traceback.format_exc()}"
+        ) from error
+
+
+def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
+    try:
+        if is_torchmetric(metric):
+            # The first rows may lack a class, so that there may be no score of them yet.
+            copy.deepcopy(metric).update(logits_of(output), batch.labels)
+        else:
+            float(metric(output, batch.labels))
+    except Exception as error:
+        raise UserCodeError(
+            f"{traceback.format_exc().rstrip()}\n\nmetric {name!r} raised {type(error).__name__}: {error} for output "
+            f"{_describe(output)} and labels {_describe(batch.labels)}; it must return one number.",
+            traceback_text=traceback.format_exc(),
+        ) from error
+
+
+def _forward_error(error: Exception, batch: Batch, where: str) -> Exception:
+    shapes = _shapes(batch)
+    tensors = list(batch.features.values()) if isinstance(batch.features, dict) else [batch.features]
+    whole = any(isinstance(t, Tensor) and not t.is_floating_point() for t in tensors)
+    if whole and "dtype" in str(error):
+        return ConfigError(
+            f"the model cannot take integer features: {error}. It was given {shapes}. Integers stay integers (an embedding "
+            "needs them); cast the column in Spark (col.cast('array<float>')) or convert in preprocess=lambda x: x.float()."
+        )
+    text = "".join(traceback.format_exception(error))
+    return UserCodeError(
+        f"{text.rstrip()}\n\nthe model raised {type(error).__name__} on {where}: {shapes}.",
+        traceback_text=text,
+    )
+
+
+def _label_remedy(batch: Batch) -> str:
+    labels = batch.labels
+    if labels is None:
+        return "No label_cols was given: name one, or use training_step= for a loss that needs none."
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        return "A loss over classes needs integer labels: cast the column in Spark, col('label').cast('long')."
+    return "A loss over numbers needs floating-point labels: cast the column in Spark, col('label').cast('float')."
+
+
+def _shapes(batch: Batch) -> str:
+    return f"features {_describe(batch.features)}, labels {_describe(batch.labels)}"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_describe, value)) + ")"
+    return type(value).__name__
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {k: _detached(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_detached, value))
+    return value

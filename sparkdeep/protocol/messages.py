@@ -1,0 +1,208 @@
+"""What crosses between driver and replica: small typed headers; vectors and state follow as bodies.
+
+A round, seen from the replica:
+
+    driver -> train (RoundSpec; body: parameters, buffers)     replica -> beat ... (progress)
+    replica -> update (Update: the header, admitted first;     replica -> saved (its state is on disk, if promised)
+        body: vector, buffers, checksum)
+
+The driver reads no update's body before the headers of all were found good. With `aggregation="ring"` an update has no vector:
+once all are admitted, replicas add theirs up among themselves, and each sends its part of the mean:
+
+    driver -> reduce (weights)                                 replica -> part (body: its part of the mean, checksum)
+
+In an asynchronous window (`asynchronous`), replicas come in between their steps, each when it is there:
+
+    replica -> visit (Visit; body: what it changed, checksum)  driver -> fetched (body: parameters), if it fetches
+
+and between rounds: evaluate -> scores, state -> state, stop -> bye. Either side may see `error` or a closed line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from sparkdeep.checks import fits, misfit, shown
+from sparkdeep.errors import ProtocolError
+
+__all__ = [
+    "TRIAL_BYTES",
+    "Failure",
+    "Hello",
+    "Open",
+    "Opened",
+    "Rendezvous",
+    "Saved",
+    "Update",
+    "Visit",
+    "field",
+    "parse",
+    "to_header",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """A replica's first words."""
+
+    run: str
+    stage: str
+    """Names this opening of the stage: a zombie of an earlier one is refused."""
+    replica: int
+    host: str
+    pid: int
+    device: str
+    versions: dict[str, str]
+    rows: dict[str, int]
+    """Rows of its shard by split."""
+    digest: str
+    """Of its shard, order included."""
+    shard: str
+    """"" when it can read its shard, else what is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Open:
+    """The driver's answer to a hello; the body holds the module's tensors, then the replica's state if it is sent."""
+
+    committed: int
+    """Committed rounds."""
+    scheduler_steps: int
+    """The common clock so far, for a state that starts anew in mid-run."""
+    state: str
+    """"fresh", "local" (read it from disk) or "sent"."""
+    kept_round: int
+    """With "local": the round after which it was kept; later ones went on without this replica."""
+    kept_by: str
+    """The stage that kept it."""
+    tensor_bytes: int
+    keep: bool
+    """Whether to save state on the executor's disk after every round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """The replica stands: its model is built and its state restored."""
+
+    state: str
+    """"fresh", "restored" or "reset" (it was promised but is not there)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """The header of a replica's update; the body is asked for once every header is admitted."""
+
+    round: int
+    rows: int
+    weight: float
+    """Rows trained on this round, or their summed weights: the replica's weight in the mean; 0 when out of rows."""
+    steps: int
+    loss_sum: float
+    """Sum over local steps of loss times the step's weight."""
+    finite: bool
+    """Whether every parameter and every loss of the round is finite."""
+    sections: list[str]
+    """Names of the optimizer state sections that follow the parameters (`inner_state="average"`)."""
+    buffer_bytes: int
+    compute_s: float
+    input_s: float
+    """Part of `compute_s` spent on getting batches."""
+    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Means of what the model logged itself."""
+
+    @classmethod
+    def absent(cls, round_number: int, told: Update | None = None) -> Update:
+        """What stands for a replica that a round does not count, with the times that it told, if it did."""
+        return cls(
+            round=round_number,
+            rows=0,
+            weight=0.0,
+            steps=0,
+            loss_sum=0.0,
+            finite=True,
+            sections=[],
+            buffer_bytes=0,
+            compute_s=told.compute_s if told is not None else 0.0,
+            input_s=told.input_s if told is not None else 0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """A replica comes in between two steps of an asynchronous window."""
+
+    round: int
+    steps: int
+    """Its local steps in the window so far."""
+    pushes: bool
+    """Whether the body is what it has changed since its last push, with a checksum; else there is none."""
+    fetches: bool
+    """Whether it waits for the global parameters."""
+    finite: bool
+    """Whether all that it pushes is finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """The replica's part of the round is done; its state is as durable as promised."""
+
+    bytes: int
+    """Written to the executor's disk; 0 when nothing is kept there."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A replica's last words."""
+
+    cause: str
+    """"user" (the user's code raised), "lost" (environment) or "ours"."""
+    message: str
+    traceback: str
+    where: str
+
+
+_T = TypeVar("_T")
+
+
+def to_header(message: Any) -> dict[str, Any]:
+    """A message as a JSON-ready dict."""
+    return dataclasses.asdict(message)
+
+
+def parse(cls: type[_T], header: dict[str, Any]) -> _T:
+    """Build `cls` from a received header, checking every field's type.
+
+    Raises:
+        ProtocolError: a field is missing, unknown or of the wrong type; the message names it.
+    """
+    if complaint := misfit(cls, header):
+        raise ProtocolError(complaint)
+    return cls(**header)
+
+
+def field(header: dict[str, Any], name: str, kind: Any) -> Any:
+    """One field of a received header that has no class of its own, of the type `kind`.
+
+    Raises:
+        ProtocolError: it is missing or of another type; the message names it.
+    """
+    if name not in header or not fits(header[name], kind):
+        raise ProtocolError(f"the field {name!r} of a header is {shown(header.get(name))}; expected {kind}.")
+    return header[name]
+
+
+TRIAL_BYTES: Final = 4 << 20
+"""What each replica exchanges in a trial, at most."""
+
+
+class Rendezvous(Protocol):
+    """Keys and values that all replicas of a stage see."""
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store a value."""
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value, and give it."""

@@ -1,0 +1,87 @@
+"""A replica's part of a gradient round: the gradient of rows at parameters that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from sparkdeep.data.batches import Batch
+from sparkdeep.optim.schedule import stretches
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.replica.progress import Progress
+from sparkdeep.replica.reading import Reader
+from sparkdeep.tensors.parameters import Layout
+
+__all__ = ["GradientWork"]
+
+
+@final
+class GradientWork:
+    """Sums up gradients of batches, each times its rows or their weights, in float64.
+
+    Of "batches" the model is in train mode, as in a local step. Of "all" rows it is in eval mode, and nothing is augmented: a line
+    search compares losses, which must depend on the parameters alone. So dropout is off, and batch norms use the running
+    statistics that they have, and leave them as they are.
+
+    Args:
+        model: its parameters are not changed.
+        reader: of the shard.
+        parameters: the trainable ones, in the layout's order.
+        layout: of the model.
+        loss_of: a batch's loss, the mean over its rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: Reader,
+        parameters: list[Tensor],
+        layout: Layout,
+        loss_of: Callable[[Batch], Tensor],
+    ) -> None:
+        self._model = model
+        self._reader = reader
+        self._parameters = parameters
+        self._layout = layout
+        self._loss_of = loss_of
+
+    def mean(self, spec: RoundSpec, own: int, progress: Progress, between: Callable[[float], None]) -> Tensor:
+        """The gradient of the mean loss over the round's rows, (numel,) in the layout's dtype; zero without rows.
+
+        Args:
+            spec: of the round.
+            own: this replica's steps an epoch.
+            progress: counts rows, weights, losses and steps.
+            between: called before each step or batch with the share of the round that is done; raises to give up.
+        """
+        total = torch.zeros(self._layout.numel, dtype=torch.float64, device=self._parameters[0].device)
+        views = self._layout.views(total)
+        self._model.train(spec.gradient == "batches")
+        for step in self._steps(spec, own):
+            between(progress.steps / max(1, spec.num_steps))
+            for batch in step:
+                weight = float(batch.rows) if batch.weights is None else float(batch.weights.sum())
+                for parameter in self._parameters:
+                    parameter.grad = None
+                loss = self._loss_of(batch)
+                loss.backward()
+                for view, parameter in zip(views, self._parameters, strict=True):
+                    if parameter.grad is not None:
+                        view.add_(parameter.grad, alpha=weight)
+                progress.add(batch.rows, weight, loss)
+            progress.end_step()
+        if progress.weight > 0:
+            total.div_(progress.weight)
+        return total.to("cpu", self._layout.dtype)
+
+    def _steps(self, spec: RoundSpec, own: int) -> Iterator[list[Batch]]:
+        if spec.gradient == "all":
+            for batch in self._reader.whole():
+                yield [batch]
+            return
+        for epoch, first, last in stretches(spec, own):
+            with self._reader.training(epoch, first, last) as steps:
+                yield from steps

@@ -1,0 +1,317 @@
+"""The replica's end of a round: orders in, local work, updates out; one after the other, or overlapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+
+from sparkdeep.errors import ProtocolError
+from sparkdeep.protocol.messages import TRIAL_BYTES, Update, field, parse
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.refusals import MAX_SECTIONS
+from sparkdeep.protocol.wire import Frame
+from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.overlapping import AbandonedError, Courier, Pace
+from sparkdeep.replica.replica import Replica
+from sparkdeep.replica.ring import Ring
+from sparkdeep.replica.update import LocalResult
+from sparkdeep.replica.window import ReplicaWindow
+from sparkdeep.storage.state_files import StateFiles, own_files
+from sparkdeep.tensors.parameters import raw_bytes
+
+__all__ = ["ReplicaRounds", "keep_state"]
+
+
+_LARGEST_RING: Final = 1 << 16
+
+
+def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
+    """Write a state to this executor's disk.
+
+    Raises:
+        ReplicaLostError: the disk failed.
+    """
+    with own_files("it kept the replica's state"):
+        states.write(round_number, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """A round that was ordered, its parameters taken in."""
+
+    spec: RoundSpec
+    ahead: RoundSpec | None
+    sections: list[str]
+    inner: torch.Tensor
+    buffers: bytes
+    n_fetch: int = 0
+    n_push: int = 0
+    """Local steps between fetches and pushes; 0: the round is synchronous."""
+
+
+@final
+class _Rendezvous:
+    """The stage's meeting on the driver, through this replica's own connection."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def put(self, key: str, value: bytes) -> None:
+        self._channel.send("put", {"key": key, "value": value.decode("latin-1")})
+
+    def get(self, key: str) -> bytes:
+        self._channel.send("get", {"key": key})
+        frame = self._channel.command()
+        if frame.kind != "value":
+            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
+        value: str = field(frame.header, "value", str)
+        try:
+            return value.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
+
+
+@final
+class ReplicaRounds:
+    """Does what `train` orders ask for.
+
+    Args:
+        channel: to the driver.
+        replica: the model and its data.
+        states: where its state is kept.
+        keep: whether to keep it after every round.
+    """
+
+    def __init__(self, channel: Channel, replica: Replica, states: StateFiles, *, keep: bool) -> None:
+        self._channel = channel
+        self._replica = replica
+        self._states = states
+        self._keep = keep
+        self._pace = Pace(replica.exchange.fragments)
+        self._before: tuple[RoundSpec, bytes] | None = None
+        """The round that is under way or was just done, and the state before it, where it may be undone."""
+        self.ring: Ring | None = None
+        """Set when the replicas of the stage add their updates up among themselves."""
+
+    def join_ring(self, size: int, timeout_s: float) -> None:
+        """Connect to the other replicas of the stage.
+
+        Raises:
+            ReplicaLostError: not all of them can be reached.
+        """
+        replica = self._replica
+        if not replica.number < size <= _LARGEST_RING or not 0 < timeout_s < threading.TIMEOUT_MAX:
+            raise ProtocolError(f"replica {replica.number} is to join a ring of {size} within {timeout_s} s.")
+        if self.ring is not None:
+            self.ring.close()
+        self.ring = Ring(
+            _Rendezvous(self._channel),
+            replica.number,
+            size,
+            host=self._channel.local_host,
+            device=replica.device,
+            timeout_s=timeout_s,
+        )
+
+    def try_ring(self, numel: int) -> None:
+        """Add up and hand round a vector of zeros, (numel,) float32, with the other replicas."""
+        if self.ring is None or not 0 < 4 * numel <= TRIAL_BYTES:
+            raise ProtocolError(f"the driver wants to try a ring with {numel} elements, or before one was formed.")
+        vector = torch.zeros(numel)
+        self.ring.gather(self.ring.reduce(vector, numel, [1.0] * self.ring.size), vector)
+
+    def run(self, frame: Frame) -> Frame | None:
+        """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
+        if self.ring is not None and not field(frame.header, "ring", bool):
+            self.ring.close()  # it was tried, and the star was faster
+            self.ring = None
+        order = self._take(frame, None)
+        replica = self._replica
+        replica.catch_up(field(frame.header, "clock", int))
+        self._before = (order.spec, replica.save_state()) if field(frame.header, "may_undo", bool) else None
+        replica.begin_round(order.buffers)
+        replica.exchange.arrived()
+        replica.load_inner_state(order.sections, order.inner)
+        try:
+            result = self._result(order)
+        except AbandonedError:
+            self.go_back(self._channel.undone)
+            return None
+        if replica.exchange.overlap:
+            return self._go_on(order, result)
+        if self.ring is None:
+            self._channel.update(result)
+        else:
+            self._add_up(result)
+        if (told := self._channel.undone) is not None:
+            self.go_back(told)
+            return None
+        began = time.perf_counter()
+        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        return None
+
+    def _result(self, order: _Order) -> LocalResult:
+        """Do the round; one that may be undone is broken off when the driver says so, and goes back if it is not finite."""
+        replica, spec = self._replica, order.spec
+        if spec.skip:
+            replica.skip(spec)
+            return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
+        if order.n_fetch or order.n_push:
+            window = ReplicaWindow(self._channel, replica, n_fetch=order.n_fetch, n_push=order.n_push)
+            return window.train(spec)
+        if self._before is None:
+            return replica.train(spec)
+        result = replica.train(spec, self._unless_undone)
+        if result.update.finite:
+            return result
+        self._restore()
+        # Where it was before the round, it has nothing that could be counted.
+        told = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
+        return LocalResult.nothing(told, replica.exchange, replica.number)
+
+    def _unless_undone(self, share: float) -> None:
+        if share < 1.0 and self._channel.look():
+            raise AbandonedError
+
+    def go_back(self, round_number: int | None) -> None:
+        """Be where a replica is that the round went on without, and say so.
+
+        Raises:
+            ProtocolError: it cannot be undone.
+        """
+        if self._before is None or self._before[0].round != round_number:
+            raise ProtocolError(f"the driver wants round {round_number} undone, which this replica is not in.")
+        self._restore()
+        if self._keep:
+            keep_state(self._states, self._before[0].round, self._replica.save_state())
+        self._channel.send("undone", {"round": round_number})
+
+    def _restore(self) -> None:
+        assert self._before is not None
+        spec, state = self._before
+        self._replica.load_state(state)
+        self._replica.forget_logged()
+        self._replica.skip(spec)
+
+    def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:
+        """Deliver updates while the rounds after them are trained, until none is to be begun ahead."""
+        replica = self._replica
+        while order.ahead is not None:
+            result = result.encoded()  # what the code loses belongs to the state of this round
+            state = replica.save_state()
+            self._pace.reach(0.0)
+            courier = Courier(self._errand(order, result, state), lambda back: isinstance(back, Frame))
+            try:
+                replica.begin_round(None)
+                result = replica.train(order.ahead, self._between(courier))
+            except AbandonedError:
+                pass  # what it trains in vain is undone below
+            finally:
+                self._pace.reach(1.0)  # nothing is held back any more
+            back = courier.wait()
+            if isinstance(back, Frame):
+                replica.load_state(state)
+                return back
+            replica.exchange.arrived()
+            order = back
+        self._channel.update(result)
+        began = time.perf_counter()
+        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        return None
+
+    def _between(self, courier: Courier[_Order | Frame]) -> Callable[[float], None]:
+        def between(share: float) -> None:
+            self._pace.reach(share)
+            if share == 1.0:
+                courier.wait()  # the last update must be away before this one is written over it
+            courier.check()
+
+        return between
+
+    def _errand(self, order: _Order, result: LocalResult, state: bytes) -> Callable[[], _Order | Frame]:
+        """Send an update, keep the state after it, and take in the next order."""
+
+        def errand() -> _Order | Frame:
+            self._channel.update(result, pace=self._pace)
+            self._report(order.spec.round, state if self._keep else b"", time.perf_counter())
+            frame = self._channel.command()
+            if frame.kind != "train":
+                return frame
+            following = self._take(frame, self._pace)
+            if following.spec != order.ahead:
+                raise ProtocolError(f"{order.ahead} was begun ahead, but the driver orders {following.spec}.")
+            return following
+
+        return errand
+
+    def _report(self, round_number: int, data: bytes, began: float) -> None:
+        if data:
+            keep_state(self._states, round_number, data)
+        self._channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
+
+    def _add_up(self, result: LocalResult) -> None:
+        """Send the header; once all are admitted, take part in the sum and send this replica's part of the mean."""
+        assert self.ring is not None
+        self._channel.update(result, vector=False)
+        frame = self._channel.command()
+        if frame.kind != "reduce":
+            raise ProtocolError(f"expected 'reduce' after the update's header, got {frame.kind!r}.")
+        weights: list[float] = field(frame.header, "weights", list[float])
+        if not weights:
+            return
+        sections: int = field(frame.header, "sections", int)
+        if len(weights) != self.ring.size or not 0 <= sections <= MAX_SECTIONS or not 0 < sum(weights) < math.inf:
+            raise ProtocolError(
+                f"{len(weights)} weights and {sections} sections are no sum of a ring of {self.ring.size}."
+            )
+        numel = (1 + sections) * self._replica.layout.numel
+        part = self.ring.reduce(result.vector, numel, weights)
+        self._channel.send_body("part", raw_bytes(part))
+        if field(frame.header, "hold", bool):
+            # The next round starts from the mean: it is here before the driver could send it.
+            self.ring.gather(part, self._replica.exchange.known)
+
+    def _take(self, frame: Frame, pace: Pace | None) -> _Order:
+        """Read an order's body: parameters, averaged optimizer state, buffers."""
+        channel, replica, header = self._channel, self._replica, frame.header
+        exchange = replica.exchange
+        spec = parse(RoundSpec, field(header, "spec", dict[str, Any]))
+        if min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or (
+            spec.num_steps == 0 and not spec.own_clock
+        ):
+            raise ProtocolError(f"the driver orders {spec}, which is no round.")
+        if field(header, "previous", bool):
+            channel.read_vector(exchange.known)
+        if field(header, "held", bool):
+            pass  # the last round's mean, which was handed round
+        elif field(header, "encoded", bool):
+            channel.read_change(exchange, pace)
+        elif field(header, "ring", bool):
+            if self.ring is None:
+                raise ProtocolError("the driver orders a round of a ring that was not formed.")
+            start, stop = self.ring.bounds(replica.layout.numel)
+            channel.read_vector(exchange.arriving[start:stop])
+            self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
+        else:
+            channel.read_vector(exchange.arriving, pace)
+        sections: list[str] = field(header, "sections", list[str])
+        if len(sections) > MAX_SECTIONS:
+            raise ProtocolError(f"the driver averages {len(sections)} optimizer states; at most {MAX_SECTIONS} exist.")
+        inner = replica.layout.empty(len(sections))
+        channel.read_vector(inner)
+        return _Order(
+            spec=spec,
+            ahead=None if field(header, "ahead", Any) is None else parse(RoundSpec, header["ahead"]),
+            sections=sections,
+            inner=inner,
+            buffers=channel.read_bytes(field(header, "buffer_bytes", int)),
+            n_fetch=field(header, "n_fetch", int),
+            n_push=field(header, "n_push", int),
+        )

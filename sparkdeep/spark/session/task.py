@@ -1,0 +1,88 @@
+"""TODO sparkdeep.spark.session.task."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pyspark import BarrierTaskContext, TaskContext
+from pyspark.sql import DataFrame
+
+from sparkdeep.data.scratch import claim, sweep
+from sparkdeep.errors import PreflightError
+from sparkdeep.protocol.plans import ShardFacts
+
+__all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root"]
+
+
+class Shards(Protocol):
+    """Persisted shards, one a replica; see `shard_source.ShardSource`."""
+
+    num_workers: int
+    frame: DataFrame
+    """One manifest row a shard."""
+
+    def renew(self) -> None:
+        """Make them anew with the next job: each task then writes its shard where it runs."""
+
+    def resize(self, num_workers: int) -> Sequence[ShardFacts]:
+        """Make them anew, so many; what they hold."""
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
+def ready_device(name: str, num_threads: int, who: str) -> torch.device:
+    """The device, with this worker's torch set to the task's threads.
+
+    Raises:
+        PreflightError: torch cannot use it here.
+    """
+    torch.set_num_threads(num_threads)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(
+            f"{who} was given {name}, but its torch {torch.__version__} sees no CUDA device. Install a CUDA build of "
+            "torch on the executors, check the driver, or set device='cpu'."
+        )
+    return device
+
+
+def barrier_context(what: str) -> BarrierTaskContext:
+    """This barrier task's context.
+
+    Raises:
+        PreflightError: the engine does not run it as one.
+    """
+    context = TaskContext.get()
+    if not isinstance(context, BarrierTaskContext):
+        raise PreflightError(
+            f"the {what} task is not in a barrier stage: this engine ignores mapInArrow(barrier=True). Disable native "
+            "execution (Photon, Gluten, Comet, RAPIDS) for this session."
+        )
+    return context
+
+
+def host_of(context: BarrierTaskContext) -> str:
+    """The host that this barrier task runs on, as Spark names it."""
+    address = context.getTaskInfos()[context.partitionId()].address
+    return str(address).rsplit(":", 1)[0] or socket.gethostname()
+
+
+def local_dirs() -> list[str]:
+    """The executor's local directories."""
+    return [folder for folder in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if folder]
+
+
+def run_root(run: str, shard_dir: str | None) -> Path:
+    """This executor's folder for the run, after sweeping what dead ones left beside it."""
+    folders = local_dirs()
+    if shard_dir is not None:
+        Path(shard_dir).mkdir(parents=True, exist_ok=True)
+        folders = [shard_dir]
+    sweep(folders, spare=run if shard_dir is not None else "")
+    return claim(folders, run)

@@ -1,0 +1,259 @@
+"""transport="spark": a barrier job a round over the persisted shards, with no port and no connection of our own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, final
+
+from pyspark.sql import DataFrame, SparkSession
+
+from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, VersionMismatchError
+from sparkdeep.protocol.orders import Order, Parcel, Reply
+from sparkdeep.spark.session.access import access_to
+from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.parcels import (
+    ARTIFACT_LIMIT_BYTES,
+    CLOSURE_LIMIT_BYTES,
+    artifact_bytes,
+    carrier_for,
+)
+from sparkdeep.spark.session.task import Shards
+from sparkdeep.spark.tasks.portion_tasks import portion_task
+from sparkdeep.spark.tasks.round_tasks import (
+    PROBE_COLUMNS,
+    REPLY_COLUMNS,
+    RoundJob,
+    probe_task,
+    read_replies,
+    round_task,
+)
+from sparkdeep.versions import versions
+
+__all__ = ["Load", "RunnerSettings", "SparkRunner", "probe_session"]
+
+_LOG = logging.getLogger("sparkdeep")
+_GIB: Final = 1 << 30
+# Arrow's framing, the headers, and the plan itself.
+_MARGIN: Final = 1.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerSettings:
+    """How jobs are run."""
+
+    run: str
+    num_replicas: int
+    shard_dir: str | None
+    exchange: str | None
+    """`exchange_dir`."""
+    open_timeout_s: float
+    stall_timeout_s: float
+    profile: Any
+    """The stage's resource profile, or None."""
+    on_busy: Callable[[], None] = lambda: None
+    """Called every second in which a job has running tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a fit will send and receive."""
+
+    start_bytes: int
+    """Parameters, buffers and averaged optimizer state: sent with every round."""
+    fixed_bytes: int
+    """The program, and parameters that are not trained: sent once."""
+    rounds: int
+    """At most this many are left."""
+    wide: bool
+    """Whether the mean comes back in float64."""
+    durable: bool
+    """Whether replica states are sent back to executors after a loss."""
+    portions: bool = False
+    """Whether tasks are of portions, which keep no state."""
+
+
+@final
+class SparkRunner:
+    """Runs each order as one barrier job.
+
+    Args:
+        spark: the session.
+        shards: of the run.
+        settings: how jobs are run.
+    """
+
+    def __init__(self, spark: SparkSession, shards: Shards, *, settings: RunnerSettings) -> None:
+        self.num_replicas = settings.num_replicas
+        self.exchange = settings.exchange
+        self._spark = spark
+        self._shards = shards
+        self._settings = settings
+        self._carrier = carrier_for(spark, settings.run, settings.exchange, self._submit)
+        self._jobs = 0
+
+    def ship(self, slot: str, data: bytes) -> Parcel:
+        """Get `data` on its way, by whatever takes its size here."""
+        return self._carrier.ship(slot, data)
+
+    def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
+        """Run the order as one job over the shards, or over portions of them."""
+        settings = self._settings
+        job = RoundJob(
+            order=order,
+            shard_dir=settings.shard_dir,
+            open_timeout_s=settings.open_timeout_s,
+            stall_timeout_s=settings.stall_timeout_s,
+        )
+        extra = {"profile": settings.profile} if settings.profile is not None else {}
+        task = portion_task if order.portions else round_task
+        # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
+        frame = self._shards.frame.mapInArrow(partial(task, job), REPLY_COLUMNS, barrier=not order.portions, **extra)
+        access = access_to(self._spark)
+        batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
+        return read_replies(batches)
+
+    def renew(self) -> None:
+        """Ingest anew with the next job: each task then writes its shard where it runs."""
+        self._shards.renew()
+
+    def close(self) -> None:
+        """Let go of the persisted manifest, and of what was shipped."""
+        self._carrier.close()
+        self._shards.close()
+
+    def check(self, load: Load) -> None:
+        """Refuse what will not fit, before anything trains.
+
+        Raises:
+            PreflightError: with the numbers, and what to set.
+        """
+        self._check_results(load)
+        if access_to(self._spark).connect and self.exchange is None:
+            self._check_artifacts(load)
+
+    def _check_results(self, load: Load) -> None:
+        # From executors to the driver's JVM: without exchange_dir every replica's update, else the mean alone.
+        count = self.num_replicas if self.exchange is None else 2 if load.wide else 1
+        needed = int(_MARGIN * count * load.start_bytes)
+        limit = _size(access_to(self._spark).conf("spark.driver.maxResultSize"))
+        if limit and needed > limit:
+            remedy = (
+                "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
+            )
+            if load.portions:
+                raise PreflightError(
+                    self._too_many_portions(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
+                )
+            raise PreflightError(
+                f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
+                f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
+            )
+
+        heap = access_to(self._spark).heap()
+        # Results lie there as they came, and once more while they are handed on to Python.
+        if heap is not None and 2 * needed > heap:
+            if load.portions:
+                raise PreflightError(self._too_many_portions(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB"))
+            raise PreflightError(
+                f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
+                f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
+                f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
+            )
+
+    def _too_many_portions(self, needed: int, room: str) -> str:
+        return (
+            f"portions: the gradients of {self.num_replicas} portions are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
+            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
+            "their gradients over sockets."
+        )
+
+    def _check_artifacts(self, load: Load) -> None:
+        if load.portions and load.start_bytes > CLOSURE_LIMIT_BYTES:
+            raise PreflightError(
+                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
+                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
+            )
+        used = artifact_bytes(self._spark)
+        # Each round ships its start once, and the last validation ships the end.
+        sends = [(load.start_bytes, load.rounds + 1), (load.fixed_bytes, 1)]
+        if load.durable:
+            # Adam keeps two more values a parameter, and its state comes with the random generators'.
+            sends.append((3 * load.start_bytes, self.num_replicas))
+        needed = sum(size * count for size, count in sends if size > CLOSURE_LIMIT_BYTES)
+        if used + needed <= ARTIFACT_LIMIT_BYTES:
+            return
+        raise PreflightError(
+            f"transport='spark' on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters a round, {load.rounds} rounds"
+            f"{', durable replica states' if load.durable else ''}: {needed / 1e6:.0f} MB in all, of which the session holds at "
+            f"most {ARTIFACT_LIMIT_BYTES / 1e6:.0f} MB ({used / 1e6:.0f} MB are taken; up to {CLOSURE_LIMIT_BYTES / 1e6:.1f} MB "
+            "at a time go with the task). Set exchange_dir= to a folder of shared storage that executors can reach (this "
+            "client need not), or run fewer rounds (sync_every)."
+        )
+
+    def _submit(self, frame: DataFrame, description: str, timeout_s: float) -> Sequence[Any]:
+        return self._result(frame, description, timeout_s, timeout_s, None)
+
+    def _result(
+        self,
+        frame: DataFrame,
+        description: str,
+        timeout_s: float,
+        idle_timeout_s: float,
+        action: Callable[[Any], Sequence[Any]] | None,
+    ) -> Sequence[Any]:
+        self._jobs += 1
+        tag = f"sparkdeep-{self._settings.run}-job-{self._jobs}"
+        job = SparkJob(self._spark, frame, tag=tag, description=description, action=action)
+        try:
+            return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
+        except BaseException:
+            job.cancel()
+            raise
+
+
+def probe_session(
+    spark: SparkSession, run: str, num_workers: int, profile: Any, *, exchange: str | None, timeout_s: float
+) -> None:
+    """Start `num_workers` barrier tasks at once, and see that each runs our versions and the shared storage.
+
+    Raises:
+        PreflightError: they did not start within `timeout_s`, or executors do not share `exchange`.
+        VersionMismatchError: an executor runs other versions than the driver.
+    """
+    task = partial(probe_task, run, num_workers, exchange)
+    extra = {"profile": profile} if profile is not None else {}
+    frame = spark.range(0, num_workers, 1, num_workers).mapInArrow(task, PROBE_COLUMNS, barrier=True, **extra)
+    job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-probe", description="sparkdeep fit: probe")
+    try:
+        rows = job.result(timeout_s, "probing the session")
+    except ReplicaLostError as error:
+        raise PreflightError(
+            f"num_workers={num_workers}: the session did not run that many barrier tasks at once within {timeout_s:g} s "
+            f"({error}). Lower num_workers, or give the session more executors or cores."
+        ) from error
+    except SparkdeepError:
+        raise
+    except BaseException:
+        job.cancel()
+        raise
+    own = versions()
+    if odd := {row["host"]: json.loads(row["versions"]) for row in rows if json.loads(row["versions"]) != own}:
+        table = "\n".join(f"  {host}: {found}" for host, found in sorted(odd.items()))
+        raise VersionMismatchError(
+            f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions on the "
+            "executors, or set spark.pyspark.python to an environment that has them."
+        )
+
+
+def _size(text: str | None) -> int:
+    """Bytes of one of Spark's sizes ("1g", "512m"); its default of 1 GiB where it is unset; 0 for no limit."""
+    if text is None:
+        return _GIB
+    text = text.strip().lower().removesuffix("b")
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    number = text[:-1] if text[-1:] in units else text
+    return int(number) * units.get(text[-1:], 1)

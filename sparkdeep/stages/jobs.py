@@ -1,0 +1,275 @@
+"""The driver's end where no connection stays open: every round is a job of its own that takes an order and replies."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, SparkdeepError
+from sparkdeep.optim.combining import Mean, check_updates, combine
+from sparkdeep.protocol.messages import Hello, Saved, Update, parse
+from sparkdeep.protocol.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic
+from sparkdeep.rounds.planning import job_description, stage_description
+from sparkdeep.rounds.run_state import RunState, deal_rest
+from sparkdeep.rounds.snapshots import Snapshot
+from sparkdeep.rounds.transport import FitParts, Opening
+from sparkdeep.tensors.encoding import codec_named
+from sparkdeep.tensors.state_dicts import unpack_dict, unpack_tensors
+from sparkdeep.versions import versions
+
+__all__ = ["JobReplicas", "JobStages"]
+
+# A job cannot say how far it is: it counts as lost after this many times the longest silence that a replica may keep,
+# or the longest round so far.
+_PATIENCE: Final = 10
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class JobStages:
+    """Replicas without a connection: every round is a job."""
+
+    runner: JobRunner
+
+    def replicas(self, parts: FitParts) -> JobReplicas:
+        """The replicas of a fit."""
+        return JobReplicas(runner=self.runner, parts=parts)
+
+
+@final
+@dataclass(kw_only=True)
+class JobReplicas:
+    """Runs every round, every validation and every look at replica states as one job.
+
+    A replica takes its state from the executor's disk, where the round before left it, and keeps it there.
+    """
+
+    runner: JobRunner
+    parts: FitParts
+    _hellos: list[Hello] = field(default_factory=list, init=False)
+    """Of the last job."""
+    _state: RunState | None = field(default=None, init=False)
+    _snapshot: Snapshot | None = field(default=None, init=False)
+    _send_states: bool = field(default=True, init=False)
+    _renew: bool = field(default=False, init=False)
+    _trained: tuple[int, str] = field(default=(0, ""), init=False)
+    """The last round that was trained, and the job that did it."""
+    _kept_by: str = field(default="", init=False)
+    """The job whose states on the executors' disks count."""
+    _mean: Stored | None = field(default=None, init=False)
+    """What the exchange holds of the last round: the next one starts from it if nothing else moved the parameters."""
+    _jobs: list[str] = field(default_factory=list, init=False)
+    """Jobs whose folders in the exchange are still there."""
+    _longest_s: float = field(default=0.0, init=False)
+    _fixed: bytes | None = field(default=None, init=False)
+    _sent_bytes: int = field(default=0, init=False)
+
+    # -- what the loop calls ---------------------------------------------------------------------------------------
+
+    def ready(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Opening:
+        """See `Replicas`: nothing is opened before there is an order, so that a job's start is part of its exchange."""
+        if self._renew:
+            self.runner.renew()
+            self._renew = False
+        parts = self.parts
+        if state.generation.num_replicas != len(parts.shards):  # a checkpoint goes on that had another number
+            deal_rest(state, parts.shards, parts.local, parts.settings)
+        self._state = state
+        self._snapshot = latest() if self._send_states else None
+        return Opening()
+
+    def rest(self, state: RunState, round_s: float | None = None) -> None:
+        """Nothing is open."""
+        del state, round_s
+
+    def discard(self) -> None:
+        """After a failure nothing is taken for granted: not the exchange's mean, and not the executors' states."""
+        self._mean = None
+        self._send_states = True
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    def train(self, work: RoundWork, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
+        """Run one round as one job, the same for all replicas; none is begun ahead, and the job has its own deadline.
+
+        Raises:
+            NonFiniteError, UserCodeError: never mended by repeating.
+            ReplicaLostError: a task was lost, or gave no reply in time; the round can be repeated.
+        """
+        del ahead
+        spec = work.specs[0]
+        began = time.perf_counter()
+        assert self._state is not None
+        what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)
+        replies = self._run(self._order("train", start, spec), what)
+        updates = [parse(Update, reply.header["update"]) for reply in replies]
+        check_updates(updates, [hello.host for hello in self._hellos], spec.round)
+        codec = codec_named(self.parts.plan.settings.codec)
+        mean = None
+        if self.runner.exchange is None:
+            mean = combine(updates, lambda i: replies[i].body, self.parts.layout, codec, start.base)
+        if self.runner.exchange is not None:
+            mean = self._exchanged(replies[0])
+        self._send_states = False
+        self._trained = (spec.round, replies[0].header["job"])
+        total_weight = sum(update.weight for update in updates)
+        vector = start.parameters.to(torch.float64) if mean is None else mean.vector
+        return RoundResult(
+            mean=vector[: self.parts.layout.numel],
+            buffers=start.buffers if mean is None else mean.buffers,
+            sections=[] if mean is None else mean.sections,
+            inner=vector[self.parts.layout.numel :],
+            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
+            updates=updates,
+            hosts=[hello.host for hello in self._hellos],
+            reset=[i for i, reply in enumerate(replies) if reply.header["state"] == "reset"],
+            saved=[parse(Saved, reply.header["saved"]) for reply in replies],
+            seconds=time.perf_counter() - began,
+            traffic=Traffic(sent_bytes=self._sent_bytes, received_bytes=sum(len(reply.body) for reply in replies)),
+        )
+
+    def evaluate(self, model: Globals) -> list[dict[str, Any]]:
+        """Score the global parameters as one job; one result a replica, in order."""
+        assert self._state is not None
+        what = job_description("validation", self._state.committed, self._state.schedule.num_rounds)
+        return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
+
+    def states(self, clocks: Sequence[int]) -> list[bytes]:
+        """Every replica's state, from its executor's disk, as one job; portions have none."""
+        del clocks
+        if self._portions:
+            return []
+        assert self._state is not None
+        what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
+        return [reply.body for reply in self._run(self._order("states"), what)]
+
+    @property
+    def _portions(self) -> bool:
+        """Whether the tasks are of portions of the rows, and keep no state."""
+        return self.parts.settings.portions is not None
+
+    def _order(
+        self, kind: Literal["train", "evaluate", "states"], start: Globals | None = None, spec: RoundSpec | None = None
+    ) -> Order:
+        assert self._state is not None
+        state = self._state
+        if state.committed == self._trained[0]:
+            self._kept_by = self._trained[1]
+        sent = self._sent() if start is not None else ()
+        exchange = self.runner.exchange if kind == "train" else None
+        parcel = None if start is None else self._shipped(start)
+        if self._fixed is None:
+            self._fixed = self.parts.fixed()
+        return Order(
+            run=self.parts.run,
+            job=secrets.token_hex(8),
+            kind=kind,
+            settings=self.parts.plan.settings,
+            schema=self.parts.plan.schema,
+            facts=state.generation.shards,
+            versions=versions(),
+            committed=state.committed,
+            scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
+            source="sent" if sent else "local" if state.committed and not self._portions else "fresh",
+            kept_by=self._kept_by,
+            durable=self.parts.settings.replica_state == "durable",
+            portions=self._portions,
+            sections=() if start is None else tuple(start.sections),
+            start=parcel,
+            program=None if start is None else self.runner.ship("program", self.parts.plan.program),
+            fixed=self.runner.ship("fixed", self._fixed) if self._fixed and start is not None else None,
+            states=sent,
+            spec=spec,
+            exchange=exchange,
+            wide=self.parts.wide,
+            stale=self._stale(parcel) if exchange is not None else (),
+            timeout_s=self._timeout_s(),
+        )
+
+    def _shipped(self, start: Globals) -> Parcel:
+        data = pack_globals(start)
+        self._sent_bytes = len(data)  # once: Spark hands it on to the executors
+        if self._mean is not None and self._mean.digest == digest_of(data):
+            return self._mean
+        return self.runner.ship("start", data)
+
+    def _sent(self) -> tuple[Parcel, ...]:
+        assert self._state is not None
+        snapshot = self._snapshot
+        if not self._send_states or snapshot is None or snapshot.round != self._state.committed:
+            return ()
+        states = [snapshot.replica(i) for i in range(self.runner.num_replicas)]
+        return tuple(self.runner.ship(f"state-{i}", data) for i, data in enumerate(states) if data is not None)
+
+    def _stale(self, start: Parcel | None) -> tuple[str, ...]:
+        """Earlier jobs' folders, but that of the mean from which the round starts."""
+        names = start.names if isinstance(start, Stored) else ()
+        return tuple(job for job in self._jobs if not any(f"/{job}/" in name for name in names))
+
+    def _timeout_s(self) -> float:
+        return self.parts.settings.open_timeout_s + _PATIENCE * max(
+            self.parts.settings.stall_timeout_s, self._longest_s
+        )
+
+    def _run(self, order: Order, what: str) -> list[Reply]:
+        began = time.monotonic()
+        if order.exchange is not None:
+            self._jobs = [*(job for job in self._jobs if job not in order.stale), order.job]
+        try:
+            replies = self.runner.run(
+                order, what, timeout_s=order.timeout_s, idle_timeout_s=self.parts.settings.open_timeout_s
+            )
+        except ShardLostError:
+            self._renew = True
+            raise
+        except SparkdeepError:
+            raise
+        except Exception as error:
+            raise ReplicaLostError(f"the job failed: {type(error).__name__}: {error}") from error
+        self._longest_s = max(self._longest_s, time.monotonic() - began)
+        ordered = self._checked(order, replies)
+        self._hellos = [parse(Hello, reply.header["hello"]) for reply in ordered]
+        for i, reply in enumerate(ordered):
+            for line in reply.header.get("lines", ()):
+                self.parts.on_log(i, str(line))
+        return ordered
+
+    def _checked(self, order: Order, replies: Sequence[Reply]) -> list[Reply]:
+        """The replies in replica order; what does not belong to this job is refused."""
+        by_replica = {int(reply.header["replica"]): reply for reply in replies if reply.header["job"] == order.job}
+        if len(replies) != len(by_replica) or sorted(by_replica) != list(range(self.runner.num_replicas)):
+            raise ProtocolError(
+                f"job {order.job} had {len(replies)} replies, from replicas {sorted(by_replica)} of "
+                f"{self.runner.num_replicas}."
+            )
+        return [by_replica[i] for i in range(self.runner.num_replicas)]
+
+    def _exchanged(self, reply: Reply) -> Mean | None:
+        """The mean that the first replica took."""
+        told = reply.header.get("mean")
+        if told is None:
+            return None
+        dtype = torch.float64 if self.parts.wide else self.parts.layout.dtype
+        sections = [str(name) for name in told["sections"]]
+        size = (1 + len(sections)) * self.parts.layout.numel * dtype.itemsize
+        body = reply.body
+        if len(body) != size + int(told["buffer_bytes"]):
+            raise ProtocolError(
+                f"the mean has {len(body)} bytes; {size} and {told['buffer_bytes']} of buffers were told."
+            )
+        vector: Tensor = torch.frombuffer(bytearray(body[:size]), dtype=dtype).to(torch.float64)
+        self._mean = Stored(
+            folder=str(self.runner.exchange),
+            names=tuple(told["names"]),
+            num_bytes=int(told["num_bytes"]),
+            digest=str(told["digest"]),
+        )
+        return Mean(vector=vector, buffers=unpack_tensors(body[size:]), sections=sections)

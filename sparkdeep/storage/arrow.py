@@ -1,0 +1,100 @@
+"""TODO sparkdeep.storage.arrow."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from typing import Any, final
+
+from pyarrow import fs as pafs
+
+from sparkdeep.storage.store import TEMPORARY, Bytes, check_name, shown_uri, too_long
+
+__all__ = ["ArrowStore"]
+
+
+# A put is all or nothing there and a rename is a copy, so a temporary name would cost twice and gain nothing.
+_OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
+
+
+@final
+class ArrowStore:
+    """A folder of any `pyarrow.fs.FileSystem`.
+
+    Arrow offers neither fsync nor a conditional put: durability is what the file system gives on close, `create`
+    looks and then writes, and so one writer at a time is the caller's duty. Where a put is not whole by itself
+    (HDFS, disks) a file is written under a temporary name and moved.
+    """
+
+    def __init__(self, filesystem: Any, root: str, *, uri: str) -> None:
+        self._fs = filesystem
+        self._root = root.rstrip("/")
+        self._moves = filesystem.type_name not in _OBJECT_STORES
+        self.uri = shown_uri(uri)
+        self.conditional = False
+
+    def write(self, name: str, data: Bytes) -> None:
+        """Put the object, or write beside it and move."""
+        path = self._path(name)
+        if not self._moves:
+            self._put(path, data)
+            return
+        folder = path.rpartition("/")[0]
+        temporary = f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
+        self._fs.create_dir(folder, recursive=True)
+        try:
+            self._put(temporary, data)
+            # HDFS refuses to move onto a file, so an overwrite is not atomic there.
+            if self._fs.type_name == "hdfs" and self._info(path).type == pafs.FileType.File:
+                self._fs.delete_file(path)
+            self._fs.move(temporary, path)
+        except BaseException:
+            if self._info(temporary).type == pafs.FileType.File:
+                self._fs.delete_file(temporary)
+            raise
+
+    def create(self, name: str, data: Bytes) -> bool:
+        """Write unless the name is there: two steps, not one."""
+        if self._info(self._path(name)).type != pafs.FileType.NotFound:
+            return False
+        self.write(name, data)
+        return True
+
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """Read an object whole."""
+        path = self._path(name)
+        info = self._info(path)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        if max_bytes is not None and info.size > max_bytes:
+            raise too_long(path, info.size, max_bytes)
+        with self._fs.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+
+    def list(self, prefix: str) -> list[str]:
+        """List recursively; unfinished files are left out."""
+        top = self._path(prefix) if prefix else self._root
+        infos = self._fs.get_file_info(pafs.FileSelector(top, allow_not_found=True, recursive=True))
+        paths = [info.path for info in infos if info.type == pafs.FileType.File]
+        start = len(self._root) + 1
+        return sorted(path[start:] for path in paths if not path.rpartition("/")[2].startswith(TEMPORARY))
+
+    def delete(self, prefix: str) -> None:
+        """Remove an object, or a folder's whole tree."""
+        path = self._path(prefix)
+        kind = self._info(path).type
+        if kind == pafs.FileType.Directory:
+            self._fs.delete_dir(path)
+        elif kind != pafs.FileType.NotFound:
+            self._fs.delete_file(path)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _info(self, path: str) -> Any:
+        return self._fs.get_file_info([path])[0]
+
+    def _put(self, path: str, data: Bytes) -> None:
+        # Arrow would otherwise compress and decompress by the name's ending.
+        with self._fs.open_output_stream(path, compression=None) as stream:
+            stream.write(data)

@@ -1,0 +1,244 @@
+"""TODO sparkdeep.testing.in_process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+
+from sparkdeep.data.shards import Shard
+from sparkdeep.errors import ReplicaLostError
+from sparkdeep.protocol.exchange import run_folder
+from sparkdeep.protocol.messages import Hello
+from sparkdeep.protocol.orders import Inline, Order, Parcel, Reply, Stored, digest_of
+from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
+from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.job import Place, obey
+from sparkdeep.replica.stage import open_replica, serve
+from sparkdeep.settings.local import LocalSettings
+from sparkdeep.stages.launch import RunningStage
+from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.versions import versions
+
+__all__ = ["InProcessLauncher", "InProcessRunner"]
+
+
+@final
+class InProcessLauncher:
+    """Replicas as threads of this process, on shards that lie in local folders.
+
+    They take turns on the global random generators, so results are those of separate processes.
+
+    Args:
+        plan: of the run.
+        shards: one folder a replica.
+        state_dir: where replica states are kept between stages.
+        deal: makes shards for another number of replicas, and gives their folders; None: their number is fixed.
+    """
+
+    def __init__(
+        self,
+        plan: ReplicaPlan,
+        shards: Sequence[Path],
+        state_dir: Path,
+        deal: Callable[[int], Sequence[Path]] | None = None,
+    ) -> None:
+        self.num_replicas = len(shards)
+        self._deal = deal
+        self._plan = plan
+        self._shards = list(shards)
+        self._state_dir = state_dir
+
+    def launch(self, ticket: Ticket, description: str) -> RunningStage:
+        """Start one thread a replica."""
+        del description
+        return _Threads(
+            [(i, self._plan, path, self._state_dir / f"{i}") for i, path in enumerate(self._shards)], ticket
+        )
+
+    def renew(self) -> None:
+        """Nothing: the folders are the caller's."""
+
+    def slots(self) -> int | None:
+        """Not known: threads need none."""
+        return None
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Have the caller deal."""
+        assert self._deal is not None, "these shards were dealt once and for all"
+        self._shards = list(self._deal(num_replicas))
+        self.num_replicas = len(self._shards)
+        facts = []
+        for path in self._shards:
+            with contextlib.closing(Shard.open(path)) as shard:
+                facts.append(ShardFacts(rows=shard.info.rows, digest=shard.info.digest))
+        return facts
+
+
+class _Threads:
+    """A stage of threads."""
+
+    def __init__(self, work: list[tuple[int, ReplicaPlan, Path, Path]], ticket: Ticket) -> None:
+        self._failure: BaseException | None = None
+        self._channels: dict[int, Channel] = {}
+        self._threads = [
+            threading.Thread(target=self._run, args=(*item, ticket), name=f"sparkdeep-replica-{item[0]}", daemon=True)
+            for item in work
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int, plan: ReplicaPlan, path: Path, state_dir: Path, ticket: Ticket) -> None:
+        try:
+            channel = Channel.dial(
+                ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=f"replica {number}"
+            )
+            self._channels[number] = channel
+            with contextlib.closing(channel), contextlib.closing(Shard.open(path)) as shard:
+                self._serve(channel, shard, number, plan, state_dir, ticket)
+        except Exception as error:  # noqa: BLE001 (it is handed to the driver's thread by `failure`)
+            # The first is the cause; the others lost their line because of it.
+            self._failure = self._failure or error
+
+    def _serve(
+        self, channel: Channel, shard: Shard, number: int, plan: ReplicaPlan, state_dir: Path, ticket: Ticket
+    ) -> None:
+        device = torch.device("cpu" if plan.settings.device == "auto" else plan.settings.device)
+        hello = Hello(
+            run=ticket.run,
+            stage=ticket.stage,
+            replica=number,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(device),
+            versions=versions(),
+            rows=shard.info.rows,
+            digest=shard.info.digest,
+            shard="",
+        )
+        serve(
+            channel,
+            hello,
+            lambda: open_replica(plan, channel, shard, number=number, device=device),
+            StateFiles(state_dir, ticket.stage),
+        )
+
+    def failure(self) -> BaseException | None:
+        """The first exception of a thread."""
+        return self._failure
+
+    def finish(self, timeout_s: float) -> None:
+        """Join the threads."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            self.cancel()
+            raise ReplicaLostError(f"replica threads did not end within {timeout_s:g} s after they were told to stop.")
+
+    def cancel(self) -> None:
+        """Hang up on the replicas; they end at their next word to the driver."""
+        for channel in list(self._channels.values()):
+            channel.close()
+
+
+@final
+class InProcessRunner:
+    """Runs orders in threads of this process.
+
+    Args:
+        settings: of the local work; only the device is read.
+        shards: one folder a replica.
+        state_dir: where replica states are kept between jobs.
+        run: the run's id.
+        exchange: a folder through which updates and parameters go, or None.
+    """
+
+    def __init__(
+        self,
+        settings: LocalSettings,
+        shards: Sequence[Path],
+        state_dir: Path,
+        *,
+        run: str,
+        exchange: str | None = None,
+    ) -> None:
+        self.num_replicas = len(shards)
+        self.exchange = exchange
+        self._device = "cpu" if settings.device == "auto" else settings.device
+        self._shards = list(shards)
+        self._state_dir = state_dir
+        self._run = run
+        self.shipped: list[str] = []
+        """Slots, in the order in which something new was shipped in them."""
+        self._slots: dict[str, Parcel] = {}
+
+    def ship(self, slot: str, data: bytes) -> Parcel:
+        """As part of the order, or as a file of the exchange."""
+        digest = digest_of(data)
+        held = self._slots.get(slot)
+        if held is not None and held.digest == digest:
+            return held
+        self.shipped.append(slot)
+        parcel: Parcel = Inline(data=data, digest=digest)
+        if self.exchange is not None:
+            name = f"{run_folder(self._run)}/{slot}-{secrets.token_hex(4)}"
+            open_store(self.exchange).write(name, data)
+            parcel = Stored(folder=self.exchange, names=(name,), num_bytes=len(data), digest=digest)
+        self._slots[slot] = parcel
+        return parcel
+
+    def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> list[Reply]:
+        """One thread a replica; the first failure is raised once all have ended."""
+        del description, idle_timeout_s
+        failures: list[Exception] = []
+        replies: list[Reply] = []
+
+        def check() -> None:
+            if failures:
+                raise ReplicaLostError("another replica failed.")
+
+        def work(replica: int) -> None:
+            place = Place(
+                replica=replica,
+                host=socket.gethostname(),
+                device=self._device,
+                shard=self._shards[replica],
+                problem="",
+                state_dir=self._state_dir / f"{replica}",
+                beat=lambda: None,
+                check=check,
+            )
+            try:
+                reply = obey(order, place)
+                # The bodies are views of the replica's memory, which ends with it.
+                replies.append(Reply(header=reply.header, bodies=tuple(bytes(body) for body in reply.bodies)))
+            except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=(i,), name=f"sparkdeep-replica-{i}", daemon=True)
+            for i in range(self.num_replicas)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if failures:
+            raise failures[0]
+        if any(thread.is_alive() for thread in threads):
+            raise ReplicaLostError(f"the job did not end within {timeout_s:g} s.")
+        return replies
+
+    def renew(self) -> None:
+        """Nothing: the folders are the caller's."""

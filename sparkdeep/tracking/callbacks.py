@@ -1,0 +1,127 @@
+"""What a fit tells to those who watch it: its start, each committed round, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from sparkdeep.tracking.records import RoundRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparkdeep.spark.model.model import TorchModel
+
+__all__ = ["Callback", "Callbacks", "FitInfo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitInfo:
+    """What is known when the first round is about to start."""
+
+    run: str
+    """The run's id."""
+    num_rounds: int | None
+    """Of the whole run; None where rounds last a number of seconds."""
+    committed: int
+    """Rounds that an earlier call with the same `checkpoint_dir` has done already."""
+    rows: int
+    """Training rows of all replicas together."""
+    num_parameters: int
+    """Trained numbers in the model."""
+    settings: Mapping[str, Any]
+    """The estimator's settings by name: plain values, and names of callables."""
+
+
+class Callback:
+    """A listener to a fit; override what you need. A plain function of the record serves as `on_round_end`.
+
+    An exception that a method raises ends the fit. With the attribute `needs_spark = True`, `on_round_end` is called
+    while no stage holds the session's slots, so that it may run Spark jobs.
+    """
+
+    needs_spark: bool = False
+
+    def on_fit_start(self, info: FitInfo) -> None:
+        """Called once, after ingest and before the first round."""
+
+    def on_round_parameters(self, record: RoundRecord, parameters: Mapping[str, Tensor]) -> None:
+        """Called before `on_round_end` with copies of the global parameters, by name in `named_parameters()`, on the CPU.
+
+        Only where it is overridden: otherwise nothing is copied. Parameters of less than 32 bits come as float32, as they are
+        averaged; frozen ones do not come.
+        """
+
+    def on_round_end(self, record: RoundRecord) -> bool | Literal["checkpoint"] | None:
+        """Called after each committed round; True ends the run, "checkpoint" has one written now, in `checkpoint_dir`."""
+
+    def on_fit_end(self, model: TorchModel | None, error: BaseException | None) -> None:
+        """Called once if `on_fit_start` was: with the trained model, or with what ended the fit."""
+
+
+@final
+class Callbacks:
+    """All listeners of one fit, in the order in which they were given."""
+
+    def __init__(self, listeners: Iterable[Callback | Callable[[RoundRecord], Any]]) -> None:
+        self._listeners = list(listeners)
+        self._started: list[Callback] = []
+
+    def start(self, info: FitInfo) -> None:
+        """Tell every `Callback` that the rounds begin."""
+        for listener in self._listeners:
+            if isinstance(listener, Callback):
+                self._started.append(listener)
+                listener.on_fit_start(info)
+
+    def round(
+        self,
+        record: RoundRecord,
+        free_slots: Callable[[], None],
+        *,
+        parameters: Callable[[], Mapping[str, Tensor]] = dict,
+        checkpoint: Callable[[str], None] = lambda _who: None,
+    ) -> str:
+        """Tell of a committed round; returns "" or who asked for the end.
+
+        Args:
+            record: of the round.
+            free_slots: called before a listener with `needs_spark`.
+            parameters: gives copies of the global ones; called once if a listener wants them.
+            checkpoint: called with the name of a listener that asks for one.
+        """
+        asked = ""
+        copies: Mapping[str, Tensor] | None = None
+        for listener in self._listeners:
+            if getattr(listener, "needs_spark", False):
+                free_slots()
+            if isinstance(listener, Callback) and _wants_parameters(listener):
+                copies = parameters() if copies is None else copies
+                listener.on_round_parameters(record, copies)
+            told = listener.on_round_end if isinstance(listener, Callback) else listener
+            answer = told(record)
+            name = getattr(listener, "__name__", type(listener).__name__)
+            if answer is True:
+                asked = asked or name
+            elif isinstance(answer, str) and answer == "checkpoint":
+                checkpoint(name)
+        return asked
+
+    def end(self, model: TorchModel | None, error: BaseException | None) -> None:
+        """Tell every `Callback` that was told of the start, the last one first; one that raises does not silence others."""
+        failures: list[BaseException] = []
+        while self._started:
+            try:
+                self._started.pop().on_fit_end(model, error)
+            except Exception as raised:  # noqa: BLE001 (raised below, after the others have heard)
+                failures.append(raised)
+        if failures and error is None:
+            raise failures[0]
+        for failure in failures:
+            assert error is not None
+            error.add_note(f"a callback's on_fit_end then raised {type(failure).__name__}: {failure}")
+
+
+def _wants_parameters(listener: Callback) -> bool:
+    return type(listener).on_round_parameters is not Callback.on_round_parameters
