@@ -10,6 +10,7 @@ pytest.register_assert_rewrite("launcher_contract", "store_contract", "leaks", "
 
 from cluster_fixtures import cluster, cluster_session, fault_cluster, fault_session  # noqa: E402, F401 (fixtures)
 from fault_runs import fault_frame, leaks, reference  # noqa: E402, F401 (as above)
+from run_alone import pytest_terminal_summary  # noqa: E402, F401 (a hook)
 
 # The same examples in every run: a gate that fails by luck teaches people to run it again.
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
