@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
-# JVMs that live for a minute: compiling well costs them more than it gains.
+# JVMs that live for minutes: compiling well costs them more than it gains.
 BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # Workers are forked with torch imported: a fault costs a moment, not an import. What is submitted to the cluster as a
 # program of its own (test_submit.py) has Spark's own daemon.
