@@ -38,9 +38,9 @@ def last_lines(folder, text, *arguments):
     (folder / "tests" / "test_tiny.py").write_text(textwrap.dedent(text))
     (folder / "pytest.ini").write_text("[pytest]\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "run_alone", "-p", "no:cacheprovider", *arguments, "tests"],
+        [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "run_alone", *arguments, "tests"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,7 +53,7 @@ def told(place, name):
 
 
 def test_each_failed_test_has_its_line_and_a_command_among_the_last_twenty_lines(tmp_path):
-    code, lines = last_lines(tmp_path, TINY, "-n", "1")
+    code, lines = last_lines(tmp_path, TINY, "-p", "xdist.plugin", "-n", "1")
     assert code == 1
     assert [line for line in lines if ".ci/setup.sh" in line] == [
         told(5, "tests/test_tiny.py::test_fails"),
