@@ -8,12 +8,13 @@ readonly budget_s=720
 started_s=$SECONDS
 
 # step NAME BUDGET_S COMMAND...: runs it, prints its time beside its budget on an idle machine, and fails when it fails
-# or takes four times as long: a busy machine is no defect, a hang is.
+# or takes four times as long: a busy machine is no defect, a hang is. It is interrupted then, so that pytest can tell
+# where it was. What pytest tells last of a tier that failed is written by tests/support/run_alone.py.
 step() {
     local name="$1" budget="$2" begun_s=$SECONDS code=0
     shift 2
     printf '== %s (budget %d s)\n' "$name" "$budget"
-    timeout $((4 * budget)) "$@" || code=$?
+    timeout --signal=INT --kill-after=60 $((4 * budget)) "$@" || code=$?
     printf '== %s: %s in %d s\n' "$name" "$([[ $code == 0 ]] && echo passed || echo "FAILED (exit $code)")" \
         $((SECONDS - begun_s))
     return "$code"

@@ -8,8 +8,9 @@ import torch
 
 pytest.register_assert_rewrite("launcher_contract", "store_contract", "leaks", "fault_runs")
 
-from cluster_fixtures import cluster, cluster_session, fault_cluster, fault_session  # noqa: E402, F401 (fixtures)
+from cluster_fixtures import BRIEF, cluster, cluster_session, fault_cluster, fault_session  # noqa: E402, F401 (fixtures)
 from fault_runs import fault_frame, leaks, reference  # noqa: E402, F401 (as above)
+from run_alone import pytest_terminal_summary  # noqa: E402, F401 (a hook)
 
 # The same examples in every run: a gate that fails by luck teaches people to run it again.
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
@@ -32,6 +33,7 @@ def spark():
         .config("spark.driver.bindAddress", "127.0.0.1")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.driver.extraJavaOptions", BRIEF)
         .getOrCreate()
     )
     yield session

@@ -66,14 +66,14 @@ def two_replicas(tmp_path, x, y, seed):
     return model
 
 
-def test_two_replicas_reach_97_percent_and_lose_at_most_a_point_against_one_process(tmp_path):
-    for seed in (0, 1, 2):
-        x, y, test_x, test_y = digits(seed)
-        alone = accuracy(one_process(x, y, seed), test_x, test_y)
-        together = accuracy(two_replicas(tmp_path, x, y, seed), test_x, test_y)
-        print(f"seed {seed}: one process {alone:.4f}, two replicas {together:.4f}")
-        assert together >= 0.97
-        assert together >= alone - 0.01
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_two_replicas_reach_97_percent_and_lose_at_most_a_point_against_one_process(tmp_path, seed):
+    x, y, test_x, test_y = digits(seed)
+    alone = accuracy(one_process(x, y, seed), test_x, test_y)
+    together = accuracy(two_replicas(tmp_path, x, y, seed), test_x, test_y)
+    print(f"seed {seed}: one process {alone:.4f}, two replicas {together:.4f}")
+    assert together >= 0.97
+    assert together >= alone - 0.01
 
 
 def test_an_untrained_network_does_not(tmp_path):

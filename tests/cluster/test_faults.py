@@ -11,20 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_models import HOSTS, estimator, rows
-from test_kill import same_bits, weights
+from cluster_models import HOSTS, estimator, same_bits, weights
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def frame(cluster_session):
-    return rows(cluster_session).cache()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(frame):
-    return weights(estimator().fit(frame))
 
 
 @pytest.mark.fault(rows=[37], phases="BT")
@@ -42,7 +31,7 @@ def test_a_shard_that_is_gone_is_ingested_anew_to_the_same_bits(cluster, frame, 
     model = estimator(callbacks=[delete_once], **settings).fit(frame)
     assert deleted
     assert sum(record.retries for record in model.history) == 1
-    assert same_bits(weights(model), undisturbed)
+    assert same_bits(weights(model), weights(undisturbed))
 
 
 class StopHere:
@@ -69,11 +58,11 @@ class StopHere:
 @pytest.mark.fault(rows=[10], phases="TR")
 def test_a_stopped_worker_is_given_up_after_the_deadline_and_its_round_repeated(frame, undisturbed, tmp_path):
     began = time.monotonic()
-    model = estimator(preprocess=StopHere(tmp_path / "stopped", 20), stall_timeout_s=10.0).fit(frame)
+    model = estimator(preprocess=StopHere(tmp_path / "stopped", 20), stall_timeout_s=5.0).fit(frame)
     stopped = json.loads((tmp_path / "stopped").read_text())["pid"]
     assert stopped > 1
     assert sum(record.retries for record in model.history) == 1
-    assert same_bits(weights(model), undisturbed)
+    assert same_bits(weights(model), weights(undisturbed))
     assert time.monotonic() - began < 120
     deadline = time.monotonic() + 10
     while Path(f"/proc/{stopped}").exists():
@@ -107,5 +96,5 @@ def test_two_fits_at_the_same_time_do_not_meet(frame, undisturbed):
         thread.start()
     for thread in threads:
         thread.join(timeout=200)
-    assert same_bits(results["first"], undisturbed)
-    assert same_bits(results["second"], undisturbed)
+    assert same_bits(results["first"], weights(undisturbed))
+    assert same_bits(results["second"], weights(undisturbed))

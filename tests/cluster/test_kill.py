@@ -8,23 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from cluster_models import HOSTS, Handshake, estimator, rows
+from cluster_models import HOSTS, Handshake, estimator, same_bits, weights
 
 pytestmark = pytest.mark.cluster
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.model.state_dict().items()}
-
-
-def same_bits(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-@pytest.fixture(scope="module")
-def frame(cluster_session):
-    return rows(cluster_session).cache()
 
 
 def fit_with_kill(cluster, frame, folder, **options):
@@ -36,6 +22,7 @@ def fit_with_kill(cluster, frame, folder, **options):
         while time.monotonic() < deadline:
             if (Path(folder) / "reached-1").exists():
                 killed.append(cluster.kill_executor(HOSTS[0], delete_folders=True))
+                (Path(folder) / "killed").touch()
                 return
             time.sleep(0.05)
 
@@ -48,10 +35,7 @@ def fit_with_kill(cluster, frame, folder, **options):
 
 
 @pytest.mark.fault(rows=[6], phases="TR")
-def test_a_killed_executor_costs_one_round_and_not_a_bit_with_durable_state(cluster, frame, tmp_path):
-    (tmp_path / "off").touch()
-    undisturbed = estimator(preprocess=Handshake(tmp_path, 36), replica_state="durable", checkpoint_every=2).fit(frame)
-    (tmp_path / "off").unlink()
+def test_a_killed_executor_costs_one_round_and_not_a_bit_with_durable_state(cluster, frame, undisturbed, tmp_path):
     model, killed = fit_with_kill(cluster, frame, tmp_path, replica_state="durable", checkpoint_every=2)
     assert len(killed) == 1
     assert sum(record.retries for record in model.history) >= 1

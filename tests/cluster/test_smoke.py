@@ -33,8 +33,8 @@ def test_both_hosts_read_their_row_groups_through_petastorm(cluster_session, tmp
 
     cluster_session.conf.set(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, f"file://{tmp_path}")
     converter = make_spark_converter(rows(cluster_session, 400).repartition(5))
-    model = estimator().fit(converter)
-    again = estimator().fit(petastorm.open(converter.cache_dir_url, reader="make_batch_reader"))
+    model = estimator(epochs=4).fit(converter)
+    again = estimator(epochs=4).fit(petastorm.open(converter.cache_dir_url, reader="make_batch_reader"))
     assert sum(record.rows for record in model.history) == 4 * 400
     assert all(
         torch.equal(one, other)

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.algorithms]
 
 @pytest.fixture(scope="module")
 def speculating(cluster):
+    cluster.end_session()
     session = session_on(
         cluster.url,
         **{

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
-from cluster_fixtures import environment
+from cluster_fixtures import BRIEF, environment
 from paths import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1100)]
@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1100)]
 
 def test_spark_submit_reaches_the_same_accuracy_on_a_cluster(cluster, tmp_path):
     pytest.importorskip("sklearn")
+    cluster.end_session()
     command = [
         str(Path(pyspark.__file__).parent / "bin" / "spark-submit"),
         "--master", cluster.url,
@@ -24,6 +25,8 @@ def test_spark_submit_reaches_the_same_accuracy_on_a_cluster(cluster, tmp_path):
         "--conf", "spark.executor.cores=1",
         "--conf", "spark.cores.max=2",
         "--conf", "spark.ui.enabled=false",
+        "--conf", f"spark.driver.extraJavaOptions={BRIEF}",
+        "--conf", f"spark.executor.extraJavaOptions={BRIEF}",
         "jobs/train.py", "conf/digits.toml", "--set", f'output.dir="{tmp_path}"',
     ]  # fmt: skip
     done = subprocess.run(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ _LOADING_WORDS = {
 _IMPORTING = {"importlib.import_module", "__import__", "importlib.__import__", "builtins.__import__"}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 

@@ -34,3 +34,19 @@ def blobs(spark):
     from spark_models import blob_rows
 
     return spark.createDataFrame(blob_rows(200), "id int, pixels array<double>, label bigint").cache()
+
+
+@pytest.fixture(scope="session")
+def plain(blobs):
+    """What a fit of `blobs` with the short settings gives; to be looked at, and left as it is."""
+    from spark_models import estimator
+
+    return estimator().fit(blobs)
+
+
+@pytest.fixture(scope="session")
+def with_state(blobs):
+    """What a fit with `spark_models.WITH_STATE` gives, whose rounds depend on random streams, buffers and Adam's moments."""
+    from spark_models import WITH_STATE, estimator
+
+    return estimator(worker_process="reuse", rounds_per_stage="auto", **WITH_STATE).fit(blobs)

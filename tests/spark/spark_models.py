@@ -38,6 +38,14 @@ class Dropped(nn.Module):
         return self.layers(x)
 
 
+WITH_STATE = {
+    "model": Dropped,
+    "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+    "epochs": 2,
+    "sync_every": 3,
+}
+
+
 class Recorder(nn.Module):
     """Named arguments of stated (shape of a row, dtype), refused otherwise; gives the mean of each, a column apiece."""
 
@@ -81,6 +89,20 @@ class Locked(Net):
 
 class Chatty(Net):
     """Prints from the executor, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = False
+
+    def forward(self, x):
+        if self.training and not self.said:
+            self.said = True
+            print(f"hello from process {os.getpid()}")
+        return super().forward(x)
+
+
+class ChattyDropped(Dropped):
+    """Prints from the executor, once, and has the parameters of `Dropped`."""
 
     def __init__(self):
         super().__init__()

@@ -287,17 +287,16 @@ def test_a_module_that_executors_lack_is_named_with_the_way_to_ship_it(blobs, tm
     )
 
 
-def test_a_prediction_column_that_is_there_already_is_refused(blobs):
-    model = estimator().fit(blobs)
+def test_a_prediction_column_that_is_there_already_is_refused(blobs, plain):
+    model = plain
     for name in ("prediction", "Prediction"):
         frame = blobs.withColumn(name, F.lit(1))
         refused(ConfigError, lambda frame=frame: model.transform(frame), f"{name!r}", "prediction_col")
     refused(DataError, lambda: model.transform(blobs.drop("pixels")), "['pixels']")
 
 
-def test_what_transform_cannot_read_names_the_column(spark):
-    frame = spark.createDataFrame([([1.0] * 8, 1)] * 4, "pixels array<double>, label bigint")
-    model = estimator().fit(frame)
+def test_what_transform_cannot_read_names_the_column(spark, plain):
+    model = plain
     bad = spark.createDataFrame([([1.0] * 8,), (None,)], "pixels array<double>")
     with pytest.raises(Exception, match=r"DataError: column 'pixels' has 1 null\(s\)"):
         model.transform(bad).collect()

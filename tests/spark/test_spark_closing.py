@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from spark_models import estimator, slowly, weights
@@ -15,11 +18,29 @@ from sparkdeep.testing.injection import Injector
 pytestmark = pytest.mark.spark
 
 
+class WaitsFor:
+    """Until a file is there, a minute at most."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __call__(self):
+        deadline = time.monotonic() + 60
+        while not Path(self.path).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
 @pytest.mark.fault(rows=[11], phases="TR")
 def test_a_round_goes_on_without_the_slowest_task_and_the_record_names_it(blobs, tmp_path):
-    injector = Injector(tmp_path / "plan").delay_at("train", 2, 1, seconds=6.0)
+    closed = tmp_path / "closed"
+    injector = Injector(tmp_path / "plan").call_at("train", 2, 1, action=WaitsFor(closed))
+
+    def tell(record):
+        if record.round == 2:
+            closed.touch()
+
     options = {"quorum": 1, "quorum_grace_s": 2.0, "epochs": 4, "sync_every": 3, "rounds_per_stage": 1000}
-    model = estimator(preprocess=injector.carrier(), **options).fit(blobs)
+    model = estimator(preprocess=injector.carrier(), callbacks=[tell], **options).fit(blobs)
     injector.check_fired()
     by_round = {record.round: [part.dropped for part in record.replicas] for record in model.history}
     assert by_round[1] == ["", ""]

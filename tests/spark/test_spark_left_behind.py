@@ -31,7 +31,8 @@ def answers(port):
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def local_dirs(spark):
+@pytest.fixture(scope="module")
+def folders(spark):
     """The executor's local directories, as its Python workers see them."""
 
     def ask(batches):
@@ -64,7 +65,7 @@ def settles(look, expected, within_s=10.0):
     return seen
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def frame(spark):
     rows = [([float(i)] + [0.0] * 7, 0) for i in range(200)]
     return spark.createDataFrame(rows, "pixels array<double>, label bigint")
@@ -87,10 +88,10 @@ def stop_at_once(record):
     ],
     ids=["well", "model", "nan", "callback", "ingest-fault", "rehearsal", "ingest-raises"],
 )
-def test_no_folder_no_persisted_rows_no_job_and_no_port_are_left(spark, frame, options, error):
+def test_no_folder_no_persisted_rows_no_job_and_no_port_are_left(spark, folders, frame, options, error):
     from pyspark.sql import functions as F
 
-    folders, port = local_dirs(spark), free_port()
+    port = free_port()
     # Spark tells of a job's end a moment later: what an earlier test ran must not stand in `before`.
     assert settles(lambda: left(spark, folders, port)["jobs"], []) == []
     before = left(spark, folders, port)
@@ -130,8 +131,8 @@ def test_shards_on_shared_storage_are_removed_too(frame, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_dead_executor_left_is_swept_by_the_next_fit_and_what_a_live_one_owns_is_not(spark, frame):
-    folder = local_dirs(spark)[0]
+def test_what_a_dead_executor_left_is_swept_by_the_next_fit_and_what_a_live_one_owns_is_not(folders, frame):
+    folder = folders[0]
     alive = owner_of_this_process().to_json()
     dead = {**alive, "pid": 2**22 - 1}
     for name, owner in (("sparkdeep-dead", dead), ("sparkdeep-alive", alive)):

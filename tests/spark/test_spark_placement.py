@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spark_models import Chatty, Dropped, Trap, estimator, same_bits, weights
+from spark_models import WITH_STATE, ChattyDropped, Trap, estimator, same_bits, weights
 
 from sparkdeep.errors import UserCodeError
 
@@ -99,25 +99,22 @@ def children():
     return set(found)
 
 
-def gone(before, within_s=10.0):
+def gone(before, within_s=10.0, *, left=0):
+    """Whether no more than `left` of the children that came since are there."""
     deadline = time.monotonic() + within_s
-    while (left := children() - before) and time.monotonic() < deadline:
+    while len(children() - before) > left and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not left
+    return len(children() - before) <= left
 
 
-def test_a_spawned_replica_trains_to_the_same_bits_and_ends_with_the_stage(blobs, capsys):
+def test_a_spawned_replica_trains_to_the_same_bits_and_ends_with_the_stage(blobs, with_state, capsys):
     before = children()
     seen = []
-    options = {"model": Dropped, "optimizer": partial(torch.optim.AdamW, lr=1e-2)}
-    spawned = estimator(worker_process="spawn", callbacks=[lambda r: seen.append(children() - before)], **options).fit(
-        blobs
-    )
-    reused = estimator(worker_process="reuse", **options).fit(blobs)
+    options = {**WITH_STATE, "model": ChattyDropped, "callbacks": [lambda r: seen.append(children() - before)]}
+    spawned = estimator(worker_process="spawn", **options).fit(blobs)
     assert len(seen[0]) == 2
-    assert same_bits(weights(spawned), weights(reused))
+    assert same_bits(weights(spawned), weights(with_state))
     assert gone(before)
-    estimator(worker_process="spawn", model=Chatty).fit(blobs)
     assert "[replica 1] hello from process" in capsys.readouterr().out
 
 
@@ -143,7 +140,7 @@ child.run_in_child(Stuck())
 """
 
 STUCK = """
-import os, time
+import os, pathlib, time
 
 class Stuck:
     replica, host = 0, "here"
@@ -152,26 +149,29 @@ class Stuck:
         return (hold, ())
 
 def hold():
-    print(f"child {os.getpid()}", flush=True)
+    (pathlib.Path(__file__).parent / f"held-{os.getppid()}").touch()
     time.sleep(120)
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
-def test_a_child_dies_with_its_parent(tmp_path, end):
+def test_a_child_dies_with_its_parent_killed_or_terminated(tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     before = children()
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], env={**os.environ, "PYTHONPATH": path})
+    ends = [signal.SIGKILL, signal.SIGTERM]
+    parents = [subprocess.Popen([sys.executable, "-c", PARENT], env={**os.environ, "PYTHONPATH": path}) for _ in ends]
     try:
         deadline = time.monotonic() + 60
-        while not children() - before and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("held-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert children() - before
-        time.sleep(2.0)
-        parent.send_signal(end)
-        parent.wait(timeout=10)
-        assert gone(before)
+        # Both are held in the middle of unpickling, before they watch the pipe.
+        assert {path.name for path in tmp_path.glob("held-*")} == {f"held-{parent.pid}" for parent in parents}
+        for left, parent, end in zip((1, 0), parents, ends, strict=True):
+            assert len(children() - before) == left + 1
+            parent.send_signal(end)
+            parent.wait(timeout=10)
+            assert gone(before, left=left)
     finally:
-        parent.kill()
-        parent.wait()
+        for parent in parents:
+            parent.kill()
+            parent.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from functools import partial
@@ -50,11 +51,28 @@ def test_resuming_with_another_optimizer_is_refused_with_both_and_the_same_call_
     assert fresh.fit(blobs).history[0].round == 1
 
 
+class GivesUp(logging.Handler):
+    """Touches a file when the log tells that ingest had no slots in time; it is the clean-up that waits for them then."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.sign = sign
+
+    def emit(self, record):
+        if record.getMessage().startswith("ingest, attempt 1 of 1 failed"):
+            self.sign.touch()
+
+
 def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tmp_path):
+    given_up = tmp_path / "given up"
+
     def hog(batches):
         numbers = [row.as_py() for batch in batches for row in batch.column(0)]
         (tmp_path / f"{numbers[0]}").touch()
-        time.sleep(20)
+        deadline = time.monotonic() + 60
+        while not given_up.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
         return iter(())
 
     busy = threading.Thread(target=lambda: spark.range(0, 2, 1, 2).mapInArrow(hog, "id long").collect())
@@ -64,14 +82,21 @@ def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tm
         assert time.monotonic() < deadline
         time.sleep(0.1)
     began = time.monotonic()
-    with pytest.raises(ReplicaLostError, match=r"(?s)ingest had no running task for 3 s.*open_timeout_s"):
-        estimator(open_timeout_s=3.0, max_retries=0).fit(blobs)
+    handler = GivesUp(given_up)
+    logging.getLogger("sparkdeep").addHandler(handler)
+    try:
+        with pytest.raises(ReplicaLostError, match=r"(?s)ingest had no running task for 1 s.*open_timeout_s"):
+            estimator(open_timeout_s=1.0, max_retries=0).fit(blobs)
+        assert given_up.exists(), "the slots were held until then"
+    finally:
+        logging.getLogger("sparkdeep").removeHandler(handler)
+        given_up.touch()
+        busy.join()
     assert time.monotonic() - began < 90  # the clean-up waited for slots too, under its own deadline
-    busy.join()
 
 
-def test_shared_shards_train_to_the_same_bits_and_are_cleaned(blobs, tmp_path):
+def test_shared_shards_train_to_the_same_bits_and_are_cleaned(blobs, plain, tmp_path):
     shared = weights(estimator(shard_dir=str(tmp_path), rounds_per_stage=1).fit(blobs))
-    local = weights(estimator().fit(blobs))
+    local = weights(plain)
     assert all(torch.equal(a, b) for a, b in zip(shared.values(), local.values(), strict=True))
     assert list(tmp_path.iterdir()) == []

@@ -6,14 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from spark_models import Chatty, Dropped, blob_rows, estimator, same_bits, slowly, weights
+from spark_models import WITH_STATE, Chatty, blob_rows, estimator, same_bits, slowly, weights
 
 from sparkdeep import EarlyStopping
 from sparkdeep.errors import CheckpointError, SparkdeepError
 
 pytestmark = pytest.mark.spark
-
-ADAM = partial(torch.optim.AdamW, lr=1e-2)
 
 
 class Stopped(Exception):
@@ -43,11 +41,10 @@ def test_a_callback_that_needs_spark_can_run_a_job_and_another_ends_the_run(spar
     assert model.startup.opening_s >= model.history[0].stage_seconds
 
 
-def test_grouping_rounds_in_stages_changes_no_bit(blobs):
-    options = {"model": Dropped, "optimizer": ADAM, "epochs": 2, "sync_every": 3}
-    single = estimator(rounds_per_stage=1, **options).fit(blobs)
-    grouped = estimator(rounds_per_stage="auto", **options).fit(blobs)
-    other = estimator(rounds_per_stage="auto", **{**options, "seed": 1}).fit(blobs)
+def test_grouping_rounds_in_stages_changes_no_bit(blobs, with_state):
+    single = estimator(rounds_per_stage=1, **WITH_STATE).fit(blobs)
+    grouped = with_state
+    other = estimator(rounds_per_stage="auto", **WITH_STATE, seed=1).fit(blobs)
     assert len(single.history) > 2
     assert all(record.stage_seconds > 0 for record in single.history)
     assert sum(record.stage_seconds > 0 for record in grouped.history) < len(grouped.history)
@@ -63,9 +60,9 @@ def test_what_a_replica_prints_reaches_the_driver(blobs, capsys):
         assert f"[replica {replica}] hello from process" in printed
 
 
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(blobs, tmp_path):
-    options = {"model": Dropped, "optimizer": ADAM, "epochs": 3, "sync_every": 3, "checkpoint_every": 2}
-    whole = estimator(**options).fit(blobs)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(blobs, with_state, tmp_path):
+    options = {**WITH_STATE, "checkpoint_every": 2}
+    whole = with_state
     with pytest.raises(Stopped):
         estimator(checkpoint_dir=str(tmp_path / "run"), callbacks=[raise_at(3)], **options).fit(blobs)
     rounds = []
@@ -90,15 +87,14 @@ def test_a_checkpoint_of_other_rows_is_refused(spark, blobs, tmp_path):
         estimator(**options).fit(other)
 
 
-def test_an_outer_optimizer_steps_on_the_mean(blobs):
+def test_an_outer_optimizer_steps_on_the_mean(blobs, plain):
     nesterov = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
     outer = estimator(outer_optimizer=nesterov, epochs=4, sync_every=2).fit(blobs)
-    plain = estimator(epochs=4, sync_every=2).fit(blobs)
+    inner = estimator(epochs=4, sync_every=2).fit(blobs)
     assert outer.history[-1].loss < outer.history[0].loss
-    assert not same_bits(weights(outer), weights(plain))
+    assert not same_bits(weights(outer), weights(inner))
     one = estimator(outer_optimizer=partial(torch.optim.SGD, lr=1.0)).fit(blobs)
-    mean = estimator().fit(blobs)
-    assert all(torch.allclose(weights(one)[k], v, atol=1e-6) for k, v in weights(mean).items())
+    assert all(torch.allclose(weights(one)[k], v, atol=1e-6) for k, v in weights(plain).items())
 
 
 def test_early_stopping_returns_the_best_round(blobs):

@@ -75,9 +75,8 @@ def test_the_look_finds_a_secret_in_every_spelling():
 
 
 def test_a_fit_over_tls_has_the_same_bits_one_port_private_files_and_no_secret_that_shows(
-    spark, blobs, tmp_path, monkeypatch, caplog
+    spark, blobs, plain, tmp_path, monkeypatch, caplog
 ):
-    plain = estimator().fit(blobs)
     made, keys, seen = [], [], []
     real_port, real_key = transports.Coordinator, ec.generate_private_key
     monkeypatch.setattr(transports, "Coordinator", lambda **given: made.append(real_port(**given)) or made[-1])

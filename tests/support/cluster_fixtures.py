@@ -19,14 +19,15 @@ import pytest
 from paths import ROOT, SUPPORT, TESTS
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
-# JVMs that live for a minute: compiling well costs them more than it gains.
-_BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-# Workers are forked with torch imported: a fault costs a moment, not an import. The cluster's tests do without.
+# JVMs that live for minutes: compiling well costs them more than it gains.
+BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+# Workers are forked with torch imported: a fault costs a moment, not an import. What is submitted to the cluster as a
+# program of its own (test_submit.py) has Spark's own daemon.
 FAULT_CONF = {
     "spark.python.daemon.module": "sparkdeep.spark.daemon",
     "spark.locality.wait": "1s",
-    "spark.driver.extraJavaOptions": _BRIEF,
-    "spark.executor.extraJavaOptions": _BRIEF,
+    "spark.driver.extraJavaOptions": BRIEF,
+    "spark.executor.extraJavaOptions": BRIEF,
 }
 
 
@@ -50,7 +51,7 @@ def environment(**more):
         "PYTHONPATH": path,
         "SPARK_NO_DAEMONIZE": "1",
         "SPARK_DAEMON_MEMORY": "256m",
-        "SPARK_DAEMON_JAVA_OPTS": _BRIEF,
+        "SPARK_DAEMON_JAVA_OPTS": BRIEF,
         **more,
     }
 
@@ -69,6 +70,7 @@ class Cluster:
         self.port = free_port()
         self.url = f"spark://127.0.0.1:{self.port}"
         self._page = free_port()
+        self._session = None
         self.processes = {}
         self.temp = root / "temp"
         self.temp.mkdir()
@@ -118,6 +120,23 @@ class Cluster:
             SPARK_LOCAL_DIRS=str(self.local_dir(host)),
         )
 
+    def session(self):
+        """The one that tests share: its executors have all cores of the two hosts."""
+        if self._session is None:
+            import pyspark
+
+            # Spark 3.5 has its own daemon there (.ci/lts.sh): nothing dies in those tests.
+            conf = FAULT_CONF if pyspark.__version__ >= "4" else {}
+            self._session = session_on(self.url, **{**conf, "spark.task.maxFailures": "1"})
+            both_up(self, self._session)
+        return self._session
+
+    def end_session(self):
+        """Stop the shared session, so that another one, or another program, has the cores."""
+        if self._session is not None:
+            self._session.stop()
+            self._session = None
+
     def workers(self):
         """Workers that the master counts as alive."""
         try:
@@ -162,6 +181,7 @@ class Cluster:
             shutil.rmtree(folder, ignore_errors=True)
 
     def stop(self):
+        self.end_session()
         for process in self.processes.values():
             if process.pid > 1 and process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -260,10 +280,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster_session(cluster):
-    session = session_on(cluster.url, **{"spark.task.maxFailures": "1"})
-    both_up(cluster, session)
-    yield session
-    session.stop()
+    return cluster.session()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ A test module imports these functions and gives a fixture `world` with
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import time
@@ -83,6 +82,21 @@ def assert_idle(world):
     assert world.running() == []
 
 
+_UNDISTURBED = {}
+
+
+def undisturbed(world, own, **options):
+    """As `trained`; the same run of the same kind of world is not repeated for another test."""
+    key = type(world), own, tuple(options.items())
+    if key not in _UNDISTURBED:
+        _UNDISTURBED[key] = trained(world, own(), **options)
+    return _UNDISTURBED[key]
+
+
+def with_dropout():
+    return program(dropout=0.4, optimizer=partial(AdamW, lr=0.01))
+
+
 def trained(world, own, **options):
     with opened(world, own, **options) as fit:
         records = list(fit.rounds())
@@ -93,15 +107,14 @@ def trained(world, own, **options):
 
 @pytest.mark.parametrize("rounds_per_stage", [1, "auto"])
 def test_the_result_is_gradient_descent_on_all_rows(world, rounds_per_stage):
-    own = program()
-    expected = copy.deepcopy(own.model)
+    expected = program().model
     optimizer = SGD(expected.parameters(), lr=0.1, momentum=0.9)
     x, y = map(torch.from_numpy, table())
     for _ in range(4):
         optimizer.zero_grad()
         nn.functional.mse_loss(expected(x), y).backward()
         optimizer.step()
-    got, records = trained(world, own, rounds_per_stage=rounds_per_stage)
+    got, records = undisturbed(world, program, rounds_per_stage=rounds_per_stage)
     torch.testing.assert_close(got, flat(expected), rtol=0, atol=1e-12)
     assert (got - flat(program().model)).abs().max() > 0.01
     assert [part.rows for part in records[0].replicas] == SIZES
@@ -110,9 +123,9 @@ def test_the_result_is_gradient_descent_on_all_rows(world, rounds_per_stage):
 @pytest.mark.parametrize("rounds_per_stage", [1, 2])
 def test_stages_change_not_a_bit_of_a_run_with_state(world, rounds_per_stage):
     options = {"batch_size": 4, "sync_every": 2, "epochs": 2}
-    together, _ = trained(world, program(dropout=0.4, optimizer=partial(AdamW, lr=0.01)), **options)
+    together, _ = undisturbed(world, with_dropout, **options)
     options["rounds_per_stage"] = rounds_per_stage
-    apart, records = trained(world, program(dropout=0.4, optimizer=partial(AdamW, lr=0.01)), **options)
+    apart, records = trained(world, with_dropout(), **options)
     assert torch.equal(together, apart)
     assert sum(r.stage_seconds > 0 for r in records) == -(-len(records) // rounds_per_stage)
 
@@ -158,7 +171,7 @@ def test_a_fit_that_is_abandoned_leaves_nothing_running(world):
 
 
 def test_a_stage_closed_between_rounds_gives_its_slots_back_and_the_run_goes_on(world):
-    undisturbed, _ = trained(world, program())
+    expected, _ = undisturbed(world, program, rounds_per_stage="auto")
     with opened(world, program()) as fit:
         rounds = fit.rounds()
         next(rounds)
@@ -166,4 +179,4 @@ def test_a_stage_closed_between_rounds_gives_its_slots_back_and_the_run_goes_on(
         assert_idle(world)
         assert [record.round for record in rounds] == [2, 3, 4]
         fit.load_result()
-    assert torch.equal(flat(fit.program.model), undisturbed)
+    assert torch.equal(flat(fit.program.model), expected)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.storage.opening import Store
+from sparkdeep.storage.store import Store
 
 CLIMBING = ["", ".", "..", "/etc/passwd", "a/../b", "a//b", "a/", "a\\b", "a\0b", ".tmp-x", "a/.tmp-x/b", "./a"]
 

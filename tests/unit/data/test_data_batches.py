@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from sparkdeep.data.arrow import Ragged
 from sparkdeep.data.batches import Batch, make_batch
-from sparkdeep.data.columns import ColumnType, Ragged, build_schema
+from sparkdeep.data.schema import ColumnType, build_schema
 from sparkdeep.errors import UserCodeError
 
 TYPES = {

@@ -6,7 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sparkdeep.data.columns import ColumnType, Faults, Ragged, build_schema, read_fields
+from sparkdeep.data.arrow import Ragged
+from sparkdeep.data.columns import read_fields
+from sparkdeep.data.faults import Faults
+from sparkdeep.data.schema import ColumnType, build_schema
 from sparkdeep.errors import DataError, UserCodeError
 
 VECTOR = pa.struct(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sparkdeep.data.columns import ColumnType, Field, Schema, build_schema
+from sparkdeep.data.schema import ColumnType, Field, Schema, build_schema
 from sparkdeep.errors import ConfigError, DataError
 
 TYPES = {

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparkdeep.data.columns import Field, Ragged, Schema
-from sparkdeep.data.shards import Shard, ShardInfo, ShardWriter, decode_rows, encode_rows
+from sparkdeep.data.arrow import Ragged
+from sparkdeep.data.sample import decode_rows, encode_rows
+from sparkdeep.data.schema import Field, Schema
+from sparkdeep.data.shards import Shard, ShardInfo, ShardWriter
 from sparkdeep.errors import DataError
 
 

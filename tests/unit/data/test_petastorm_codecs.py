@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from petastorm_oracle import DATA, IMAGES, REFUSED, expected, same
 
-from sparkdeep.data.columns import ColumnType, Faults, build_schema, read_fields
+from sparkdeep.data.columns import read_fields
+from sparkdeep.data.faults import Faults
 from sparkdeep.data.petastorm.codecs import FieldDecoder, decode_column
 from sparkdeep.data.petastorm.unischema import UnischemaField, read_metadata
+from sparkdeep.data.schema import ColumnType, build_schema
 from sparkdeep.errors import ConfigError, DataError
 
 SCHEMA, _ = read_metadata((DATA / "fields" / "_common_metadata").read_bytes(), where="_common_metadata")

@@ -42,11 +42,11 @@ def test_silence_is_named_after_the_deadline_and_signs_of_life_put_it_off():
 
     def busy(beat):
         for _ in range(14):
-            time.sleep(0.25)
+            time.sleep(0.1)
             beat()
         yield 1
 
-    assert list(pumped(busy, 2.5, "nothing came")) == [1]
+    assert list(pumped(busy, 1.0, "nothing came")) == [1]
 
 
 def test_a_slow_reader_is_no_silence_and_little_is_made_ahead():

@@ -15,8 +15,9 @@ from torch import nn
 from twin import schema_of
 
 from sparkdeep.errors import ConfigError, UserCodeError
+from sparkdeep.models.building import build_model
 from sparkdeep.models.program import Program, pack_program, unpack_program
-from sparkdeep.models.rehearsal import build_model, materialize, rehearse, sample_batch
+from sparkdeep.models.rehearsal import materialize, rehearse, sample_batch
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 
 

@@ -105,8 +105,8 @@ class SlowHook:
         return features
 
 
-def described(tmp_path, *, augment=None, **options):
-    """Runs 60 rounds; returns the stages' descriptions, and the rounds that each really ran."""
+def described(tmp_path, *, augment=None, epochs=12, **options):
+    """Runs five rounds an epoch; returns the stages' descriptions, and the rounds that each really ran."""
     launchers = []
 
     def wrap(inner):
@@ -115,15 +115,15 @@ def described(tmp_path, *, augment=None, **options):
 
     torch.manual_seed(0)
     program = Program(model=nn.Linear(4, 1), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.01), augment=augment)
-    options = {"epochs": 12, "batch_size": 4, "sync_every": 2, **options}
+    options = {"epochs": epochs, "batch_size": 4, "sync_every": 2, **options}
     _, records, _ = run(tmp_path, program, deal(X, Y, SIZES), schema_of(X, Y), wrap=wrap, **options)
     starts = [record.round for record in records if record.stage_seconds > 0]
     ran = [(first, after - 1) for first, after in itertools.pairwise([*starts, len(records) + 1])]
     return launchers[0].described, ran
 
 
-def spans(descriptions):
-    found = [re.fullmatch(r"sparkdeep fit: rounds (\d+)-(\d+) of 60", text) for text in descriptions]
+def spans(descriptions, of=60):
+    found = [re.fullmatch(rf"sparkdeep fit: rounds (\d+)-(\d+) of {of}", text) for text in descriptions]
     assert all(found), descriptions
     return [tuple(map(int, match.groups())) for match in found]
 
@@ -134,7 +134,7 @@ def test_a_fixed_number_of_rounds_a_stage_is_what_the_descriptions_say(tmp_path)
 
 
 def test_after_the_first_stage_auto_says_beforehand_which_rounds_it_runs(tmp_path, monkeypatch):
-    # Opening costs 10 ms, a round at least 40: the first stage is closed by the clock long before round 60.
+    # Opening costs 10 ms, a round at least 40: the first stage is closed by the clock long before round 30.
     opened = SocketReplicas._open
 
     def cheaply(stages, *arguments):
@@ -143,15 +143,15 @@ def test_after_the_first_stage_auto_says_beforehand_which_rounds_it_runs(tmp_pat
         return stage
 
     monkeypatch.setattr(SocketReplicas, "_open", cheaply)
-    descriptions, ran = described(tmp_path, augment=SlowHook(), rounds_per_stage="auto")
-    assert descriptions[0] == "sparkdeep fit: rounds from 1 of 60"
+    descriptions, ran = described(tmp_path, augment=SlowHook(), rounds_per_stage="auto", epochs=6)
+    assert descriptions[0] == "sparkdeep fit: rounds from 1 of 30"
     assert len(ran) >= 2
-    assert ran[0][1] < 60
-    assert spans(descriptions[1:]) == ran[1:]
+    assert ran[0][1] < 30
+    assert spans(descriptions[1:], of=30) == ran[1:]
 
 
 def test_no_stage_stays_open_longer_than_it_may_whatever_was_planned(tmp_path):
     # Rounds of at least 40 ms each: no stage has room for more than 8.
-    descriptions, ran = described(tmp_path, augment=SlowHook(), rounds_per_stage=60, max_stage_s=0.35)
+    descriptions, ran = described(tmp_path, augment=SlowHook(), rounds_per_stage=60, max_stage_s=0.35, epochs=6)
     assert all(last - first + 1 <= 8 for first, last in ran)
     assert len(descriptions) == len(ran)

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
+from sparkdeep.checks import refuse_unknown
 from sparkdeep.errors import ConfigError
 from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings, from_mapping, refuse_unknown
+from sparkdeep.settings.run import EarlyStopping, RunSettings, from_mapping
 
 
 def test_defaults_are_valid_and_frozen():
