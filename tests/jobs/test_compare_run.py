@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -290,7 +290,6 @@ def test_a_fit_in_a_callback_needs_the_stage_closed(rows):
     assert len(inner) == 1
 
 
-@pytest.mark.slow_job
 def test_models_of_a_search_keep_their_checkpoints_apart_and_a_killed_search_goes_on(rows, tmp_path):
     folder = tmp_path / "run"
     trained, killed_at = [], []

@@ -84,21 +84,25 @@ def test_a_replica_that_hangs_ends_by_itself_and_the_round_is_repeated(blobs, tm
 
 
 def test_a_stopped_process_is_cancelled_by_the_deadline(blobs, tmp_path, monkeypatch):
-    # A stopped process cannot even watch itself.
-    monkeypatch.setattr("sparkdeep.round_stages._PATIENCE", 1)
-    pids = tmp_path / "pids"
+    # A stopped process cannot even watch itself. It stops in the second round, when everything it needs has been loaded.
+    pids, trap = tmp_path / "pids", tmp_path / "trap"
+
+    def arm(record):
+        if record.round == 1:
+            monkeypatch.setattr("sparkdeep.round_stages._PATIENCE", 0)  # what is left is open_timeout_s
+            trap.write_text("armed")
 
     def tell(features):
         try:
-            descriptor = os.open(pids, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
+            trap.unlink()
+        except FileNotFoundError:
             return features
-        os.write(descriptor, str(os.getpid()).encode())
+        pids.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
         return features
 
     with pytest.raises(ReplicaLostError, match=r"did not end within|had no running task"):
-        estimator(augment=tell, open_timeout_s=20.0, stall_timeout_s=10.0, max_retries=0).fit(blobs)
+        estimator(augment=tell, callbacks=[arm], open_timeout_s=12.0, stall_timeout_s=30.0, max_retries=0).fit(blobs)
     pid = int(pids.read_text())
     assert pid > 1
     deadline = time.monotonic() + 20
