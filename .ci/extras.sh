@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly budget_s=600
+readonly budget_s=410
 readonly started_s=$SECONDS
 readonly extras_timeout_s="${EXTRAS_TIMEOUT_S:-900}"
 readonly extras_packages=(

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly budget_s=480
+readonly budget_s=360
 readonly started_s=$SECONDS
 readonly lts_timeout_s="${LTS_TIMEOUT_S:-900}"
 readonly lts_packages=(
@@ -72,7 +72,7 @@ lts_tests() {
     return "$code"
 }
 
-timed "environment .venv-lts" 120 lts_venv
+timed "environment .venv-lts" 45 lts_venv
 lts_spark_home="$(.venv-lts/bin/python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("pyspark").origin).parent)')"
 readonly lts_spark_home
 if [[ "${1:-}" != build ]]; then
