@@ -61,15 +61,20 @@ def test_a_loss_that_is_not_finite_names_its_round(blobs, tmp_path):
     assert caught.value.round == 2
 
 
+@pytest.fixture(scope="module")
+def undisturbed(blobs):
+    """What a fit gives to which nothing happens."""
+    return estimator(validation=0.1).fit(blobs)
+
+
 @pytest.mark.parametrize("exchanged", [False, True])
-def test_a_round_whose_worker_is_killed_is_repeated_to_the_same_bits(spark, blobs, tmp_path, exchanged):
+def test_a_round_whose_worker_is_killed_is_repeated_to_the_same_bits(spark, blobs, undisturbed, tmp_path, exchanged):
     trap, exchange = tmp_path / "trap", tmp_path / "exchange"
     options = {"exchange_dir": str(exchange) if exchanged else None, "validation": 0.1}
-    expected = estimator(**options).fit(blobs)
     model = estimator(model_args={"armed": trap, "trouble": "kill"}, callbacks=[arms(trap)], **options).fit(blobs)
     assert [record.retries for record in model.history][:2] == [0, 1]
     assert not any(record.state_reset for record in model.history)
-    assert same_bits(model, expected)
+    assert same_bits(model, undisturbed)
     assert folders_left(spark) == []
     assert list(exchange.glob("*")) == []
 
