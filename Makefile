@@ -5,7 +5,6 @@ SHELL := bash
 
 CONF ?= conf/digits.toml
 ARGS ?=
-JOBS ?=
 SETUP := source .ci/setup.sh
 
 help:  ## list the commands
@@ -21,7 +20,7 @@ test:  ## set up, then format, lint, types and the three tiers of tests, each ti
 
 test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect; JOBS=quick: but the slowest
 	@$(SETUP)
-	bash .ci/test.sh jobs $(JOBS)
+	bash .ci/test.sh jobs
 
 test-algorithms:  ## set up, then the algorithms against their papers, and a small run of each preset
 	@$(SETUP)

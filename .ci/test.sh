@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The gate, in the environment that .ci/setup.sh made: format, lint, types, then the tests by tier, each timed.
-# .ci/test.sh lint: the first three only; .ci/test.sh algorithms, faults, jobs: the further tiers; jobs quick: without the
-# slowest of them.
+# .ci/test.sh lint: the first three only; .ci/test.sh algorithms, faults, jobs: the further tiers.
 set -euo pipefail
 
 readonly budget_s=720
@@ -31,9 +30,7 @@ tier() {
 }
 
 if [[ "${1:-}" == jobs ]]; then
-    marks="jobs"
-    [[ "${2:-}" != quick ]] || marks="jobs and not slow_job"
-    tier "jobs, notebooks and searches on local[2]" 720 -m "$marks" tests/jobs tests/spark
+    tier "jobs, notebooks and searches on local[2]" 720 -m jobs tests/jobs tests/spark
     tier "Spark Connect" 180 -m connect tests/connect
     exit 0
 fi

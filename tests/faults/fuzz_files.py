@@ -18,7 +18,8 @@ from sparkdeep.data.petastorm.unischema import read_metadata, read_unischema
 from sparkdeep.data.sample import decode_rows, encode_rows
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.scratch import Owner, is_dead, owner_of_this_process, sweep
-from sparkdeep.data.shards import SPLITS, Shard, ShardWriter
+from sparkdeep.data.shard_maps import SPLITS
+from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.protocol.exchange import Exchange
 from sparkdeep.tracking.records import ReplicaRecord, RoundRecord, read_jsonl, write_jsonl
 

@@ -19,7 +19,6 @@ SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 SECTIONS = ["exchange", "codecs", "coordinator_limit", "memory", "heap"]
 
 
-@pytest.mark.slow_job
 def test_the_quick_run_writes_a_table_json_and_plots(tmp_path):
     environment = {
         **os.environ,

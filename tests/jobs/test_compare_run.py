@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 from paths import ROOT
 
-pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
 
 def test_two_algorithms_on_digits_become_lines_a_table_and_a_plot(tmp_path):

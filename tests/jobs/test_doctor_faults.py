@@ -103,9 +103,11 @@ def without_torch(job, batches):
 
 
 def command(*arguments):
-    """Runs `sparkdeep doctor` as a program of its own."""
+    """Runs `sparkdeep doctor` as a program of its own; workers are forked with torch imported, to be there sooner."""
+    given = ("spark.ui.enabled=false", "spark.python.daemon.module=sparkdeep.spark.daemon")
+    options = [option for conf in given for option in ("--conf", conf)]
     return subprocess.run(
-        [sys.executable, "-m", "sparkdeep", "doctor", "--conf", "spark.ui.enabled=false", *arguments],
+        [sys.executable, "-m", "sparkdeep", "doctor", *options, *arguments],
         env={key: value for key, value in os.environ.items() if key != "PYSPARK_SUBMIT_ARGS"},
         capture_output=True,
         text=True,
@@ -113,7 +115,6 @@ def command(*arguments):
     )
 
 
-@pytest.mark.slow_job
 def test_the_command_starts_a_session_with_the_properties_of_a_file(tmp_path):
     properties = tmp_path / "my.conf"
     properties.write_text("# ours\nspark.master local[3]\nspark.python.worker.reuse false\n")
@@ -125,7 +126,6 @@ def test_the_command_starts_a_session_with_the_properties_of_a_file(tmp_path):
     assert "sparkdeep can train here" in ran.stdout
 
 
-@pytest.mark.slow_job
 def test_the_command_ends_with_1_where_spark_itself_refuses_the_barrier():
     dynamic = {"enabled": "true", "minExecutors": "2", "shuffleTracking.enabled": "true"}
     options = [

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
-import pyspark
 import pytest
+import torch
 from paths import ROOT
+from pyspark.sql import SparkSession
 
-pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(1100)]
 
-SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 DATA = Path(os.environ.get("SPARKDEEP_DATA", ROOT.parent / "shared" / "data"))
 
 
-def run(folder, *arguments):
-    environment = {
-        **os.environ,
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "PYSPARK_PYTHON": sys.executable,
-        "SPARK_CONF_DIR": str(ROOT / "conf"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
-    }
-    done = subprocess.run(
-        [SUBMIT, "--master", "local[2]", "--conf", "spark.ui.enabled=false", "--conf", "spark.driver.host=127.0.0.1",
-         "jobs/housing.py", "--output", str(folder), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    result = json.loads((folder / "result.json").read_text())
-    assert f"rmse network: {result['network']:,.1f} {result['unit']}" in done.stdout
-    assert result["same after loading"] is True
-    assert (folder / "search" / "bestModel" / "metadata").is_dir()
-    return result
+@pytest.fixture
+def run(spark, monkeypatch, capsys, tmp_path):
+    """The whole script, from its command line to its exit code, on the session that is there and stays."""
+
+    def script(*arguments):
+        path = ROOT / "jobs/housing.py"
+        monkeypatch.setattr(sys, "argv", [str(path), "--output", str(tmp_path), *arguments])
+        monkeypatch.setattr(SparkSession, "stop", lambda self: None)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        printed = capsys.readouterr().out
+        print(printed)
+        assert ended.value.code == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert f"rmse network: {result['network']:,.1f} {result['unit']}" in printed
+        assert result["same after loading"] is True
+        assert (tmp_path / "search" / "bestModel" / "metadata").is_dir()
+        return result
+
+    before = torch.get_num_threads()
+    yield script
+    torch.set_num_threads(before)
 
 
 # Both go the same way through the same job, for minutes: one of them is enough.
@@ -45,9 +47,9 @@ HOUSES = (DATA / "housing.csv").exists()
 
 
 @pytest.mark.skipif(HOUSES, reason="the houses are there")
-def test_patients_through_the_whole_pipeline(tmp_path):
+def test_patients_through_the_whole_pipeline(run):
     pytest.importorskip("sklearn")
-    result = run(tmp_path, "--epochs", "20")
+    result = run("--epochs", "20")
     best = min(one["rmse"] for one in result["cross-validation"])
     worst = max(one["rmse"] for one in result["cross-validation"])
     assert best < worst
@@ -57,8 +59,8 @@ def test_patients_through_the_whole_pipeline(tmp_path):
 
 
 @pytest.mark.skipif(not HOUSES, reason="housing.csv is not in ../shared/data or SPARKDEEP_DATA")
-def test_houses_below_52_000_dollars(tmp_path):
-    result = run(tmp_path, "--data", str(DATA))
+def test_houses_below_52_000_dollars(run):
+    result = run("--data", str(DATA))
     assert result["network"] < 52_000
     assert result["network"] < result["plain perceptron"] < result["linear regression"]
     assert 60_000 < result["linear regression"] < 72_000

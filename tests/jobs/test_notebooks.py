@@ -125,7 +125,6 @@ def test_the_quickstart_learns_the_digits_and_answers_sql(spark):
     assert {row["digit"] for row in shown[-1]} <= set(range(10))
 
 
-@pytest.mark.slow_job
 def test_the_tabular_pipeline_searches_saves_and_loads(spark):
     _, printed, _ = run(FOLDER / "tabular_pipeline.py", spark)
     assert number(r"rmse of the held-out rows ([\d.]+)", printed) < 70  # always saying the mean gives about 77

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_a_gate_that_is_not_passed_publishes_nothing_and_names_the_numbers(spark
     assert [name for name, before in names if not before] == ["evaluate"]
 
 
-def test_after_a_failure_in_training_it_goes_on_from_the_checkpoint(spark, tmp_path, monkeypatch):
+def test_after_a_failure_in_training_it_goes_on_from_the_checkpoint(spark, done, tmp_path, monkeypatch):
     stopped = []
 
     def breaks_off(record):
@@ -105,8 +106,11 @@ def test_after_a_failure_in_training_it_goes_on_from_the_checkpoint(spark, tmp_p
         estimator.setCallbacks([*estimator.getCallbacks(), breaks_off])
         return estimator
 
+    for name in ("extracted", "features"):
+        shutil.copytree(done[0] / name, tmp_path / name)
+    (tmp_path / "steps").mkdir()
     for step in ("extract", "features"):
-        run(spark, tmp_path, step=step)
+        shutil.copy(done[0] / f"steps/{step}.json", tmp_path / "steps")
     with monkeypatch.context() as patch:
         patch.setattr(Job, "estimator", watched)
         with pytest.raises(RuntimeError, match="power cut"):

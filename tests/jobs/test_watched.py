@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from watched_fit import watched
 
-pytestmark = [pytest.mark.jobs, pytest.mark.slow_job, pytest.mark.timeout(1100)]
+pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture(scope="module")
-def found():
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "watched_fit.py")],
-        env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"}, capture_output=True, text=True, timeout=1000,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def found(spark):
+    return watched(spark)
 
 
 def stages(fit):

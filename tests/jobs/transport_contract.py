@@ -61,15 +61,20 @@ def test_a_loss_that_is_not_finite_names_its_round(blobs, tmp_path):
     assert caught.value.round == 2
 
 
+@pytest.fixture(scope="module")
+def undisturbed(blobs):
+    """What a fit gives to which nothing happens."""
+    return estimator(validation=0.1).fit(blobs)
+
+
 @pytest.mark.parametrize("exchanged", [False, True])
-def test_a_round_whose_worker_is_killed_is_repeated_to_the_same_bits(spark, blobs, tmp_path, exchanged):
+def test_a_round_whose_worker_is_killed_is_repeated_to_the_same_bits(spark, blobs, undisturbed, tmp_path, exchanged):
     trap, exchange = tmp_path / "trap", tmp_path / "exchange"
     options = {"exchange_dir": str(exchange) if exchanged else None, "validation": 0.1}
-    expected = estimator(**options).fit(blobs)
     model = estimator(model_args={"armed": trap, "trouble": "kill"}, callbacks=[arms(trap)], **options).fit(blobs)
     assert [record.retries for record in model.history][:2] == [0, 1]
     assert not any(record.state_reset for record in model.history)
-    assert same_bits(model, expected)
+    assert same_bits(model, undisturbed)
     assert folders_left(spark) == []
     assert list(exchange.glob("*")) == []
 
@@ -84,21 +89,25 @@ def test_a_replica_that_hangs_ends_by_itself_and_the_round_is_repeated(blobs, tm
 
 
 def test_a_stopped_process_is_cancelled_by_the_deadline(blobs, tmp_path, monkeypatch):
-    # A stopped process cannot even watch itself.
-    monkeypatch.setattr("sparkdeep.stages.jobs._PATIENCE", 1)
-    pids = tmp_path / "pids"
+    # A stopped process cannot even watch itself. It stops in the second round, when everything it needs has been loaded.
+    pids, trap = tmp_path / "pids", tmp_path / "trap"
+
+    def arm(record):
+        if record.round == 1:
+            monkeypatch.setattr("sparkdeep.stages.jobs._PATIENCE", 0)  # what is left is open_timeout_s
+            trap.write_text("armed")
 
     def tell(features):
         try:
-            descriptor = os.open(pids, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
+            trap.unlink()
+        except FileNotFoundError:
             return features
-        os.write(descriptor, str(os.getpid()).encode())
+        pids.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
         return features
 
     with pytest.raises(ReplicaLostError, match=r"did not end within|had no running task"):
-        estimator(augment=tell, open_timeout_s=20.0, stall_timeout_s=10.0, max_retries=0).fit(blobs)
+        estimator(augment=tell, callbacks=[arm], open_timeout_s=12.0, stall_timeout_s=30.0, max_retries=0).fit(blobs)
     pid = int(pids.read_text())
     assert pid > 1
     deadline = time.monotonic() + 20

@@ -1,15 +1,13 @@
-"""A program with a Spark UI of its own: fits once for each number of rounds a stage, and prints what the UI says."""
+"""Fits once for each number of rounds a stage, and tells what the session's UI says of it."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 import urllib.request
 from functools import partial
 
 import torch
-from pyspark.sql import SparkSession
 from torch import nn
 
 from sparkdeep import TorchEstimator
@@ -46,29 +44,21 @@ def needs_spark(record):
 needs_spark.needs_spark = True
 
 
-def descriptions(spark):
-    """The fit's jobs since the last call, oldest first."""
+def descriptions(spark, last):
+    """The fit's jobs after the job `last`, oldest first, and the last one."""
     context = spark.sparkContext
     address = f"{context.uiWebUrl}/api/v1/applications/{context.applicationId}/jobs"
     with urllib.request.urlopen(address, timeout=30) as answer:
         jobs = sorted(json.load(answer), key=lambda job: job["jobId"])
-    told = [job.get("description", "") for job in jobs if job["jobId"] > descriptions.last]
-    descriptions.last = max(job["jobId"] for job in jobs)
-    return [text for text in told if text.startswith("sparkdeep fit: ")]
+    told = [job.get("description", "") for job in jobs if job["jobId"] > last]
+    return [text for text in told if text.startswith("sparkdeep fit: ")], max(job["jobId"] for job in jobs)
 
 
-descriptions.last = -1
-
-
-def main():
-    spark = (
-        SparkSession.builder.master("local[2]")
-        .config("spark.ui.port", "0")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.driver.bindAddress", "127.0.0.1")
-        .getOrCreate()
-    )
+def watched(spark):
+    """Of each fit: what the UI tells, the first rounds of its stages, and the number of its rounds."""
     frame = spark.range(160).selectExpr("double(id % 7) AS a", "double(id % 5) AS b", "double(id % 3) AS c").cache()
+    frame.count()
+    _, last = descriptions(spark, -1)
     found = {}
     for name, options in {
         "fixed": {"rounds_per_stage": 20},
@@ -77,10 +67,6 @@ def main():
     }.items():
         model = fit(frame, **options)
         starts = [record.round for record in model.history if record.stage_seconds > 0]
-        found[name] = {"told": descriptions(spark), "starts": starts, "rounds": len(model.history)}
-    spark.stop()
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        told, last = descriptions(spark, last)
+        found[name] = {"told": told, "starts": starts, "rounds": len(model.history)}
+    return found

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
+
+from paths import SUPPORT
 
 TINY = """
 import pytest
@@ -40,7 +41,7 @@ def last_lines(folder, text, *arguments):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "run_alone", *arguments, "tests"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env={**os.environ, "PYTHONPATH": str(SUPPORT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=60,

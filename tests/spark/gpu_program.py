@@ -47,6 +47,7 @@ spark = (
     .config("spark.driver.bindAddress", "127.0.0.1")
     .config("spark.sql.shuffle.partitions", "2")
     .config("spark.python.daemon.module", "sparkdeep.spark.daemon")
+    .config("spark.executor.extraJavaOptions", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     .config("spark.worker.resource.gpu.amount", "2")
     .config("spark.worker.resource.gpu.discoveryScript", sys.argv[1])
     .config("spark.executor.resource.gpu.amount", "2")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
+import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from spark_models import estimator
 
@@ -60,45 +59,37 @@ def test_an_address_that_executors_cannot_reach_names_the_settings(blobs, monkey
     assert time.monotonic() - began < 200
 
 
-SCRIPT = """
-    import os, sys, time
-    from pyspark.sql import SparkSession
-    from spark_models import blob_rows, estimator
-    spark = (SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
-             .config("spark.local.dir", sys.argv[1]).config("spark.driver.host", "127.0.0.1").getOrCreate())
-    rows = spark.createDataFrame(blob_rows(200), "id int, pixels array<double>, label bigint")
-    told = []
-    def tell(record):
-        if not told:
-            told.append(print("TRAINING", flush=True))
-    try:
-        estimator(epochs=100000, callbacks=[tell]).fit(rows)
-    except KeyboardInterrupt:
-        deadline = time.monotonic() + 20
-        while (jobs := list(spark.sparkContext.statusTracker().getActiveJobsIds())) and time.monotonic() < deadline:
-            time.sleep(0.1)  # the tracker hears of its end a little later
-        left = [f for d, _, _ in os.walk(sys.argv[1]) for f in [d] if "sparkdeep-" in d]
-        print("INTERRUPTED", jobs, left, flush=True)
-"""
+def local_folders(spark):
+    """Where workers keep shards and states."""
+
+    def look(batches):
+        for _ in batches:
+            pass
+        yield pa.RecordBatch.from_pydict({"path": os.environ["SPARK_LOCAL_DIRS"].split(",")})
+
+    return [Path(row.path) for row in spark.range(0, 1, 1, 1).mapInArrow(look, "path string").collect()]
 
 
 @pytest.mark.jobs
 @pytest.mark.fault(rows=[14], phases="TR")
-def test_ctrl_c_ends_the_fit_its_job_and_its_files(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        line = next(text for text in child.stdout if "TRAINING" in text)
-        assert line
-        time.sleep(0.5)
-        assert child.pid > 1
-        child.send_signal(signal.SIGINT)
-        rest, _ = child.communicate(timeout=120)
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-    assert "INTERRUPTED [] []" in rest
+def test_ctrl_c_ends_the_fit_its_job_and_its_files(spark, blobs):
+    folders = local_folders(spark)
+
+    def ours():
+        return {path for folder in folders for path in folder.rglob("sparkdeep-*")}
+
+    before, during = ours(), []
+
+    def tell(record):
+        if not during:
+            during.append(ours() - before)
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()  # as a terminal does, in a later round
+
+    with pytest.raises(KeyboardInterrupt):
+        estimator(epochs=100000, callbacks=[tell]).fit(blobs)
+    tracker, deadline = spark.sparkContext.statusTracker(), time.monotonic() + 20
+    while (jobs := list(tracker.getActiveJobsIds())) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the tracker hears of its end a little later
+    assert jobs == []
+    assert during[0], "shards were there"
+    assert ours() == before

@@ -49,7 +49,6 @@ def answer(tmp_path_factory):
 
 
 @pytest.mark.jobs
-@pytest.mark.slow_job
 @pytest.mark.fault(rows=[35], phases="TR")
 def test_each_task_of_a_stage_is_given_a_gpu_of_its_own(answer):
     plain, renumbered, forced, visible = zip(*answer["devices"], strict=True)
@@ -61,7 +60,6 @@ def test_each_task_of_a_stage_is_given_a_gpu_of_its_own(answer):
 
 
 @pytest.mark.jobs
-@pytest.mark.slow_job
 def test_device_cpu_trains_whatever_spark_gave(answer):
     assert answer["cpu"] == "it trained"
     assert answer["spawned"] == "it trained"
@@ -69,7 +67,6 @@ def test_device_cpu_trains_whatever_spark_gave(answer):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.jobs
-@pytest.mark.slow_job
 @pytest.mark.fault(rows=[35], phases="PF")
 def test_a_gpu_that_torch_does_not_see_is_named(answer):
     assert answer["auto"].startswith("PreflightError: replica ")
@@ -79,7 +76,6 @@ def test_a_gpu_that_torch_does_not_see_is_named(answer):
 
 
 @pytest.mark.jobs
-@pytest.mark.slow_job
 def test_cpus_and_gpus_a_worker_become_a_profile_of_the_stage(answer):
     assert answer["profile"] == "it trained"
     assert answer["too many"].startswith("PreflightError: gpus_per_worker=3")
