@@ -19,12 +19,11 @@ from sparkdeep.spark.ingest.ingest import (
     MANIFEST_COLUMNS,
     Ingested,
     dealt,
-    manifests_of,
     paths_of,
-    portions_of,
     read_manifests,
     shards_of,
 )
+from sparkdeep.spark.ingest.portions import manifests_of
 from sparkdeep.spark.ingest.redealing import RedealJob, redeal_task
 from sparkdeep.spark.session.jobs import SparkJob
 
@@ -67,8 +66,8 @@ class ShardSource:
         self._jobs = 0
         self._shared: tuple[Ingested, tuple[tuple[str, dict[str, int]], ...]] | None = None
         """With `shard_dir`: what the first ingest learned, and where its shards lie for all executors to read."""
-        self.num_workers = settings.run.num_portions or settings.run.num_workers
-        """Shards, or portions."""
+        self.num_workers = settings.run.num_tasks
+        """Shards."""
         self.frame = self._made()
         """Persisted, one manifest row a shard."""
 
@@ -85,14 +84,14 @@ class ShardSource:
             deal=settings.deal,
             deal_key=settings.deal_key,
         )
-        make = portions_of if settings.run.num_portions else shards_of
-        return make(
+        return shards_of(
             rows,
             self._schema,
             run=self._run,
             decode=settings.decode,
             shard_dir=settings.shard_dir,
             profile=self._profile,
+            movable=settings.run.stateless,
         )
 
     def _redealt(self, schema: Schema, shards: tuple[tuple[str, dict[str, int]], ...]) -> DataFrame:
@@ -117,16 +116,15 @@ class ShardSource:
         while True:
             self._jobs += 1
             tag = f"sparkdeep-{self._run}-ingest-{self._jobs}"
-            portions = self._settings.run.num_portions > 0
-            frame = manifests_of(self.frame) if portions else self.frame
+            frame = manifests_of(self.frame) if run.stateless else self.frame
             job = SparkJob(self._spark, frame, tag=tag, description="sparkdeep fit: ingest")
             try:
                 rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
                 validated = self._settings.validation is not None
-                # (a portion may be empty, where a replica may not)
-                least = 1 if portions else self.num_workers
+                # A replica must have rows; of tasks that keep no state, some may have none.
+                least = 1 if run.stateless else self.num_workers
                 ingested = read_manifests(rows, self._schema, least, validated=validated)
-                if self._shared is None and not portions and self._settings.shard_dir is not None:
+                if self._shared is None and self._settings.shard_dir is not None:
                     self._shared = (ingested, paths_of(rows))
                 return ingested
             except ReplicaLostError as error:

@@ -72,8 +72,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         shards = ShardSource(dataset, settings, schema, run=run, profile=profile, on_busy=lease.alive)
         phases.end("checks")
         stack.callback(lambda: _clean(settings, spark, run))
-        stack.callback(lambda: launcher.close() if launcher else shards.close())
-        launcher: Transport | None = None
+        stack.callback(shards.close)
         if transport == "spark":
             probe(settings, spark, run, profile)
         ingested = shards.ingest()
@@ -163,7 +162,7 @@ def _assemble(
         on_log=progress.log,
         stages=stages_of(launcher, settings, spark, stack),
     )
-    check_load(settings, fit)
+    check_load(settings, fit, launcher)
     if fit.state.committed:
         _LOG.warning(
             "going on with the run in %s after round %d%s%s",

@@ -21,7 +21,14 @@ from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, access_to, is_connect
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.barrier import BarrierLauncher
-from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
+from sparkdeep.spark.tasks.round_jobs import (
+    Load,
+    RoundJobs,
+    RunnerSettings,
+    SparkRunner,
+    StatelessRunner,
+    probe_session,
+)
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 from sparkdeep.stages.jobs import JobStages
 from sparkdeep.stages.opener import SocketStages
@@ -29,7 +36,7 @@ from sparkdeep.tensors.parameters import named_tensors
 
 __all__ = ["Transport", "check_load", "chosen", "guarded", "probe", "stages_of", "transport_for"]
 
-Transport: TypeAlias = BarrierLauncher | SparkRunner
+Transport: TypeAlias = BarrierLauncher | RoundJobs
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
 _PROBE_TIMEOUT_S: Final = 60.0
@@ -38,14 +45,14 @@ _LOG: Final = logging.getLogger("sparkdeep")
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
-    """What was asked for, or what the session can do: "socket", "spark", or "portions", jobs of ordinary tasks.
+    """What was asked for, or what the session can do: "socket", "spark", or "stateless".
 
     Raises:
         PreflightError: the session cannot do what was asked for.
         ConfigError: a setting has no meaning with that transport.
     """
-    if settings.run.num_portions:
-        return _portions(settings)
+    if settings.run.stateless:
+        return _stateless(settings)
     transport = settings.transport
     if transport == "auto":
         transport = "spark" if is_connect(spark) else "socket"
@@ -109,7 +116,7 @@ def _went_on_without(settings: FitSettings) -> bool:
     return any(part.dropped for record in settings.replay for part in record.replicas)
 
 
-def _portions(settings: FitSettings) -> str:
+def _stateless(settings: FitSettings) -> str:
     run = settings.run
     without: dict[str, tuple[Any, str]] = {
         "transport": (settings.transport if settings.transport == "socket" else None, "no replica dials the driver"),
@@ -135,7 +142,7 @@ def _portions(settings: FitSettings) -> str:
                 f"{name}={value!r} with portions={run.portions!r}: {reason}. Leave it out, or set portions=None, which has the "
                 "replicas of a barrier stage do it."
             )
-    return "portions"
+    return "stateless"
 
 
 def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
@@ -208,14 +215,15 @@ def transport_for(
     profile: Any,
     on_busy: Callable[[], None],
 ) -> Transport:
-    """What runs replicas over the persisted shards; `on_busy` hears that they work. The caller closes it."""
+    """What runs replicas over the persisted shards; `on_busy` hears that they work."""
     if chosen(settings, spark) != "socket":
-        return SparkRunner(
+        runner = StatelessRunner if settings.run.stateless else SparkRunner
+        return runner(
             spark,
             shards,
             settings=RunnerSettings(
                 run=run,
-                num_replicas=settings.run.num_portions or settings.run.num_workers,
+                num_replicas=settings.run.num_tasks,
                 shard_dir=settings.shard_dir,
                 exchange=settings.exchange_dir,
                 open_timeout_s=settings.run.open_timeout_s,
@@ -237,8 +245,9 @@ def transport_for(
 def stages_of(
     transport: Transport, settings: FitSettings, spark: SparkSession, stack: contextlib.ExitStack
 ) -> StageOpener:
-    """How replicas are reached; a port that is opened is closed with the stack."""
-    if isinstance(transport, SparkRunner):
+    """How replicas are reached; what is opened is closed with the stack."""
+    if isinstance(transport, RoundJobs):
+        stack.callback(transport.close)
         return JobStages(runner=transport)
     access = access_to(spark)
     host = access.conf("spark.driver.host") or "localhost"
@@ -252,26 +261,25 @@ def stages_of(
     return SocketStages(launcher=transport, coordinator=coordinator)
 
 
-def check_load(settings: FitSettings, fit: Fit) -> None:
+def check_load(settings: FitSettings, fit: Fit, transport: Transport) -> None:
     """Refuse a fit whose parameters this session cannot carry.
 
     Raises:
         PreflightError: with the numbers, and what to set.
     """
-    if not isinstance(fit.stages, JobStages) or not isinstance(runner := fit.stages.runner, SparkRunner):
+    if not isinstance(transport, RoundJobs):
         return
     sections = _MOST_SECTIONS if settings.local.inner_state == "average" else 0
     sections += isinstance(settings.local.drift_correction, Scaffold)
     moving = {entry.name for entry in fit.layout.entries} | set(fit.layout.buffers)
     fixed = [tensor for name, tensor in named_tensors(fit.program.model) if name not in moving]
-    runner.check(
+    transport.check(
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
             rounds=fit.rounds_left,
             wide=settings.outer_optimizer is not None,
-            durable=not settings.run.portions and (settings.run.replica_state == "durable" or fit.state.committed > 0),
-            portions=settings.run.portions is not None,
+            durable=transport.keeps_states and (settings.run.replica_state == "durable" or fit.state.committed > 0),
         )
     )
 

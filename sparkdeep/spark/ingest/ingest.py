@@ -29,9 +29,7 @@ __all__ = [
     "MANIFEST_COLUMNS",
     "Ingested",
     "dealt",
-    "manifests_of",
     "paths_of",
-    "portions_of",
     "read_manifests",
     "shards_of",
 ]
@@ -146,34 +144,26 @@ def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
 
 
 def shards_of(
-    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
+    rows: DataFrame,
+    schema: Schema,
+    *,
+    run: str,
+    decode: Callables,
+    shard_dir: str | None,
+    profile: Any,
+    movable: bool = False,
 ) -> DataFrame:
     """The ingest as a persisted DataFrame of one manifest row a shard; nothing runs yet.
 
     The persisted partition ties the shard to its executor: later stages prefer that place, and if the executor dies
-    Spark's lineage writes just the lost shards again.
+    Spark's lineage writes just the lost shards again. With `movable` it holds the shard's files as well, unless they are
+    in `shard_dir`: Spark then fetches it to wherever a task runs.
     """
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
+    task, columns = (portion_ingest_task, PORTION_COLUMNS) if movable else (ingest_task, MANIFEST_COLUMNS)
     extra = {"profile": profile} if profile is not None else {}
     # The hash has done its work: it is not to travel.
-    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
-
-
-def portions_of(
-    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
-) -> DataFrame:
-    """As `shards_of`, of portions: with the files themselves in it, unless they are in `shard_dir`.
-
-    Spark fetches a persisted partition from the executor that has it, so that each portion can be worked at anywhere.
-    """
-    job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
-    extra = {"profile": profile} if profile is not None else {}
-    return rows.drop(HASH).mapInArrow(partial(portion_ingest_task, job), PORTION_COLUMNS, **extra).persist()
-
-
-def manifests_of(portions: DataFrame) -> DataFrame:
-    """The manifest rows alone; collecting them persists the rest."""
-    return portions.where("part = 0").select("replica", "manifest", "sample")
+    return rows.drop(HASH).mapInArrow(partial(task, job), columns, barrier=not movable, **extra).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:

@@ -16,7 +16,7 @@ from sparkdeep.data.scratch import claim, sweep
 from sparkdeep.errors import PreflightError
 from sparkdeep.protocol.plans import ShardFacts
 
-__all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root"]
+__all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root", "task_context"]
 
 
 class Shards(Protocol):
@@ -67,8 +67,17 @@ def barrier_context(what: str) -> BarrierTaskContext:
     return context
 
 
-def host_of(context: BarrierTaskContext) -> str:
-    """The host that this barrier task runs on, as Spark names it."""
+def task_context() -> TaskContext:
+    """This task's context, in a barrier stage or not."""
+    context = TaskContext.get()
+    assert context is not None, "this runs in a Spark task"
+    return context
+
+
+def host_of(context: TaskContext) -> str:
+    """The host that this task runs on; of a barrier task, as Spark names it."""
+    if not isinstance(context, BarrierTaskContext):
+        return os.environ.get("SPARK_LOCAL_IP") or socket.gethostname()
     address = context.getTaskInfos()[context.partitionId()].address
     return str(address).rsplit(":", 1)[0] or socket.gethostname()
 

@@ -76,10 +76,6 @@ class BarrierLauncher:
         """Ingest anew, into so many shards."""
         return self._shards.resize(num_replicas)
 
-    def close(self) -> None:
-        """Let go of the persisted shards."""
-        self._shards.close()
-
 
 def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Be one replica for as long as the stage is open; the batch holds the manifest row of its shard."""

@@ -1,9 +1,10 @@
-"""transport="spark": a barrier job a round over the persisted shards, with no port and no connection of our own."""
+"""Orders as Spark jobs over the persisted shards, one a round, with no port and no connection of our own."""
 
 from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,6 @@ from sparkdeep.spark.session.parcels import (
     carrier_for,
 )
 from sparkdeep.spark.session.task import Shards
-from sparkdeep.spark.tasks.portion_tasks import portion_task
 from sparkdeep.spark.tasks.round_tasks import (
     PROBE_COLUMNS,
     REPLY_COLUMNS,
@@ -33,7 +33,7 @@ from sparkdeep.spark.tasks.round_tasks import (
 )
 from sparkdeep.versions import versions
 
-__all__ = ["Load", "RunnerSettings", "SparkRunner", "probe_session"]
+__all__ = ["Load", "RoundJobs", "RunnerSettings", "SparkRunner", "StatelessRunner", "probe_session"]
 
 _LOG = logging.getLogger("sparkdeep")
 _GIB: Final = 1 << 30
@@ -72,19 +72,19 @@ class Load:
     """Whether the mean comes back in float64."""
     durable: bool
     """Whether replica states are sent back to executors after a loss."""
-    portions: bool = False
-    """Whether tasks are of portions, which keep no state."""
 
 
-@final
-class SparkRunner:
-    """Runs each order as one barrier job.
+class RoundJobs(ABC):
+    """Runs each order as one job.
 
     Args:
         spark: the session.
         shards: of the run.
         settings: how jobs are run.
     """
+
+    keeps_states: bool
+    """Whether tasks are replicas in a barrier stage; where not, ordinary tasks, which keep no state."""
 
     def __init__(self, spark: SparkSession, shards: Shards, *, settings: RunnerSettings) -> None:
         self.num_replicas = settings.num_replicas
@@ -100,18 +100,20 @@ class SparkRunner:
         return self._carrier.ship(slot, data)
 
     def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
-        """Run the order as one job over the shards, or over portions of them."""
+        """Run the order as one job over the shards."""
         settings = self._settings
         job = RoundJob(
             order=order,
             shard_dir=settings.shard_dir,
             open_timeout_s=settings.open_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
+            keeps_states=self.keeps_states,
         )
         extra = {"profile": settings.profile} if settings.profile is not None else {}
-        task = portion_task if order.portions else round_task
         # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
-        frame = self._shards.frame.mapInArrow(partial(task, job), REPLY_COLUMNS, barrier=not order.portions, **extra)
+        frame = self._shards.frame.mapInArrow(
+            partial(round_task, job), REPLY_COLUMNS, barrier=self.keeps_states, **extra
+        )
         access = access_to(self._spark)
         batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
         return read_replies(batches)
@@ -121,9 +123,8 @@ class SparkRunner:
         self._shards.renew()
 
     def close(self) -> None:
-        """Let go of the persisted manifest, and of what was shipped."""
+        """Let go of what was shipped."""
         self._carrier.close()
-        self._shards.close()
 
     def check(self, load: Load) -> None:
         """Refuse what will not fit, before anything trains.
@@ -131,52 +132,28 @@ class SparkRunner:
         Raises:
             PreflightError: with the numbers, and what to set.
         """
-        self._check_results(load)
-        if access_to(self._spark).connect and self.exchange is None:
-            self._check_artifacts(load)
-
-    def _check_results(self, load: Load) -> None:
+        access = access_to(self._spark)
         # From executors to the driver's JVM: without exchange_dir every replica's update, else the mean alone.
         count = self.num_replicas if self.exchange is None else 2 if load.wide else 1
         needed = int(_MARGIN * count * load.start_bytes)
-        limit = _size(access_to(self._spark).conf("spark.driver.maxResultSize"))
+        limit, heap = _size(access.conf("spark.driver.maxResultSize")), access.heap()
         if limit and needed > limit:
-            remedy = (
-                "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
-            )
-            if load.portions:
-                raise PreflightError(
-                    self._too_many_portions(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
-                )
-            raise PreflightError(
-                f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
-                f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
-            )
-
-        heap = access_to(self._spark).heap()
+            raise PreflightError(self._over_limit(needed, limit))
         # Results lie there as they came, and once more while they are handed on to Python.
         if heap is not None and 2 * needed > heap:
-            if load.portions:
-                raise PreflightError(self._too_many_portions(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB"))
-            raise PreflightError(
-                f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
-                f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
-                f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
-            )
+            raise PreflightError(self._over_heap(needed, heap))
+        if access.connect and self.exchange is None:
+            self._check_artifacts(load)
 
-    def _too_many_portions(self, needed: int, room: str) -> str:
-        return (
-            f"portions: the gradients of {self.num_replicas} portions are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
-            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
-            "their gradients over sockets."
-        )
+    @abstractmethod
+    def _over_limit(self, needed: int, limit: int) -> str:
+        """What is said where a round's results are larger than `spark.driver.maxResultSize`."""
+
+    @abstractmethod
+    def _over_heap(self, needed: int, heap: int) -> str:
+        """What is said where they do not fit, twice, into the driver's heap."""
 
     def _check_artifacts(self, load: Load) -> None:
-        if load.portions and load.start_bytes > CLOSURE_LIMIT_BYTES:
-            raise PreflightError(
-                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
-                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
-            )
         used = artifact_bytes(self._spark)
         # Each round ships its start once, and the last validation ships the end.
         sends = [(load.start_bytes, load.rounds + 1), (load.fixed_bytes, 1)]
@@ -213,6 +190,55 @@ class SparkRunner:
         except BaseException:
             job.cancel()
             raise
+
+
+@final
+class SparkRunner(RoundJobs):
+    """transport="spark": barrier jobs, in which each replica finds its shard and its state where the job before left them."""
+
+    keeps_states = True
+
+    def _over_limit(self, needed: int, limit: int) -> str:
+        remedy = "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
+        return (
+            f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
+            f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
+        )
+
+    def _over_heap(self, needed: int, heap: int) -> str:
+        return (
+            f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
+            f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
+            f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
+        )
+
+
+@final
+class StatelessRunner(RoundJobs):
+    """Jobs of ordinary tasks that keep nothing: Spark may run each of them anywhere, again, and twice at a time."""
+
+    keeps_states = False
+
+    def _over_limit(self, needed: int, limit: int) -> str:
+        return self._no_room(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
+
+    def _over_heap(self, needed: int, heap: int) -> str:
+        return self._no_room(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB")
+
+    def _no_room(self, needed: int, room: str) -> str:
+        return (
+            f"portions={self.num_replicas}: their gradients are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
+            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
+            "their gradients over sockets."
+        )
+
+    def _check_artifacts(self, load: Load) -> None:
+        if load.start_bytes > CLOSURE_LIMIT_BYTES:
+            raise PreflightError(
+                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
+                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
+            )
+        super()._check_artifacts(load)
 
 
 def probe_session(

@@ -25,12 +25,12 @@ from sparkdeep.protocol.orders import Order, Reply
 from sparkdeep.replica.job import Place, obey
 from sparkdeep.spark.session.failures import missing_module, named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device
-from sparkdeep.spark.tasks.replica_tasks import Placed, placed
+from sparkdeep.spark.tasks.replica_tasks import placed, placed_anywhere
 from sparkdeep.storage.opening import open_store
 from sparkdeep.storage.state_files import own_files
 from sparkdeep.versions import versions
 
-__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "answered", "probe_task", "read_replies", "round_task"]
+__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_replies", "round_task"]
 
 REPLY_COLUMNS: Final = "replica int, part int, header string, data binary"
 PROBE_COLUMNS: Final = "task int, host string, versions string"
@@ -50,19 +50,16 @@ class RoundJob:
     """A replica that is not built within this time ends its process, which Spark reports."""
     stall_timeout_s: float
     """So does one that, once built, has not finished a single batch for this long."""
+    keeps_states: bool
+    """Whether tasks are those of a barrier stage, each where its shard lies and the replica's state with it."""
 
 
 def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Do the order as the replica whose manifest row the batch holds; yields its reply in parts."""
-    with named_failures():
-        task = placed(job.order.run, job.shard_dir, job.order.settings.device, batches)
-    yield from answered(job, task)
-
-
-def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
-    """Do the order where `task` says; yields the reply in parts."""
+    """Do the order for the shard whose manifest row the batches hold; yields the reply in parts."""
     with named_failures():
         order = job.order
+        find = placed if job.keeps_states else placed_anywhere
+        task = find(order.run, job.shard_dir, order.settings.device, batches)
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
         lines = _Lines()
         with _watched(job.stall_timeout_s, first_s=job.open_timeout_s) as beat, contextlib.redirect_stdout(lines):
@@ -75,6 +72,7 @@ def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
                 state_dir=Path(task.state_dir),
                 beat=beat,
                 open_program=_open_program,
+                keeps_state=job.keeps_states,
             )
             reply = obey(order, place)
         if device.type == "cuda":

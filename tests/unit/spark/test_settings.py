@@ -256,4 +256,4 @@ def test_a_key_is_refused_where_no_replica_keeps_rows():
     gradients = {"work": "gradient", "sync_every": "epoch", "portions": 4, "outer_optimizer": torch.optim.LBFGS}
     with pytest.raises(ConfigError, match=r"deal_key='user' with portions=4: no replica keeps rows"):
         transports.chosen(settings(deal_key="user", **gradients), None)
-    assert transports.chosen(settings(**gradients), None) == "portions"
+    assert transports.chosen(settings(**gradients), None) == "stateless"
