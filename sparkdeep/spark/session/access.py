@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, final
 
 from pyspark.sql import DataFrame, SparkSession
 
-__all__ = ["ENCRYPTED_CONNECTIONS", "ENCRYPTED_DISKS", "Access", "access_to", "is_connect"]
+__all__ = ["CONNECT_CANNOT", "ENCRYPTED_CONNECTIONS", "ENCRYPTED_DISKS", "Access", "access_to", "is_connect"]
 
 
 class Access(Protocol):
@@ -228,3 +228,10 @@ ENCRYPTED_CONNECTIONS: Final = (
     "spark.authenticate.enableSaslEncryption",
 )
 """Each of which says that Spark encrypts connections, and that ours have to be encrypted too."""
+
+
+CONNECT_CANNOT: Final[Mapping[str, str]] = {
+    "transport": "executors cannot dial the client",
+    "deal": "it does not tell how many partitions a DataFrame has, on which petastorm datasets depend as well",
+}
+"""Settings that a Spark Connect session cannot do, with the reasons."""

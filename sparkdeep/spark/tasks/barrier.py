@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, final
+from typing import Any, Final, final
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
@@ -34,6 +34,8 @@ class BarrierLauncher:
         shard_dir, worker_process: see `ReplicaJob`.
         profile: the stage's resource profile, or None.
     """
+
+    CANNOT: Final[Mapping[str, str]] = {"exchange_dir": "updates go to the driver"}
 
     def __init__(
         self,

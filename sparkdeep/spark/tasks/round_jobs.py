@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, final
@@ -39,6 +39,13 @@ _LOG = logging.getLogger("sparkdeep")
 _GIB: Final = 1 << 30
 # Arrow's framing, the headers, and the plan itself.
 _MARGIN: Final = 1.2
+_UNCONNECTED: Final[Mapping[str, str]] = {
+    "coordinator_host": "no replica dials the driver",
+    "coordinator_port": "no port is opened",
+    "tls": "no port is opened, and Spark's own encryption holds",
+    "aggregation": "no connection stays open between rounds",
+}
+_TOGETHER: Final = "each round is a job of its own that all replicas end together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +204,23 @@ class SparkRunner(RoundJobs):
     """transport="spark": barrier jobs, in which each replica finds its shard and its state where the job before left them."""
 
     keeps_states = True
+    CANNOT: Final[Mapping[str, str]] = {
+        **_UNCONNECTED,
+        "rounds_per_stage": "every round is a job of its own",
+        "overlap": "a round ends before the next one begins",
+        "down_codec": "replicas are built anew for each round, and know no parameters that could have changed",
+        "quorum": _TOGETHER,
+        "on_nonfinite": _TOGETHER,
+        "time_budget_s": _TOGETHER,
+        "weighting": _TOGETHER,
+        "schedule": _TOGETHER,
+        "work": _TOGETHER,
+        "asynchronous": _TOGETHER,
+        "aggregator": _TOGETHER,
+        "replay": _TOGETHER,
+        "min_workers": "the number of replicas does not change there",
+        "worker_process": "replicas train in Spark's Python workers",
+    }
 
     def _over_limit(self, needed: int, limit: int) -> str:
         remedy = "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
@@ -218,6 +242,15 @@ class StatelessRunner(RoundJobs):
     """Jobs of ordinary tasks that keep nothing: Spark may run each of them anywhere, again, and twice at a time."""
 
     keeps_states = False
+    CANNOT: Final[Mapping[str, str]] = {
+        **_UNCONNECTED,
+        "transport": "no replica dials the driver",
+        "rounds_per_stage": "every evaluation is a job of its own",
+        "exchange_dir": "gradients go to the driver, which adds them up",
+        "deal": "rows are dealt by their hash",
+        "deal_key": "no replica keeps rows: any task may take any of them",
+        "worker_process": "tasks run in Spark's Python workers",
+    }
 
     def _over_limit(self, needed: int, limit: int) -> str:
         return self._no_room(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
