@@ -21,8 +21,8 @@ from sparkdeep.spark.doctor.conf_checks import KEYS, check_conf
 from sparkdeep.spark.doctor.conf_values import TORCH_WORKER_BYTES, Conf, expected_slots
 from sparkdeep.spark.doctor.executor_checks import Sight, check_sights
 from sparkdeep.spark.doctor.findings import Finding, Report
-from sparkdeep.spark.doctor.probes import MAX_TASKS, Look, is_connect, look, package_versions
-from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS
+from sparkdeep.spark.doctor.probes import MAX_TASKS, Look, look, package_versions
+from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, is_connect
 from sparkdeep.spark.session.preflight import available_slots, is_local, task_profile
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 

@@ -20,11 +20,13 @@ from pyspark.sql import SparkSession
 
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ReplicaLostError, SparkdeepError
 from sparkdeep.spark.doctor.executor_checks import LocalDir, Sight, sight_from_json, sight_to_json
+from sparkdeep.spark.session.access import is_connect
 from sparkdeep.spark.session.failures import named_failures, translate
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.storage.disks import volume_of
 
-__all__ = ["MAX_TASKS", "Look", "is_connect", "look", "package_versions", "run_tagged"]
+__all__ = ["MAX_TASKS", "Look", "look", "package_versions", "run_tagged"]
 
 MAX_TASKS: Final = 128
 """Tasks of one look at most: enough to meet every kind of executor, few enough to dial the driver at once."""
@@ -45,11 +47,6 @@ class Look:
     token: bytes = field(repr=False)
     certificate: bytes = b""
     """See `channel.Address`."""
-
-
-def is_connect(spark: SparkSession) -> bool:
-    """Whether the session has no SparkContext."""
-    return "connect" in type(spark).__module__
 
 
 def package_versions() -> dict[str, str]:
@@ -81,8 +78,7 @@ def look(
         SparkdeepError: why it failed, where it can be named; else what Spark raised.
     """
     frame = spark.range(0, 1 << 20) if num_tasks is None else spark.range(0, num_tasks, 1, num_tasks)
-    extra = {"profile": profile} if profile is not None else {}
-    frame = frame.mapInArrow(partial(look_task, job), "sight string", barrier=barrier, **extra)
+    frame = mapped(frame, partial(look_task, job), "sight string", barrier=barrier, profile=profile)
     what = f"the look at {'a barrier stage' if barrier else 'plain tasks'}"
     rows = run_tagged(spark, frame, tag=job.tag, what=what, timeout_s=timeout_s)
     return [sight_from_json(row["sight"]) for row in rows]
@@ -96,14 +92,8 @@ def run_tagged(spark: SparkSession, frame: Any, *, tag: str, what: str, timeout_
         Exception: why it failed.
     """
     if not is_connect(spark):
-        from sparkdeep.spark.session.jobs import SparkJob
-
         job = SparkJob(spark, frame, tag=tag, description=f"sparkdeep doctor: {what}")
-        try:
-            return list(job.result(timeout_s, what))
-        except BaseException:
-            job.cancel()
-            raise
+        return list(job.result(timeout_s, what))
     rows: list[Any] = []
     failures: list[BaseException] = []
 

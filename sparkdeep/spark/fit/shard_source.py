@@ -25,7 +25,7 @@ from sparkdeep.spark.ingest.ingest import (
 )
 from sparkdeep.spark.ingest.portions import manifests_of
 from sparkdeep.spark.ingest.redealing import RedealJob, redeal_task
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 
 __all__ = ["ShardSource"]
 
@@ -100,9 +100,9 @@ class ShardSource:
         job = RedealJob(
             run=self._run, schema=schema, shard_dir=self._settings.shard_dir, shards=shards, count=self.num_workers
         )
-        extra = {"profile": self._profile} if self._profile is not None else {}
-        rows = self._spark.range(0, self.num_workers, 1, self.num_workers)
-        return rows.mapInArrow(partial(redeal_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
+        tasks = self._spark.range(0, self.num_workers, 1, self.num_workers)
+        task = partial(redeal_task, job)
+        return mapped(tasks, task, MANIFEST_COLUMNS, barrier=True, profile=self._profile).persist()
 
     def ingest(self) -> Ingested:
         """Write the shards.
@@ -131,9 +131,6 @@ class ShardSource:
                 ledger.add(error, 0)
                 attempts = run.max_retries + 1
                 _LOG.warning("ingest, attempt %d of %d failed: %s", len(ledger.running), attempts, error)
-            except BaseException:
-                job.cancel()
-                raise
 
     def renew(self) -> None:
         """Ingest anew with the next stage: each task then writes its shard where it runs."""

@@ -22,6 +22,7 @@ from sparkdeep.protocol.plans import ShardFacts
 from sparkdeep.spark.ingest.dealing_by_key import KEY, key_column, repartitioned_by_key
 from sparkdeep.spark.ingest.portions import PORTION_COLUMNS, portion_ingest_task
 from sparkdeep.spark.ingest.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
+from sparkdeep.spark.session.jobs import mapped
 from sparkdeep.spark.session.types import quoted, selectable
 from sparkdeep.storage.disks import Volume
 
@@ -87,12 +88,28 @@ def dealt(
             "deal='partitions' with a second DataFrame for validation: its rows are in no replica's partition. Mark them in a "
             "boolean column, or give a fraction."
         )
+    rows = _hashed(frame, schema, validation, seed, deal_key)
+    if deal_key is not None:
+        rows = repartitioned_by_key(rows, num_workers, deal_key)
+    elif deal == "rows":
+        rows = rows.repartition(num_workers, F.col(HASH))
+    elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
+        raise ConfigError(
+            f"deal='partitions': the DataFrame has {partitions} partition(s), and num_workers={num_workers}: each replica keeps "
+            f"one. Use df.repartition({num_workers}), set num_workers={partitions}, or deal='rows'."
+        )
+    return rows.sortWithinPartitions(HASH, FLAG)
+
+
+def _hashed(
+    frame: DataFrame, schema: Schema, validation: float | str | DataFrame | None, seed: int, deal_key: str | None
+) -> DataFrame:
+    """The used columns of all rows, with their hash, whether they validate, and the key that they are dealt by, if any."""
     columns = schema.columns()
     keys = [] if deal_key is None else [key_column(frame, deal_key, seed)]
     rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation), *keys)
     if isinstance(validation, DataFrame):
-        missing = [name for name in columns if name not in validation.columns]
-        if missing:
+        if missing := [name for name in columns if name not in validation.columns]:
             raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
         keyless = [F.lit(None).cast("bigint").alias(KEY)] if keys else []
         held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG), *keyless)
@@ -104,16 +121,7 @@ def dealt(
     if isinstance(validation, float):
         bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
         rows = rows.withColumn(FLAG, F.expr(bucket))
-    if deal_key is not None:
-        rows = repartitioned_by_key(rows, num_workers, deal_key)
-    elif deal == "rows":
-        rows = rows.repartition(num_workers, F.col(HASH))
-    elif (partitions := rows.rdd.getNumPartitions()) != num_workers:
-        raise ConfigError(
-            f"deal='partitions': the DataFrame has {partitions} partition(s), and num_workers={num_workers}: each replica keeps "
-            f"one. Use df.repartition({num_workers}), set num_workers={partitions}, or deal='rows'."
-        )
-    return rows.sortWithinPartitions(HASH, FLAG)
+    return rows
 
 
 def _numbered(columns: Sequence[str], frame: DataFrame) -> list[Column]:
@@ -161,9 +169,8 @@ def shards_of(
     """
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
     task, columns = (portion_ingest_task, PORTION_COLUMNS) if movable else (ingest_task, MANIFEST_COLUMNS)
-    extra = {"profile": profile} if profile is not None else {}
     # The hash has done its work: it is not to travel.
-    return rows.drop(HASH).mapInArrow(partial(task, job), columns, barrier=not movable, **extra).persist()
+    return mapped(rows.drop(HASH), partial(task, job), columns, barrier=not movable, profile=profile).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, final
@@ -13,14 +12,12 @@ from pyspark.sql import SparkSession
 from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.failures import named_failures
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.replica_tasks import ReplicaJob, ReplicaTask, placed, run_replica
 from sparkdeep.stages.launch import RunningStage
 
 __all__ = ["BarrierLauncher", "replica_task"]
-
-_LOG = logging.getLogger("sparkdeep")
 
 
 @final
@@ -62,8 +59,8 @@ class BarrierLauncher:
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Submit the stage."""
         job = ReplicaJob(plan=self._plan, ticket=ticket, shard_dir=self._shard_dir, worker_process=self._worker_process)
-        extra = {"profile": self._profile} if self._profile is not None else {}
-        frame = self._shards.frame.mapInArrow(partial(replica_task, job), "replica int", barrier=True, **extra)
+        task = partial(replica_task, job)
+        frame = mapped(self._shards.frame, task, "replica int", barrier=True, profile=self._profile)
         return SparkJob(self._spark, frame, tag=f"sparkdeep-{ticket.run}-{ticket.stage}", description=description)
 
     def renew(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,6 @@ from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.jobs import SparkJob
 from sparkdeep.spark.session.task import local_dirs
-from sparkdeep.spark.tasks.barrier import _LOG
 from sparkdeep.storage.opening import open_store
 
 __all__ = ["clean_executors", "clean_task"]
@@ -25,6 +25,9 @@ __all__ = ["clean_executors", "clean_task"]
 # A clean-up task stays this long in its slot, so that every executor gets one.
 _SPREAD_S: Final = 0.2
 _RELEASE_TIMEOUT_S: Final = 5.0
+_CLEAN_ATTEMPTS: Final = 3
+_CLEAN_TIMEOUT_S: Final = 30.0
+_LOG: Final = logging.getLogger("sparkdeep")
 
 
 def clean_task(
@@ -49,12 +52,6 @@ def clean_task(
             open_store(exchange).delete(run_folder(run))
     time.sleep(_SPREAD_S)
     yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
-
-
-_CLEAN_ATTEMPTS = 3
-
-
-_CLEAN_TIMEOUT_S = 30.0
 
 
 def clean_executors(

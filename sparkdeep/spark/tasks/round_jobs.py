@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any, Final, final
 
 from pyspark.sql import DataFrame, SparkSession
 
-from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, VersionMismatchError
+from sparkdeep.errors import PreflightError, ReplicaLostError, VersionMismatchError
 from sparkdeep.protocol.orders import Order, Parcel, Reply
 from sparkdeep.spark.session.access import access_to
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.parcels import (
     ARTIFACT_LIMIT_BYTES,
     CLOSURE_LIMIT_BYTES,
@@ -35,7 +34,6 @@ from sparkdeep.versions import versions
 
 __all__ = ["Load", "RoundJobs", "RunnerSettings", "SparkRunner", "StatelessRunner", "probe_session"]
 
-_LOG = logging.getLogger("sparkdeep")
 _GIB: Final = 1 << 30
 # Arrow's framing, the headers, and the plan itself.
 _MARGIN: Final = 1.2
@@ -116,10 +114,13 @@ class RoundJobs(ABC):
             stall_timeout_s=settings.stall_timeout_s,
             keeps_states=self.keeps_states,
         )
-        extra = {"profile": settings.profile} if settings.profile is not None else {}
         # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
-        frame = self._shards.frame.mapInArrow(
-            partial(round_task, job), REPLY_COLUMNS, barrier=self.keeps_states, **extra
+        frame = mapped(
+            self._shards.frame,
+            partial(round_task, job),
+            REPLY_COLUMNS,
+            barrier=self.keeps_states,
+            profile=settings.profile,
         )
         access = access_to(self._spark)
         batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
@@ -192,11 +193,7 @@ class RoundJobs(ABC):
         self._jobs += 1
         tag = f"sparkdeep-{self._settings.run}-job-{self._jobs}"
         job = SparkJob(self._spark, frame, tag=tag, description=description, action=action)
-        try:
-            return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
-        except BaseException:
-            job.cancel()
-            raise
+        return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
 
 
 @final
@@ -284,8 +281,8 @@ def probe_session(
         VersionMismatchError: an executor runs other versions than the driver.
     """
     task = partial(probe_task, run, num_workers, exchange)
-    extra = {"profile": profile} if profile is not None else {}
-    frame = spark.range(0, num_workers, 1, num_workers).mapInArrow(task, PROBE_COLUMNS, barrier=True, **extra)
+    tasks = spark.range(0, num_workers, 1, num_workers)
+    frame = mapped(tasks, task, PROBE_COLUMNS, barrier=True, profile=profile)
     job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-probe", description="sparkdeep fit: probe")
     try:
         rows = job.result(timeout_s, "probing the session")
@@ -294,11 +291,6 @@ def probe_session(
             f"num_workers={num_workers}: the session did not run that many barrier tasks at once within {timeout_s:g} s "
             f"({error}). Lower num_workers, or give the session more executors or cores."
         ) from error
-    except SparkdeepError:
-        raise
-    except BaseException:
-        job.cancel()
-        raise
     own = versions()
     if odd := {row["host"]: json.loads(row["versions"]) for row in rows if json.loads(row["versions"]) != own}:
         table = "\n".join(f"  {host}: {found}" for host, found in sorted(odd.items()))
