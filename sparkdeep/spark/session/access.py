@@ -184,12 +184,15 @@ class _Connect:
                 if threading.get_ident() == own:  # handlers hear of every operation of the session
                     self._tasks[tag] = int(told["inflight_tasks"])
 
-            self._spark.registerProgressHandler(progress)
+            if hasattr(self._spark, "registerProgressHandler"):  # since Spark 4
+                self._spark.registerProgressHandler(progress)
             try:
                 work()
             finally:
                 self._tasks.pop(tag, None)
-                with contextlib.suppress(ValueError):  # the session was stopped, and its handlers with it
+                with contextlib.suppress(
+                    AttributeError, ValueError
+                ):  # the session was stopped, and its handlers with it
                     self._spark.removeProgressHandler(progress)
 
         thread = threading.Thread(target=run, name=f"sparkdeep-job-{tag}", daemon=True)
