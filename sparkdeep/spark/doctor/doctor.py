@@ -29,7 +29,7 @@ from sparkdeep.stages.coordinator import Coordinator, parse_ports
 __all__ = ["doctor", "open_session"]
 
 _ANSWER_TIMEOUT_S: Final = 5.0
-# Through Connect slots cannot be counted: a stage that gets none is given up after this long.
+# Slots cannot be counted through Connect: a stage that gets none is given up after this long.
 _GUESS_TIMEOUT_S: Final = 10.0
 
 
@@ -116,7 +116,7 @@ def open_session(
         builder = builder.config(key, value)
     session = builder.getOrCreate()
     if not is_connect(session):
-        session.sparkContext.setLogLevel("ERROR")  # the report says what a warning of Spark would
+        session.sparkContext.setLogLevel("ERROR")  # the report says what a warning of Spark's would say
     return session
 
 

@@ -27,7 +27,7 @@ from sparkdeep.storage.disks import volume_of
 __all__ = ["MAX_TASKS", "Look", "look", "package_versions"]
 
 MAX_TASKS: Final = 128
-"""Tasks of one look at most: enough to meet every kind of executor, few enough to dial the driver at once."""
+"""At most this many tasks in one look: enough to meet every kind of executor, few enough to dial the driver at once."""
 
 _DIAL_TIMEOUT_S: Final = 3.0
 _PACKAGES: Final = ("torch", "sparkdeep", "numpy", "pyarrow", "pyspark")
@@ -39,7 +39,7 @@ class Look:
 
     tag: str
     host: str
-    """Of the driver's port that is dialled; "" for none."""
+    """Of the driver's port to dial; "" for none."""
     port: int
     token: bytes = field(repr=False)
     certificate: bytes = b""
@@ -53,7 +53,7 @@ def package_versions() -> dict[str, str]:
         try:
             versions[name] = str(import_module(name).__version__)
         except ImportError:
-            continue  # missing is what the comparison then says
+            continue  # the comparison then calls it missing
     return versions
 
 
@@ -71,7 +71,7 @@ def look(
         timeout_s: for the whole job, waiting for slots included.
 
     Raises:
-        ReplicaLostError: it did not end in time, and was cancelled; or Spark lost a task.
+        ReplicaLostError: it did not end in time, and was canceled; or Spark lost a task.
         SparkdeepError: why it failed, where it can be named; else what Spark raised.
     """
     frame = spark.range(0, 1 << 20) if num_tasks is None else spark.range(0, num_tasks, 1, num_tasks)
@@ -137,7 +137,7 @@ def _cuda_devices() -> int:
 
 def _dial(job: Look, task: int, versions: dict[str, str]) -> tuple[float | None, str]:
     if "torch" not in versions:
-        return None, ""  # a replica does not come as far as dialling
+        return None, ""  # a replica would not get as far as dialing
     from sparkdeep.protocol.messages import Hello, to_header
     from sparkdeep.protocol.plans import Address
     from sparkdeep.replica.channel import Channel

@@ -35,7 +35,7 @@ _INGEST_TIMEOUT_S: Final = 24 * 3600.0
 
 @final
 class ShardSource:
-    """The shards of one fit; nothing runs before `ingest`, but for the count of rows by `deal_key`.
+    """The shards of one fit; nothing runs before `ingest`, except the count of rows by `deal_key`.
 
     Args:
         dataset: the rows.
@@ -43,7 +43,7 @@ class ShardSource:
         schema: before any row was seen.
         run: the run's id.
         profile: of its stages, or None.
-        on_busy: hears that ingest is at work.
+        on_busy: called while ingest is at work.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class ShardSource:
         self._shared: tuple[Ingested, tuple[tuple[str, dict[str, int]], ...]] | None = None
         """With `shard_dir`: what the first ingest learned, and where its shards lie for all executors to read."""
         self.num_workers = settings.run.num_tasks
-        """Shards."""
+        """How many shards."""
         self.frame = self._made()
-        """Persisted, one manifest row a shard."""
+        """Persisted, one manifest row per shard."""
 
     def _made(self) -> DataFrame:
         settings = self._settings
@@ -95,7 +95,7 @@ class ShardSource:
         )
 
     def _redealt(self, schema: Schema, shards: tuple[tuple[str, dict[str, int]], ...]) -> DataFrame:
-        """The rows of the shards that there are, in another number of them: the source is not read again."""
+        """The rows of the existing shards in another number of shards; the source is not read again."""
         assert self._settings.shard_dir is not None
         job = RedealJob(
             run=self._run, schema=schema, shard_dir=self._settings.shard_dir, shards=shards, count=self.num_workers
@@ -121,7 +121,7 @@ class ShardSource:
             try:
                 rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
                 validated = self._settings.validation is not None
-                # A replica must have rows; of tasks that keep no state, some may have none.
+                # Every replica must have rows; some of the tasks that keep no state may have none.
                 least = 1 if run.stateless else self.num_workers
                 ingested = read_manifests(rows, self._schema, least, validated=validated)
                 if self._shared is None and self._settings.shard_dir is not None:
@@ -139,14 +139,14 @@ class ShardSource:
         self.frame = self._made()
 
     def resize(self, num_workers: int) -> Sequence[ShardFacts]:
-        """Make so many shards, of those on shared storage or by another ingest; what they hold."""
+        """Make that many shards, from those on shared storage or by another ingest; returns what they hold."""
         self.frame.unpersist()
         self.num_workers = num_workers
         self.frame = self._made()
         return self.ingest().facts
 
     def close(self) -> None:
-        """Let go of the persisted manifest; a session that was stopped has done so already."""
+        """Release the persisted manifest; a session that was stopped has done so already."""
         try:
             self.frame.unpersist()
         except Exception as error:  # noqa: BLE001 (it must not hide the fit's own outcome; it is logged)

@@ -45,10 +45,10 @@ _HANDED_ON: Final = ("prediction", "prediction_col", "probability_col", "raw_pre
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """A fit that its session can run."""
+    """What the checks found: a fit that its session can run."""
 
     settings: FitSettings
-    """As they hold there."""
+    """As they hold in this session."""
     dataset: DataFrame
     spark: SparkSession
     transport: str
@@ -116,7 +116,7 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
 
 
 def _checked(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> _Checked:
-    """Refuse what cannot run, before anything does."""
+    """Refuse what cannot run before anything runs."""
     if (source := source_of(dataset)) is not None:
         dataset = source.dataframe(active_session(), settings.run.num_workers, columns_read(settings))
         settings = replace(settings, deal="partitions")
@@ -195,7 +195,7 @@ def _model(
 
 
 def _staged(settings: FitSettings) -> RunSettings:
-    """The run's settings; a callback that needs the slots after every round leaves each stage one round."""
+    """The run's settings; with a callback that needs the slots after every round, each stage has only one."""
     if any(getattr(one, "needs_spark", False) for one in settings.callbacks):
         return replace(settings.run, rounds_per_stage=1)
     return settings.run

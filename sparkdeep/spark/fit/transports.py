@@ -1,4 +1,4 @@
-"""Which transport a fit takes, what it cannot do there, and the pieces that a `Fit` is given for it."""
+"""Which transport a fit uses, what that rules out, and the stages that a `Fit` is given for it."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ _ALL_CAN: Final[Mapping[str, tuple[Any, ...]]] = {
     "min_workers": (None,),
     "worker_process": ("auto", "reuse"),
 }
-"""Values that mean something, or nothing, to every transport; others may be refused by its table `CANNOT`."""
+"""Values that no transport refuses; any other may be refused by its table, `CANNOT`."""
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
-    """What was asked for, or what the session can do: "socket", "spark", or "stateless".
+    """The transport asked for, or the one the session can do: "socket", "spark", or "stateless".
 
     Raises:
         PreflightError: the session cannot do what was asked for.
@@ -94,7 +94,7 @@ def _refuse(
     remedy: str,
     kind: type[ConfigError] = ConfigError,
 ) -> None:
-    """Refuse what was asked for and is in the table, {setting: reason}."""
+    """Refuse the first setting that was asked for and is in the table, {setting: reason}."""
     asked = _asked(settings)
     for name in cannot:
         if name in asked:
@@ -102,7 +102,7 @@ def _refuse(
 
 
 def _asked(settings: FitSettings) -> dict[str, str]:
-    """What was asked for that not every transport can do, by setting, as it is written: `tls=True`."""
+    """What was asked for and not every transport can do: {setting: as it is written, such as `tls=True`}."""
     values = vars(settings) | vars(settings.local) | vars(settings.run)
     asked = {name: f"{name}={values[name]!r}" for name, can in _ALL_CAN.items() if values[name] not in can}
     asked |= {written.partition("=")[0]: written for written in settings.run.closing}
@@ -116,7 +116,7 @@ def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
 
     Raises:
         PreflightError: shards would lie in the clear where Spark encrypts disks, or a ring is asked for where connections
-            are guarded: gloo's cannot be.
+            are guarded, which those of gloo cannot be.
         ConfigError: TLS is needed, and its package is not installed.
     """
     access = access_to(spark)
@@ -155,7 +155,7 @@ def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
 
 
 def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
-    """Find out by a tiny barrier job what the session does not tell: slots, and whether storage is shared.
+    """Find out with a tiny barrier job what the session does not tell: slots, and whether storage is shared.
 
     Raises:
         PreflightError: too few slots, or executors that do not see each other's files in `exchange_dir`.
@@ -181,7 +181,7 @@ def transport_for(
     profile: Any,
     on_busy: Callable[[], None],
 ) -> Transport:
-    """What runs replicas over the persisted shards; `on_busy` hears that they work."""
+    """What runs replicas over the persisted shards; `on_busy` is called while they work."""
     if chosen(settings, spark) != "socket":
         runner = StatelessRunner if settings.run.stateless else SparkRunner
         return runner(

@@ -43,7 +43,7 @@ MANIFEST_COLUMNS: Final = "replica int, manifest string, sample binary"
 
 @dataclass(frozen=True, kw_only=True)
 class Ingested:
-    """What ingest learned of the rows."""
+    """What ingest learned about the rows."""
 
     facts: tuple[ShardFacts, ...]
     schema: Schema
@@ -77,11 +77,11 @@ def dealt(
         deal: "rows" shuffles every row to the partition that its hash says; "partitions" leaves each row in the partition
             that it is in, of which there must be `num_workers`.
         deal_key: with "rows", a column by which they are dealt in place of the hash: rows of equal key go to the same
-            partition, and sorting is by the hash as ever. A job counts the rows of each key.
+            partition, and sorting is still by the hash. A job counts the rows of each key.
 
     Raises:
         ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns; or the
-            partitions cannot be kept; or `deal_key` is no column of keys, or has fewer than replicas.
+            partitions cannot be kept; or `deal_key` is no column of keys, or has fewer keys than there are replicas.
     """
     if deal == "partitions" and isinstance(validation, DataFrame):
         raise ConfigError(
@@ -114,8 +114,8 @@ def _hashed(
         keyless = [F.lit(None).cast("bigint").alias(KEY)] if keys else []
         held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG), *keyless)
         rows = rows.unionByName(held_out)
-    # As text: a call to the JVM for each of many columns, and again for each plan, takes the driver longer than it looks.
-    # Names of the user's do not go that way, as a session may give its own meaning to what is quoted.
+    # As text: a call to the JVM for each of many columns, and again for each plan, costs the driver more than one expects.
+    # The user's own names are not passed that way, as a session may give its own meaning to what is quoted.
     names = ", ".join(numbered(i) for i in range(len(columns)))
     rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
     if isinstance(validation, float):
@@ -125,13 +125,13 @@ def _hashed(
 
 
 def _numbered(columns: Sequence[str], frame: DataFrame) -> list[Column]:
-    # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
+    # mapInArrow takes names for paths: a dot in one would mean a member of a struct. The task restores the names.
     kinds = {field.name: field.dataType for field in frame.schema.fields}
     return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
 
 
 def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
-    """What says, before there is a hash, whether a row validates; nothing where the hash says it."""
+    """The column that says, before there is a hash, whether a row validates; none where the hash decides."""
     if validation is None or isinstance(validation, DataFrame):
         return [F.lit(False).alias(FLAG)]
     if isinstance(validation, str):
@@ -161,7 +161,7 @@ def shards_of(
     profile: Any,
     movable: bool = False,
 ) -> DataFrame:
-    """The ingest as a persisted DataFrame of one manifest row a shard; nothing runs yet.
+    """The ingest as a persisted DataFrame of one manifest row per shard; nothing runs yet.
 
     The persisted partition ties the shard to its executor: later stages prefer that place, and if the executor dies
     Spark's lineage writes just the lost shards again. With `movable` it holds the shard's files as well, unless they are
@@ -169,7 +169,7 @@ def shards_of(
     """
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
     task, columns = (portion_ingest_task, PORTION_COLUMNS) if movable else (ingest_task, MANIFEST_COLUMNS)
-    # The hash has done its work: it is not to travel.
+    # The hash has done its work and need not travel.
     return mapped(rows.drop(HASH), partial(task, job), columns, barrier=not movable, profile=profile).persist()
 
 

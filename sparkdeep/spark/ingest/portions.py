@@ -1,4 +1,4 @@
-"""Portions of the rows: shards whose files Spark itself keeps and moves, so that a task can be given any of them anywhere."""
+"""Portions of the rows: shards whose files Spark itself keeps and moves, so that any of them can be given to a task anywhere."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def unpacked(run: str, shard_dir: str | None, batches: Iterator[pa.RecordBatch])
     root = run_root(run, shard_dir)
     if shard_dir is not None:
         return manifest, Path(manifest["path"])
-    # By what it holds: a portion that was made again has the same rows, or is refused.
+    # Named by what it holds: a portion that was made again has the same rows, or is refused.
     path = root / f"portion-{manifest['replica']:05d}-{manifest['info']['digest'][:16]}"
     with room_for_shards(path):
         unpack([pieces[part] for part in sorted(pieces)], path)

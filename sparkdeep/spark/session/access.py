@@ -1,7 +1,7 @@
 """What differs between a classic Spark session and a Spark Connect one, behind one small interface.
 
-Spark Connect has no SparkContext: no job groups, no status tracker, no count of slots, and of Spark's own settings it
-shows those only that were set. What a session cannot tell is None here, and whoever asks must manage without.
+Spark Connect has no SparkContext: no job groups, no status tracker, no count of slots, and it shows only those of
+Spark's own settings that were set. What a session cannot tell is None here; callers must manage without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CONNECT_CANNOT", "ENCRYPTED_CONNECTIONS", "ENCRYPTED_DISKS", "Access
 
 
 class Access(Protocol):
-    """What a fit asks of its session beside DataFrames."""
+    """What a fit needs of its session besides DataFrames."""
 
     connect: bool
 
@@ -27,7 +27,7 @@ class Access(Protocol):
 
     @property
     def session(self) -> str:
-        """Names what broadcasts and artifacts end with."""
+        """Names the session, with which broadcasts and artifacts end."""
 
     @property
     def master(self) -> str | None:
@@ -37,7 +37,7 @@ class Access(Protocol):
         """One of Spark's settings; `default` where it is unset or unknown."""
 
     def start(self, work: Callable[[], None], *, tag: str, description: str) -> threading.Thread:
-        """Run `work` in a thread in which jobs carry the caller's properties and, beside them, the tag."""
+        """Run `work` in a thread in which jobs carry the caller's properties and the tag as well."""
 
     def cancel(self, tag: str) -> None:
         """Cancel the jobs of that tag."""
@@ -64,7 +64,7 @@ def is_connect(spark: SparkSession) -> bool:
 
 
 def access_to(spark: SparkSession) -> Access:
-    """The access to a session."""
+    """How to ask a session."""
     return _Connect(spark) if is_connect(spark) else _Classic(spark)
 
 
@@ -153,7 +153,7 @@ class _Connect:
     def __init__(self, spark: SparkSession) -> None:
         self._spark: Any = spark
         self._tasks: dict[str, int] = {}
-        """Running tasks by tag, as the server last told."""
+        """Running tasks by tag, as the server last reported them."""
 
     @property
     def application(self) -> str:
@@ -180,9 +180,9 @@ class _Connect:
                 self._spark.addTag(one)
             own = threading.get_ident()
 
-            def progress(**told: Any) -> None:
+            def progress(**report: Any) -> None:
                 if threading.get_ident() == own:  # handlers hear of every operation of the session
-                    self._tasks[tag] = int(told["inflight_tasks"])
+                    self._tasks[tag] = int(report["inflight_tasks"])
 
             if hasattr(self._spark, "registerProgressHandler"):  # since Spark 4
                 self._spark.registerProgressHandler(progress)
@@ -221,7 +221,7 @@ class _Connect:
 
 
 ENCRYPTED_DISKS: Final = "spark.io.encryption.enabled"
-"""By which Spark encrypts what it writes to executors' disks; what is ours there it does not reach."""
+"""With it Spark encrypts what it writes to executors' disks; our own files there are not covered."""
 
 
 ENCRYPTED_CONNECTIONS: Final = (
@@ -230,11 +230,11 @@ ENCRYPTED_CONNECTIONS: Final = (
     "spark.network.crypto.enabled",
     "spark.authenticate.enableSaslEncryption",
 )
-"""Each of which says that Spark encrypts connections, and that ours have to be encrypted too."""
+"""Any of them says that Spark encrypts connections, so that ours have to be encrypted too."""
 
 
 CONNECT_CANNOT: Final[Mapping[str, str]] = {
     "transport": "executors cannot dial the client",
     "deal": "it does not tell how many partitions a DataFrame has, on which petastorm datasets depend as well",
 }
-"""Settings that a Spark Connect session cannot do, with the reasons."""
+"""{setting: why a Spark Connect session cannot do it}."""

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.jobs."""
+"""A Spark action in a thread of its own, with a tag to cancel it by and a deadline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOOK_EVERY_S = 1.0
 
 
 class SparkJob:
-    """A Spark action in a thread, cancellable by its tag; the caller's job group and properties are left as they are."""
+    """A Spark action in a thread, cancelable by its tag; the caller's job group and properties are left as they are."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class SparkJob:
 
         Args:
             timeout_s: for the whole job.
-            what: it is, for the message.
-            idle_timeout_s: for which it may have no running task: other jobs hold the slots that it waits for.
+            what: what it is, for messages.
+            idle_timeout_s: how long it may have no running task, because other jobs hold the slots that it waits for.
             on_busy: called every second in which it has one, where `idle_timeout_s` is given.
 
         Raises:
-            ReplicaLostError: the job did not end, or had no slots, in time; it is cancelled, as on Ctrl-C.
+            ReplicaLostError: the job did not end, or had no slots, in time; it is canceled, as on Ctrl-C.
             Exception: why it failed.
         """
         try:
@@ -84,7 +84,7 @@ class SparkJob:
             self._thread.join(timeout=0.1)
             now = time.monotonic()
             if now - began > timeout_s:
-                raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was cancelled.")
+                raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was canceled.")
             if idle_timeout_s is None or now - looked < _LOOK_EVERY_S:
                 continue
             looked = now
@@ -93,13 +93,13 @@ class SparkJob:
                 on_busy()
             elif now - busy > idle_timeout_s:
                 raise ReplicaLostError(
-                    f"{what} had no running task for {idle_timeout_s:g} s and was cancelled: a barrier stage needs all its "
+                    f"{what} had no running task for {idle_timeout_s:g} s and was canceled: a barrier stage needs all its "
                     "slots at the same time, and other jobs hold them. Let those end, give this session more executors, "
                     "lower num_workers, or raise open_timeout_s."
                 )
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for the end; what the tasks had to say they have said."""
+        """Wait for the end; the tasks have reported everything by now."""
         self._thread.join(timeout=timeout_s)
         if self._thread.is_alive():
             self.cancel()

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.task."""
+"""What a task can find out about where it runs: its context, host, device and folders."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device",
 
 
 class Shards(Protocol):
-    """Persisted shards, one a replica; see `shard_source.ShardSource`."""
+    """Persisted shards, one per replica; see `shard_source.ShardSource`."""
 
     num_workers: int
     frame: DataFrame
-    """One manifest row a shard."""
+    """One manifest row per shard."""
 
     def renew(self) -> None:
         """Make them anew with the next job: each task then writes its shard where it runs."""
 
     def resize(self, num_workers: int) -> Sequence[ShardFacts]:
-        """Make them anew, so many; what they hold."""
+        """Make that many of them anew; returns what they hold."""
 
     def close(self) -> None:
         """Let go of them."""
@@ -88,7 +88,7 @@ def local_dirs() -> list[str]:
 
 
 def run_root(run: str, shard_dir: str | None) -> Path:
-    """This executor's folder for the run, after sweeping what dead ones left beside it."""
+    """This executor's folder for the run, after sweeping what dead runs left beside it."""
     folders = local_dirs()
     if shard_dir is not None:
         Path(shard_dir).mkdir(parents=True, exist_ok=True)

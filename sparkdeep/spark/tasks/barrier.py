@@ -1,4 +1,4 @@
-"""The barrier launcher: one Spark job a stage, in a thread of its own, under a tag of its own."""
+"""The barrier launcher: one Spark job per stage, in a thread of its own, under a tag of its own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BarrierLauncher:
 
     @property
     def num_replicas(self) -> int:
-        """Shards, and tasks."""
+        """As many as there are shards."""
         return self._shards.num_workers
 
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
@@ -72,7 +72,7 @@ class BarrierLauncher:
         return access_to(self._spark).slots(self._profile)
 
     def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
-        """Ingest anew, into so many shards."""
+        """Deal the rows anew, to that many shards; returns what they hold."""
         return self._shards.resize(num_replicas)
 
 

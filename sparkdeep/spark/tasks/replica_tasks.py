@@ -1,4 +1,4 @@
-"""What runs on executors: module-level functions of one plain job value and the task's Arrow batches."""
+"""Where a task's replica runs, and the replica that dials the driver: what travels is one plain job value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders as Spark jobs over the persisted shards, one a round, with no port and no connection of our own."""
+"""Orders as Spark jobs over the persisted shards, one per round, with no port and no connection of our own."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class RoundJobs(ABC):
         self._jobs = 0
 
     def ship(self, slot: str, data: bytes) -> Parcel:
-        """Get `data` on its way, by whatever takes its size here."""
+        """Get `data` on its way, by whatever can carry its size here."""
         return self._carrier.ship(slot, data)
 
     def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
@@ -114,7 +114,7 @@ class RoundJobs(ABC):
             stall_timeout_s=settings.stall_timeout_s,
             keeps_states=self.keeps_states,
         )
-        # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
+        # Spark never starts a second copy of a barrier task, and starts none of them before there are slots for all.
         frame = mapped(
             self._shards.frame,
             partial(round_task, job),
@@ -131,7 +131,7 @@ class RoundJobs(ABC):
         self._shards.renew()
 
     def close(self) -> None:
-        """Let go of what was shipped."""
+        """Release what was shipped."""
         self._carrier.close()
 
     def check(self, load: Load) -> None:
@@ -147,7 +147,7 @@ class RoundJobs(ABC):
         limit, heap = _size(access.conf("spark.driver.maxResultSize")), access.heap()
         if limit and needed > limit:
             raise PreflightError(self._over_limit(needed, limit))
-        # Results lie there as they came, and once more while they are handed on to Python.
+        # Results lie in the heap as they came, and once more while they are handed on to Python.
         if heap is not None and 2 * needed > heap:
             raise PreflightError(self._over_heap(needed, heap))
         if access.connect and self.exchange is None:
@@ -155,11 +155,11 @@ class RoundJobs(ABC):
 
     @abstractmethod
     def _over_limit(self, needed: int, limit: int) -> str:
-        """What is said where a round's results are larger than `spark.driver.maxResultSize`."""
+        """The message where a round's results exceed `spark.driver.maxResultSize`."""
 
     @abstractmethod
     def _over_heap(self, needed: int, heap: int) -> str:
-        """What is said where they do not fit, twice, into the driver's heap."""
+        """The message where they do not fit, twice, into the driver's heap."""
 
     def _check_artifacts(self, load: Load) -> None:
         used = artifact_bytes(self._spark)
@@ -258,7 +258,7 @@ class StatelessRunner(RoundJobs):
     def _no_room(self, needed: int, room: str) -> str:
         return (
             f"portions={self.num_replicas}: their gradients are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
-            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
+            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas send "
             "their gradients over sockets."
         )
 
@@ -274,7 +274,7 @@ class StatelessRunner(RoundJobs):
 def probe_session(
     spark: SparkSession, run: str, num_workers: int, profile: Any, *, exchange: str | None, timeout_s: float
 ) -> None:
-    """Start `num_workers` barrier tasks at once, and see that each runs our versions and the shared storage.
+    """Start `num_workers` barrier tasks at once; each must run our versions and see the shared storage.
 
     Raises:
         PreflightError: they did not start within `timeout_s`, or executors do not share `exchange`.
