@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, final
+from typing import Any, ClassVar, final
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
@@ -32,7 +32,8 @@ class BarrierLauncher:
         profile: the stage's resource profile, or None.
     """
 
-    CANNOT: Final[Mapping[str, str]] = {"exchange_dir": "updates go to the driver"}
+    CANNOT: ClassVar[Mapping[str, str]] = {"exchange_dir": "updates go to the driver"}
+    """{setting: why it cannot be had here}."""
 
     def __init__(
         self,

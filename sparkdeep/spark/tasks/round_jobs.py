@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -90,6 +90,8 @@ class RoundJobs(ABC):
 
     keeps_states: bool
     """Whether tasks are replicas in a barrier stage; where not, ordinary tasks, which keep no state."""
+    CANNOT: ClassVar[Mapping[str, str]]
+    """{setting: why it cannot be had here}."""
 
     def __init__(self, spark: SparkSession, shards: Shards, *, settings: RunnerSettings) -> None:
         self.num_replicas = settings.num_replicas
@@ -201,7 +203,7 @@ class SparkRunner(RoundJobs):
     """transport="spark": barrier jobs, in which each replica finds its shard and its state where the job before left them."""
 
     keeps_states = True
-    CANNOT: Final[Mapping[str, str]] = {
+    CANNOT: ClassVar[Mapping[str, str]] = {
         **_UNCONNECTED,
         "rounds_per_stage": "every round is a job of its own",
         "overlap": "a round ends before the next one begins",
@@ -239,7 +241,7 @@ class StatelessRunner(RoundJobs):
     """Jobs of ordinary tasks that keep nothing: Spark may run each of them anywhere, again, and twice at a time."""
 
     keeps_states = False
-    CANNOT: Final[Mapping[str, str]] = {
+    CANNOT: ClassVar[Mapping[str, str]] = {
         **_UNCONNECTED,
         "transport": "no replica dials the driver",
         "rounds_per_stage": "every evaluation is a job of its own",
