@@ -18,7 +18,7 @@ test:  ## set up, then format, lint, types and the three tiers of tests, each ti
 	@$(SETUP)
 	bash .ci/test.sh
 
-test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect; JOBS=quick: but the slowest
+test-jobs:  ## set up, then whole jobs, notebooks and searches on local[2], and Spark Connect
 	@$(SETUP)
 	bash .ci/test.sh jobs
 

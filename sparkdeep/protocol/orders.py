@@ -116,8 +116,6 @@ class Order:
     """With "local": the job that kept the states after the committed round."""
     durable: bool
     """Whether a state that is gone voids the job, instead of starting anew."""
-    portions: bool = False
-    """Whether the job's tasks are of portions of the rows, which keep no state, and may run anywhere and more than once."""
     sections: tuple[str, ...]
     """Names of averaged optimizer state that follows the parameters in `start`."""
     start: Parcel | None = None
@@ -154,9 +152,11 @@ class Reply:
 
 
 class JobRunner(Protocol):
-    """Runs orders: one job, one task a replica, all at the same time; of portions, when there is a slot for each."""
+    """Runs orders: one job, one task a replica."""
 
     num_replicas: int
+    keeps_states: bool
+    """Whether replicas keep their states from job to job; where not, a task may run anywhere, and more than once."""
 
     @property
     def exchange(self) -> str | None:

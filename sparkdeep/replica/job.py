@@ -56,6 +56,8 @@ class Place:
     check: Callable[[], None] = lambda: None
     """Called while it waits for others; raises to give up."""
     open_program: Callable[[bytes], Program] = unpack_program
+    keeps_state: bool = True
+    """Whether the state after a round is kept in `state_dir`."""
 
 
 def obey(order: Order, place: Place) -> Reply:
@@ -157,7 +159,7 @@ def _train(replica: Replica, order: Order, place: Place, states: StateFiles, hea
         result = replica.train(order.spec).encoded()  # what the code loses belongs to the state that is kept
     place.beat()
     saved = Saved(bytes=0, seconds=0.0)
-    if result.update.finite and not order.portions:
+    if result.update.finite and place.keeps_state:
         began = time.perf_counter()
         data = replica.save_state()
         with own_files("it kept the replica's state"):

@@ -180,9 +180,14 @@ class RunSettings:
             )
 
     @property
-    def num_portions(self) -> int:
-        """Ordinary tasks that a gradient of all rows is taken by; 0 where replicas do it."""
-        return 8 * self.num_workers if self.portions == "auto" else self.portions or 0
+    def stateless(self) -> bool:
+        """Whether ordinary tasks, which keep no state, do the work in place of replicas."""
+        return self.portions is not None
+
+    @property
+    def num_tasks(self) -> int:
+        """Replicas, or the ordinary tasks that work in their place."""
+        return 8 * self.num_workers if self.portions == "auto" else self.portions or self.num_workers
 
     @property
     def gradient(self) -> Literal["", "batches", "all"]:

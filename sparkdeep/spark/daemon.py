@@ -1,12 +1,12 @@
-"""Spark's Python daemon with torch imported, so that the workers that it forks need not import it.
+"""Spark's Python daemon with torch imported, so that the workers it forks need not import it.
 
 It is used where a session is started with this property:
 
     spark.python.daemon.module  sparkdeep.spark.daemon
 
-A static property of the session, read by every executor when it starts its daemon; sparkdeep must be installed there.
-A fork takes along one thread only, so what is imported must not have started others: two libraries are told not to for
-as long as they are imported, and if there is another thread all the same the daemon refuses to start. Nothing here
+It is a static property, read by every executor when it starts its daemon; sparkdeep must be installed there. A fork
+takes only one thread along, so nothing imported may have started others: two libraries are kept from it while they
+are imported, and if there is another thread all the same, the daemon refuses to start. Nothing here
 runs a tensor operation or touches CUDA, which cannot be used after a fork.
 """
 
@@ -42,7 +42,7 @@ def refusal(threads: Sequence[str], *, cuda: bool) -> str:
 
     Args:
         threads: names of its threads, its own included.
-        cuda: whether CUDA was initialised in it.
+        cuda: whether CUDA was initialized in it.
     """
     remedy = "Unset spark.python.daemon.module to use Spark's own daemon"
     if len(threads) > 1:
@@ -53,7 +53,7 @@ def refusal(threads: Sequence[str], *, cuda: bool) -> str:
         )
     if cuda:
         return (
-            f"sparkdeep.spark.daemon: its imports initialised CUDA, which cannot be used after a fork. {remedy}, or remove "
+            f"sparkdeep.spark.daemon: its imports initialized CUDA, which cannot be used after a fork. {remedy}, or remove "
             "what touches CUDA at import."
         )
     return ""
@@ -74,7 +74,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _threads() -> list[str]:
-    """This process's threads; where the system tells, those that Python knows nothing of included."""
+    """This process's threads; where the system lists them, including those that Python does not know."""
     tasks = Path("/proc/self/task")
     if not tasks.is_dir():
         return [thread.name for thread in threading.enumerate()]

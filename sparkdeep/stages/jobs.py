@@ -143,18 +143,13 @@ class JobReplicas:
         return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
 
     def states(self, clocks: Sequence[int]) -> list[bytes]:
-        """Every replica's state, from its executor's disk, as one job; portions have none."""
+        """Every replica's state, from its executor's disk, as one job; none where none are kept."""
         del clocks
-        if self._portions:
+        if not self.runner.keeps_states:
             return []
         assert self._state is not None
         what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
         return [reply.body for reply in self._run(self._order("states"), what)]
-
-    @property
-    def _portions(self) -> bool:
-        """Whether the tasks are of portions of the rows, and keep no state."""
-        return self.parts.settings.portions is not None
 
     def _order(
         self, kind: Literal["train", "evaluate", "states"], start: Globals | None = None, spec: RoundSpec | None = None
@@ -178,10 +173,9 @@ class JobReplicas:
             versions=versions(),
             committed=state.committed,
             scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
-            source="sent" if sent else "local" if state.committed and not self._portions else "fresh",
+            source="sent" if sent else "local" if state.committed and self.runner.keeps_states else "fresh",
             kept_by=self._kept_by,
             durable=self.parts.settings.replica_state == "durable",
-            portions=self._portions,
             sections=() if start is None else tuple(start.sections),
             start=parcel,
             program=None if start is None else self.runner.ship("program", self.parts.plan.program),

@@ -161,6 +161,7 @@ class InProcessRunner:
         state_dir: where replica states are kept between jobs.
         run: the run's id.
         exchange: a folder through which updates and parameters go, or None.
+        keeps_states: whether replicas keep their states.
     """
 
     def __init__(
@@ -171,8 +172,10 @@ class InProcessRunner:
         *,
         run: str,
         exchange: str | None = None,
+        keeps_states: bool = True,
     ) -> None:
         self.num_replicas = len(shards)
+        self.keeps_states = keeps_states
         self.exchange = exchange
         self._device = "cpu" if settings.device == "auto" else settings.device
         self._shards = list(shards)
@@ -215,6 +218,7 @@ class InProcessRunner:
                 shard=self._shards[replica],
                 problem="",
                 state_dir=self._state_dir / f"{replica}",
+                keeps_state=self.keeps_states,
                 beat=lambda: None,
                 check=check,
             )

@@ -44,7 +44,7 @@ class Unruly:
         self._inner = inner
         self._change = change
         self._random = np.random.default_rng(7)
-        self.num_replicas, self.exchange = inner.num_replicas, None
+        self.num_replicas, self.keeps_states, self.exchange = inner.num_replicas, inner.keeps_states, None
         self.ship, self.renew = inner.ship, inner.renew
         self.jobs = []
 
@@ -64,7 +64,7 @@ def make(tmp_path, sizes, *, wrap=None, validation=False, checkpoints=None, **op
     paths = write_shards(tmp_path / new_run_id(), deal(x, y, sizes), schema, held_out)
     settings = {"work": "gradient", "sync_every": "epoch", "epochs": 6, "portions": len(sizes), **options}
     local, name = LocalSettings(batch_size=8), new_run_id()
-    runner = InProcessRunner(local, paths, tmp_path / f"state-{name}", run=name)
+    runner = InProcessRunner(local, paths, tmp_path / f"state-{name}", run=name, keeps_states=False)
     return Fit(
         program=own,
         local=local,
@@ -150,9 +150,9 @@ def test_a_run_by_portions_is_resumed_from_its_checkpoint_with_the_same_bits(tmp
 
 
 def test_auto_is_eight_a_worker():
-    assert RunSettings(num_workers=3, work="gradient", portions="auto", sync_every="epoch").num_portions == 24
-    assert RunSettings(num_workers=3, work="gradient", portions=5, sync_every="epoch").num_portions == 5
-    assert RunSettings(num_workers=3).num_portions == 0
+    assert RunSettings(num_workers=3, work="gradient", portions="auto", sync_every="epoch").num_tasks == 24
+    assert RunSettings(num_workers=3, work="gradient", portions=5, sync_every="epoch").num_tasks == 5
+    assert RunSettings(num_workers=3).num_tasks == 3
 
 
 def test_a_portion_moves_as_pieces_and_is_the_same_shard(tmp_path):

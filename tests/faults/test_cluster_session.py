@@ -33,7 +33,7 @@ def test_a_job_group_cancelled_from_outside_ends_the_fit_by_name_and_the_callers
     context.setJobGroup("of the caller", "what the caller does", interruptOnCancel=True)
     try:
         before = [context.getLocalProperty(name) for name in names]
-        with pytest.raises(SparkdeepError, match="cancelled from outside") as raised:
+        with pytest.raises(SparkdeepError, match="canceled from outside") as raised:
             estimator(injector, callbacks=[cancel], **options).fit(fault_frame)
         assert [context.getLocalProperty(name) for name in names] == before
     finally:

@@ -58,7 +58,7 @@ def test_no_port_is_opened(blobs):
 
 
 def test_an_exchange_without_its_transport_is_refused(blobs, tmp_path):
-    with pytest.raises(ConfigError, match="exchange_dir is for transport='spark'"):
+    with pytest.raises(ConfigError, match=r"exchange_dir=.* with transport='socket': updates go to the driver"):
         estimator(transport="socket", exchange_dir=str(tmp_path)).fit(blobs)
 
 

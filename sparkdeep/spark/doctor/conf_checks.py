@@ -1,4 +1,4 @@
-"""What Spark properties alone tell about training: pure functions of a mapping, for a running session and for files."""
+"""What Spark properties alone say about training: pure functions of a mapping, for a running session and for files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISK
 
 __all__ = ["KEYS", "check_conf"]
 
-# Of the overhead, what the executor's JVM itself needs beside its heap: Spark's own least overhead.
+# The part of the overhead that the executor's JVM itself needs besides its heap: Spark's own minimum.
 _JVM_BYTES: Final = 384 * MIB
 _LOOPBACK: Final = re.compile(r"^(localhost|127\..*|::1|\[::1\])$")
 _ENGINES: Final = {

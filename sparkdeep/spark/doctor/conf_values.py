@@ -65,7 +65,7 @@ class Conf:
             value = float(text)
         except ValueError:
             value = math.nan
-        # Amounts beyond these are slips, and their quotients no numbers.
+        # Amounts beyond these are typos, and their quotients overflow.
         if value != 0 and not _LEAST <= value <= _MOST:
             raise ConfigError(f"{key}={text[:100]!r}: must be 0, or a number from {_LEAST:g} to {_MOST:g}.")
         return value
@@ -92,7 +92,7 @@ class Conf:
 
 
 def sharing(amount: float) -> int:
-    """How many tasks share a GPU of which each asks for `amount`, a fraction: a whole number, as Spark counts."""
+    """How many tasks share a GPU when each asks for a fraction `amount` of it: a whole number, as Spark counts."""
     return math.floor(1 / amount + 1e-9)
 
 

@@ -21,15 +21,15 @@ from sparkdeep.spark.doctor.conf_checks import KEYS, check_conf
 from sparkdeep.spark.doctor.conf_values import TORCH_WORKER_BYTES, Conf, expected_slots
 from sparkdeep.spark.doctor.executor_checks import Sight, check_sights
 from sparkdeep.spark.doctor.findings import Finding, Report
-from sparkdeep.spark.doctor.probes import MAX_TASKS, Look, is_connect, look, package_versions
-from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS
+from sparkdeep.spark.doctor.probes import MAX_TASKS, Look, look, package_versions
+from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, is_connect
 from sparkdeep.spark.session.preflight import available_slots, is_local, task_profile
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 
 __all__ = ["doctor", "open_session"]
 
 _ANSWER_TIMEOUT_S: Final = 5.0
-# Through Connect slots cannot be counted: a stage that gets none is given up after this long.
+# Slots cannot be counted through Connect: a stage that gets none is given up after this long.
 _GUESS_TIMEOUT_S: Final = 10.0
 
 
@@ -116,7 +116,7 @@ def open_session(
         builder = builder.config(key, value)
     session = builder.getOrCreate()
     if not is_connect(session):
-        session.sparkContext.setLogLevel("ERROR")  # the report says what a warning of Spark would
+        session.sparkContext.setLogLevel("ERROR")  # the report says what a warning of Spark's would say
     return session
 
 

@@ -45,7 +45,7 @@ class Sight:
     """Whether the task ran in a barrier stage."""
     cpus: int
     versions: Mapping[str, str]
-    """By package; a package that is not there is missing here too."""
+    """By package; those that are not installed are not listed."""
     gpus: Sequence[str]
     """Addresses that Spark gave the task."""
     cuda_devices: int
@@ -54,7 +54,7 @@ class Sight:
     """The torch device on which a replica would compute; "" with `device_problem`."""
     device_problem: str
     dial_s: float | None
-    """Seconds from dialling the driver's port to its answer; None when it was not dialled or did not answer."""
+    """Seconds from dialing the driver's port to its answer; None when it was not dialed or did not answer."""
     dial_problem: str
     resident_bytes: int
     """Of the Python worker, with torch imported."""
@@ -172,9 +172,7 @@ def _driver_port(sights: Sequence[Sight]) -> list[Finding]:
     times = [s.dial_s for s in sights if s.dial_s is not None]
     if not times:
         return []
-    return [
-        Finding(name=name, level="ok", seen=f"{len(times)} task(s) dialled it; {1000 * max(times):.0f} ms at most.")
-    ]
+    return [Finding(name=name, level="ok", seen=f"{len(times)} task(s) dialed it; {1000 * max(times):.0f} ms at most.")]
 
 
 def _local_dirs(sights: Sequence[Sight]) -> Finding:

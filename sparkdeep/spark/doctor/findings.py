@@ -24,7 +24,7 @@ class Finding:
     name: str
     """What was looked at, such as "barrier stages" or "local directories"."""
     level: Level
-    """"ok"; "warn" (training runs, but worse or at a risk); "fail" (it does not run); "unknown" (it could not be seen)."""
+    """"ok"; "warn" (training runs, but worse or at risk); "fail" (it does not run); "unknown" (it could not be seen)."""
     seen: str
     """What was seen, with its numbers."""
     change: str = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,20 +17,20 @@ import pyarrow as pa
 from pyspark import BarrierTaskContext, TaskContext
 from pyspark.sql import SparkSession
 
-from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ReplicaLostError, SparkdeepError
+from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, SparkdeepError
 from sparkdeep.spark.doctor.executor_checks import LocalDir, Sight, sight_from_json, sight_to_json
-from sparkdeep.spark.session.failures import named_failures, translate
+from sparkdeep.spark.session.failures import named_failures
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.storage.disks import volume_of
 
-__all__ = ["MAX_TASKS", "Look", "is_connect", "look", "package_versions", "run_tagged"]
+__all__ = ["MAX_TASKS", "Look", "look", "package_versions"]
 
 MAX_TASKS: Final = 128
-"""Tasks of one look at most: enough to meet every kind of executor, few enough to dial the driver at once."""
+"""At most this many tasks in one look: enough to meet every kind of executor, few enough to dial the driver at once."""
 
 _DIAL_TIMEOUT_S: Final = 3.0
 _PACKAGES: Final = ("torch", "sparkdeep", "numpy", "pyarrow", "pyspark")
-_CANCEL_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +39,11 @@ class Look:
 
     tag: str
     host: str
-    """Of the driver's port that is dialled; "" for none."""
+    """Of the driver's port to dial; "" for none."""
     port: int
     token: bytes = field(repr=False)
     certificate: bytes = b""
     """See `channel.Address`."""
-
-
-def is_connect(spark: SparkSession) -> bool:
-    """Whether the session has no SparkContext."""
-    return "connect" in type(spark).__module__
 
 
 def package_versions() -> dict[str, str]:
@@ -59,7 +53,7 @@ def package_versions() -> dict[str, str]:
         try:
             versions[name] = str(import_module(name).__version__)
         except ImportError:
-            continue  # missing is what the comparison then says
+            continue  # the comparison then calls it missing
     return versions
 
 
@@ -77,56 +71,14 @@ def look(
         timeout_s: for the whole job, waiting for slots included.
 
     Raises:
-        ReplicaLostError: it did not end in time, and was cancelled; or Spark lost a task.
+        ReplicaLostError: it did not end in time, and was canceled; or Spark lost a task.
         SparkdeepError: why it failed, where it can be named; else what Spark raised.
     """
     frame = spark.range(0, 1 << 20) if num_tasks is None else spark.range(0, num_tasks, 1, num_tasks)
-    extra = {"profile": profile} if profile is not None else {}
-    frame = frame.mapInArrow(partial(look_task, job), "sight string", barrier=barrier, **extra)
+    frame = mapped(frame, partial(look_task, job), "sight string", barrier=barrier, profile=profile)
     what = f"the look at {'a barrier stage' if barrier else 'plain tasks'}"
-    rows = run_tagged(spark, frame, tag=job.tag, what=what, timeout_s=timeout_s)
-    return [sight_from_json(row["sight"]) for row in rows]
-
-
-def run_tagged(spark: SparkSession, frame: Any, *, tag: str, what: str, timeout_s: float) -> list[Any]:
-    """Collect `frame` in a thread under `tag`; cancelled by it when time is over, or on Ctrl-C.
-
-    Raises:
-        ReplicaLostError: it did not end in time.
-        Exception: why it failed.
-    """
-    if not is_connect(spark):
-        from sparkdeep.spark.session.jobs import SparkJob
-
-        job = SparkJob(spark, frame, tag=tag, description=f"sparkdeep doctor: {what}")
-        try:
-            return list(job.result(timeout_s, what))
-        except BaseException:
-            job.cancel()
-            raise
-    rows: list[Any] = []
-    failures: list[BaseException] = []
-
-    def collect() -> None:
-        try:
-            spark.addTag(tag)
-            rows.extend(frame.collect())
-        except BaseException as error:  # noqa: BLE001 (handed to the thread that waits)
-            failures.append(translate(error))
-
-    thread = threading.Thread(target=collect, name=tag, daemon=True)
-    thread.start()
-    try:
-        thread.join(timeout=timeout_s)
-        if thread.is_alive():
-            raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was cancelled.")
-    except BaseException:
-        spark.interruptTag(tag)
-        thread.join(timeout=_CANCEL_TIMEOUT_S)
-        raise
-    if failures:
-        raise failures[0]
-    return rows
+    running = SparkJob(spark, frame, tag=job.tag, description=f"sparkdeep doctor: {what}")
+    return [sight_from_json(row["sight"]) for row in running.result(timeout_s, what)]
 
 
 def look_task(job: Look, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -185,7 +137,7 @@ def _cuda_devices() -> int:
 
 def _dial(job: Look, task: int, versions: dict[str, str]) -> tuple[float | None, str]:
     if "torch" not in versions:
-        return None, ""  # a replica does not come as far as dialling
+        return None, ""  # a replica would not get as far as dialing
     from sparkdeep.protocol.messages import Hello, to_header
     from sparkdeep.protocol.plans import Address
     from sparkdeep.replica.channel import Channel

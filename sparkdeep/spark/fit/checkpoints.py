@@ -31,7 +31,7 @@ _SHAPE = (2, 3)
 
 
 def least_checkpoint_bytes(program: Program, local: LocalSettings, run: RunSettings) -> int:
-    """What one checkpoint holds at the least: parameters, each replica's optimizer state and what error feedback kept."""
+    """What one checkpoint holds at the least: parameters, each replica's optimizer state and what error feedback keeps."""
     sections = _sections(program)
     copies = 1
     if local.inner_state == "keep":
@@ -44,7 +44,7 @@ def least_checkpoint_bytes(program: Program, local: LocalSettings, run: RunSetti
 
 
 def check_checkpoint_room(folder: str, checkpoint_bytes: int, keep: int) -> None:
-    """Refuse a local folder without room for `keep` checkpoints and the one in the making; warn of one in memory.
+    """Refuse a local folder without room for `keep` checkpoints and one being written; warn of a folder in memory.
 
     Checkpoints that are there already, and will be replaced, count as room.
 
@@ -69,7 +69,7 @@ def check_checkpoint_room(folder: str, checkpoint_bytes: int, keep: int) -> None
 
 
 def _sections(program: Program) -> int:
-    """State tensors of a parameter's size that the optimizer keeps for each: found out on one of six elements."""
+    """State tensors of a parameter's size that the optimizer keeps for each, found out with one of six elements."""
     probe = nn.Parameter(torch.zeros(_SHAPE))
     probe.grad = torch.zeros(_SHAPE)
     try:
@@ -97,7 +97,7 @@ def open_folder(settings: FitSettings, spark: SparkSession, below: str = "") -> 
 def checkpoints_of(
     settings: FitSettings, spark: SparkSession, program: Program, ingested: Ingested, warm_start: TorchModel | None
 ) -> CheckpointDirectory | None:
-    """The checkpoints of this fit, which no fit with other rows or settings goes on with; None without `checkpoint_dir`.
+    """The checkpoints of this fit, which no fit with other rows or settings may resume; None without `checkpoint_dir`.
 
     Raises:
         PreflightError: a local folder without room for them.
@@ -113,7 +113,7 @@ def checkpoints_of(
         outer_optimizer=settings.outer_optimizer,
         warm_start=None if warm_start is None else warm_start.model,
     )
-    # The models of a grid and of folds are fitted with one checkpoint_dir, in any order, perhaps at the same time.
+    # The models of a grid and its folds share one checkpoint_dir, and are fitted in any order, perhaps at the same time.
     store = open_folder(settings, spark, f"search/{digest_of(settings, identity)}" if settings.search else "")
     if store is None:
         return None

@@ -68,7 +68,7 @@ class EstimatorWriter(MLWriter):
                 )
             del values["model"]
         elif isinstance(model, str):
-            values["model"] = import_factory(model)  # by the same rules as the object that it names
+            values["model"] = import_factory(model)  # by the same rules as the object it names
         return {name: to_json(value, name) for name, value in values.items()}, model if isinstance(
             model, nn.Module
         ) else None
@@ -92,7 +92,7 @@ class EstimatorReader(MLReader):
         """Read the estimator in `path`.
 
         Raises:
-            ModelLoadError: it is none, of a later version, damaged, or names what may not be resolved.
+            ModelLoadError: it is no estimator, of a later version, or damaged, or names what may not be resolved.
         """
         metadata = DefaultParamsReader.loadMetadata(path, _session(self))
         version = (metadata.get("sparkdeep") or {}).get("format_version")
@@ -118,7 +118,7 @@ class EstimatorReader(MLReader):
 
 
 def _session(files: MLReader | MLWriter) -> Any:
-    # Spark 3.5 takes the context here, Spark 4 the session, which Connect has alone.
+    # Spark 3.5 takes the context here, Spark 4 the session, the only one that Connect has.
     return files.sc if pyspark.__version__.startswith("3.") else files.sparkSession
 
 

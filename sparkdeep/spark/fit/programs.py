@@ -70,7 +70,7 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
 
 
 def schema_for(settings: FitSettings, dataset: DataFrame, program: Program) -> Schema:
-    """What is known of the columns before any row was seen.
+    """What is known about the columns before any row was seen.
 
     Raises:
         DataError: a column is missing, or of a type that cannot be trained on.
@@ -89,7 +89,7 @@ def schema_for(settings: FitSettings, dataset: DataFrame, program: Program) -> S
 
 
 def rehearsed(settings: FitSettings, program: Program, ingested: Ingested) -> tuple[Program, Prediction]:
-    """Send the first rows through model and loss on the driver; gives the finished program and what `transform` writes.
+    """Send the first rows through model and loss on the driver; returns the finished program and what `transform` writes.
 
     Raises:
         UserCodeError, ConfigError, DataError: what would have failed on every replica.
@@ -104,7 +104,7 @@ def rehearsed(settings: FitSettings, program: Program, ingested: Ingested) -> tu
         steps_per_epoch=steps_per_epoch(rows, batch_size=local.batch_size, accumulate_batches=local.accumulate_batches),
         batches_per_step=local.accumulate_batches,
     )
-    pack_program(program)  # names what cannot be pickled, which the copy that rehearses would stumble over
+    pack_program(program)  # names what cannot be pickled, before copying for the rehearsal fails on it
     output = rehearse(program, batch, ingested.schema)
     prediction = _prediction(settings, program, output, batch.rows)
     return program, prediction
@@ -119,7 +119,7 @@ def _prediction(settings: FitSettings, program: Program, output: Any, rows: int)
     except ConfigError:
         if program.training_step is None or choice is not None or vectors:
             raise
-        return Prediction(choice=None, sql_type="")  # refused by `transform`, with what to do
+        return Prediction(choice=None, sql_type="")  # `transform` refuses it, with what to do
 
 
 def _warm(module: nn.Module, source: nn.Module) -> None:

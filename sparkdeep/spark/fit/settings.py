@@ -1,4 +1,4 @@
-"""The settings of one fit as a frozen value, checked together; made from an estimator's params when it fits."""
+"""The settings of one fit as a frozen value, checked together; made from an estimator's params at the start of a fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOG = logging.getLogger("sparkdeep")
 _LOCAL = frozenset(f.name for f in fields(LocalSettings))
 _RUN = frozenset(f.name for f in fields(RunSettings))
 
-# What a run may change when it is resumed: where and how it runs, and who watches.
+# What may change when a run is resumed: where and how it runs, and who watches.
 _PASSING: Final = frozenset(
     {"callbacks", "checkpoint_dir", "checkpoint_every", "coordinator_host", "coordinator_port", "cpus_per_worker"}
     | {"device", "exchange_dir", "gpus_per_worker", "keep_checkpoints", "max_retries", "max_stage_s", "open_timeout_s"}
@@ -229,7 +229,7 @@ class FitSettings:
 
 
 def described(settings: FitSettings) -> dict[str, Any]:
-    """Every setting as a JSON value, for a log: callables and classes by name, and no password of a URI."""
+    """Every setting as a JSON value, for a log: callables and classes by name, and without the password of a URI."""
     values = {
         f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("local", "run", "model", "replay")
     }
@@ -257,7 +257,7 @@ def digest_of(settings: FitSettings, identity: Mapping[str, Any]) -> str:
 
 
 def _code(value: Any) -> Any:
-    """For functions that a name does not tell apart (lambdas, functions made by functions): a digest of their code."""
+    """For functions that have no name of their own (lambdas, functions made by functions): a digest of their code."""
     if isinstance(value, partial):
         return [_code(value.func), _code(value.args), _code(value.keywords)]
     if isinstance(value, Mapping):

@@ -19,14 +19,13 @@ from sparkdeep.spark.ingest.ingest import (
     MANIFEST_COLUMNS,
     Ingested,
     dealt,
-    manifests_of,
     paths_of,
-    portions_of,
     read_manifests,
     shards_of,
 )
+from sparkdeep.spark.ingest.portions import manifests_of
 from sparkdeep.spark.ingest.redealing import RedealJob, redeal_task
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 
 __all__ = ["ShardSource"]
 
@@ -36,7 +35,7 @@ _INGEST_TIMEOUT_S: Final = 24 * 3600.0
 
 @final
 class ShardSource:
-    """The shards of one fit; nothing runs before `ingest`, but for the count of rows by `deal_key`.
+    """The shards of one fit; nothing runs before `ingest`, except the count of rows by `deal_key`.
 
     Args:
         dataset: the rows.
@@ -44,7 +43,7 @@ class ShardSource:
         schema: before any row was seen.
         run: the run's id.
         profile: of its stages, or None.
-        on_busy: hears that ingest is at work.
+        on_busy: called while ingest is at work.
     """
 
     def __init__(
@@ -67,10 +66,10 @@ class ShardSource:
         self._jobs = 0
         self._shared: tuple[Ingested, tuple[tuple[str, dict[str, int]], ...]] | None = None
         """With `shard_dir`: what the first ingest learned, and where its shards lie for all executors to read."""
-        self.num_workers = settings.run.num_portions or settings.run.num_workers
-        """Shards, or portions."""
+        self.num_workers = settings.run.num_tasks
+        """How many shards."""
         self.frame = self._made()
-        """Persisted, one manifest row a shard."""
+        """Persisted, one manifest row per shard."""
 
     def _made(self) -> DataFrame:
         settings = self._settings
@@ -85,25 +84,25 @@ class ShardSource:
             deal=settings.deal,
             deal_key=settings.deal_key,
         )
-        make = portions_of if settings.run.num_portions else shards_of
-        return make(
+        return shards_of(
             rows,
             self._schema,
             run=self._run,
             decode=settings.decode,
             shard_dir=settings.shard_dir,
             profile=self._profile,
+            movable=settings.run.stateless,
         )
 
     def _redealt(self, schema: Schema, shards: tuple[tuple[str, dict[str, int]], ...]) -> DataFrame:
-        """The rows of the shards that there are, in another number of them: the source is not read again."""
+        """The rows of the existing shards in another number of shards; the source is not read again."""
         assert self._settings.shard_dir is not None
         job = RedealJob(
             run=self._run, schema=schema, shard_dir=self._settings.shard_dir, shards=shards, count=self.num_workers
         )
-        extra = {"profile": self._profile} if self._profile is not None else {}
-        rows = self._spark.range(0, self.num_workers, 1, self.num_workers)
-        return rows.mapInArrow(partial(redeal_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
+        tasks = self._spark.range(0, self.num_workers, 1, self.num_workers)
+        task = partial(redeal_task, job)
+        return mapped(tasks, task, MANIFEST_COLUMNS, barrier=True, profile=self._profile).persist()
 
     def ingest(self) -> Ingested:
         """Write the shards.
@@ -117,25 +116,21 @@ class ShardSource:
         while True:
             self._jobs += 1
             tag = f"sparkdeep-{self._run}-ingest-{self._jobs}"
-            portions = self._settings.run.num_portions > 0
-            frame = manifests_of(self.frame) if portions else self.frame
+            frame = manifests_of(self.frame) if run.stateless else self.frame
             job = SparkJob(self._spark, frame, tag=tag, description="sparkdeep fit: ingest")
             try:
                 rows = job.result(_INGEST_TIMEOUT_S, "ingest", idle_timeout_s=run.open_timeout_s, on_busy=self._on_busy)
                 validated = self._settings.validation is not None
-                # (a portion may be empty, where a replica may not)
-                least = 1 if portions else self.num_workers
+                # Every replica must have rows; some of the tasks that keep no state may have none.
+                least = 1 if run.stateless else self.num_workers
                 ingested = read_manifests(rows, self._schema, least, validated=validated)
-                if self._shared is None and not portions and self._settings.shard_dir is not None:
+                if self._shared is None and self._settings.shard_dir is not None:
                     self._shared = (ingested, paths_of(rows))
                 return ingested
             except ReplicaLostError as error:
                 ledger.add(error, 0)
                 attempts = run.max_retries + 1
                 _LOG.warning("ingest, attempt %d of %d failed: %s", len(ledger.running), attempts, error)
-            except BaseException:
-                job.cancel()
-                raise
 
     def renew(self) -> None:
         """Ingest anew with the next stage: each task then writes its shard where it runs."""
@@ -144,14 +139,14 @@ class ShardSource:
         self.frame = self._made()
 
     def resize(self, num_workers: int) -> Sequence[ShardFacts]:
-        """Make so many shards, of those on shared storage or by another ingest; what they hold."""
+        """Make that many shards, from those on shared storage or by another ingest; returns what they hold."""
         self.frame.unpersist()
         self.num_workers = num_workers
         self.frame = self._made()
         return self.ingest().facts
 
     def close(self) -> None:
-        """Let go of the persisted manifest; a session that was stopped has done so already."""
+        """Release the persisted manifest; a session that was stopped has done so already."""
         try:
             self.frame.unpersist()
         except Exception as error:  # noqa: BLE001 (it must not hide the fit's own outcome; it is logged)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep import seams
+from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError
+from sparkdeep.models.prediction import Prediction
 from sparkdeep.models.program import Program
 from sparkdeep.models.registry import reference_of
-from sparkdeep.protocol.plans import ReplicaPlan
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.spark.fit.checkpoints import checkpoints_of, open_folder
 from sparkdeep.spark.fit.programs import columns_read, program_of, rehearsed, schema_for
 from sparkdeep.spark.fit.settings import FitSettings, described
 from sparkdeep.spark.fit.shard_source import ShardSource
-from sparkdeep.spark.fit.transports import Transport, check_load, chosen, guarded, probe, stages_of, transport_for
+from sparkdeep.spark.fit.transports import check_load, chosen, guarded, probe, stages_of, transport_for
 from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.ingest.petastorm_source import active_session, source_of
 from sparkdeep.spark.model.model import TorchModel
@@ -28,10 +31,9 @@ from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.preflight import available_slots, check_session, check_slots, task_profile
 from sparkdeep.spark.session.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.tasks.cleaning import clean_executors
-from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.tracking.callbacks import Callbacks, FitInfo
 from sparkdeep.tracking.progress import Progress
-from sparkdeep.tracking.records import summary
+from sparkdeep.tracking.records import RoundRecord, summary
 from sparkdeep.tracking.startup import Phases
 
 __all__ = ["train"]
@@ -41,9 +43,80 @@ _SLOT_TIMEOUT_S: Final = 30.0
 _HANDED_ON: Final = ("prediction", "prediction_col", "probability_col", "raw_prediction_col")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """What the checks found: a fit that its session can run."""
+
+    settings: FitSettings
+    """As they hold in this session."""
+    dataset: DataFrame
+    spark: SparkSession
+    transport: str
+    """See `transports.chosen`."""
+    profile: Any
+    """The resource profile of its stages, or None."""
+
+
 def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> TorchModel:
     """Ingest, rehearse, train round by round, and clean up, also after a failure; see `TorchEstimator.fit`."""
     phases = Phases()
+    checked = _checked(settings, dataset, warm_start)
+    settings, spark = checked.settings, checked.spark
+    program = program_of(settings, warm_start)
+    schema = schema_for(settings, checked.dataset, program)
+    run = new_run_id()
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(_slots(checked, run))
+        shards = ShardSource(checked.dataset, settings, schema, run=run, profile=checked.profile, on_busy=lease.alive)
+        phases.end("checks")
+        stack.callback(_clean, settings, spark, run)
+        stack.callback(shards.close)
+        if checked.transport == "spark":
+            probe(settings, spark, run, checked.profile)
+        ingested = shards.ingest()
+        phases.end("ingest")
+        program, prediction = rehearsed(settings, program, ingested)
+        phases.end("rehearsal")
+        plan = plan_of(program, settings.local, ingested.schema, steps=settings.run.work == "local")
+        transport = transport_for(
+            settings, spark, shards, plan=plan, run=run, profile=checked.profile, on_busy=lease.alive
+        )
+        progress = stack.enter_context(Progress(enabled=settings.progress))
+        fit = Fit(
+            program=program,
+            local=settings.local,
+            settings=_staged(settings),
+            plan=plan,
+            shards=ingested.facts,
+            run=run,
+            outer_optimizer=settings.outer_optimizer,
+            checkpoints=checkpoints_of(settings, spark, program, ingested, warm_start),
+            resume=bool(settings.resume),
+            replay=settings.replay,
+            on_beat=partial(_beat, lease, progress),
+            on_log=progress.log,
+            stages=stages_of(transport, settings, spark, stack),
+        )
+        check_load(settings, fit, transport)
+        info = _info(settings, fit, ingested)
+        _announce(settings, fit, info)
+        callbacks = Callbacks([phases, *settings.callbacks])
+        try:
+            callbacks.start(info)
+            courtesy = Courtesy(spark) if checked.transport == "socket" else None
+            _run_rounds(fit, progress, callbacks, lease, courtesy)
+        except BaseException as error:
+            callbacks.end(None, error)
+            raise
+        fit.load_result()
+    model = _model(settings, program, ingested.schema, prediction, fit.state.records)
+    model.startup = phases.startup
+    callbacks.end(model, None)
+    return model
+
+
+def _checked(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | None) -> _Checked:
+    """Refuse what cannot run before anything runs."""
     if (source := source_of(dataset)) is not None:
         dataset = source.dataframe(active_session(), settings.run.num_workers, columns_read(settings))
         settings = replace(settings, deal="partitions")
@@ -63,48 +136,55 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
             "start from a module of your own, pass it as model=."
         )
     seams.reach("preflight")
-    open_folder(settings, spark)  # a folder that cannot be opened is refused before anything runs
-    program = program_of(settings, warm_start)
-    schema = schema_for(settings, dataset, program)
-    run = new_run_id()
-    with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(_slots(settings, spark, run, profile))
-        shards = ShardSource(dataset, settings, schema, run=run, profile=profile, on_busy=lease.alive)
-        phases.end("checks")
-        stack.callback(lambda: _clean(settings, spark, run))
-        stack.callback(lambda: launcher.close() if launcher else shards.close())
-        launcher: Transport | None = None
-        if transport == "spark":
-            probe(settings, spark, run, profile)
-        ingested = shards.ingest()
-        phases.end("ingest")
-        program, prediction = rehearsed(settings, program, ingested)
-        phases.end("rehearsal")
-        launcher = transport_for(
-            settings,
-            spark,
-            shards,
-            plan=_plan(settings, program, ingested),
-            run=run,
-            profile=profile,
-            on_busy=lease.alive,
+    open_folder(settings, spark)
+    return _Checked(settings=settings, dataset=dataset, spark=spark, transport=transport, profile=profile)
+
+
+def _slots(checked: _Checked, run: str) -> contextlib.AbstractContextManager[Lease]:
+    num_workers = checked.settings.run.num_workers
+    return ledger_of(access_to(checked.spark).application).hold(
+        f"fit {run}",
+        num_workers,
+        lambda: available_slots(checked.spark, checked.profile) or num_workers,
+        timeout_s=checked.settings.run.open_timeout_s,
+    )
+
+
+def _beat(lease: Lease, progress: Progress, replica: int, rows: int) -> None:
+    lease.alive()
+    progress.beat(replica, rows)
+
+
+def _announce(settings: FitSettings, fit: Fit, info: FitInfo) -> None:
+    if info.committed:
+        _LOG.warning(
+            "going on with the run in %s after round %d%s%s",
+            info.settings["checkpoint_dir"],
+            info.committed,
+            "" if fit.num_rounds is None else f" of {fit.num_rounds}",
+            ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
+            if fit.finished
+            else "",
         )
-        progress = stack.enter_context(Progress(enabled=settings.progress))
-        checkpoints = checkpoints_of(settings, spark, program, ingested, warm_start)
-        fit = _assemble(settings, spark, stack, program, ingested, launcher, run, progress, checkpoints, lease)
-        callbacks = Callbacks([phases, *settings.callbacks])
-        try:
-            callbacks.start(_info(settings, fit, ingested))
-            _run_rounds(fit, progress, callbacks, lease, Courtesy(spark) if transport == "socket" else None)
-        except BaseException as error:
-            callbacks.end(None, error)
-            raise
-        fit.load_result()
-    model = TorchModel(
+    _LOG.info(
+        "%d training rows on %d replicas, batch %d each (%d together), %s rounds, %.1f MB of parameters",
+        info.rows,
+        settings.run.num_workers,
+        settings.local.batch_size,
+        settings.local.batch_size * settings.run.num_workers,
+        fit.num_rounds or "as yet unknown",
+        fit.layout.num_bytes / 1e6,
+    )
+
+
+def _model(
+    settings: FitSettings, program: Program, schema: Schema, prediction: Prediction, history: Sequence[RoundRecord]
+) -> TorchModel:
+    return TorchModel(
         module=program.model.eval(),
-        schema=ingested.schema,
+        schema=schema,
         written=prediction,
-        history=fit.state.records,
+        history=history,
         preprocess=settings.preprocess,
         collate=settings.collate,
         decode=settings.decode,
@@ -112,83 +192,10 @@ def train(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel | No
         batch_size=max(settings.local.batch_size, 256),
         **{name: getattr(settings, name) for name in _HANDED_ON if getattr(settings, name) is not None},
     )
-    model.startup = phases.startup
-    callbacks.end(model, None)
-    return model
-
-
-def _plan(settings: FitSettings, program: Program, ingested: Ingested) -> ReplicaPlan:
-    return plan_of(program, settings.local, ingested.schema, steps=settings.run.work == "local")
-
-
-def _slots(
-    settings: FitSettings, spark: SparkSession, run: str, profile: Any
-) -> contextlib.AbstractContextManager[Lease]:
-    return ledger_of(access_to(spark).application).hold(
-        f"fit {run}",
-        settings.run.num_workers,
-        lambda: available_slots(spark, profile) or settings.run.num_workers,
-        timeout_s=settings.run.open_timeout_s,
-    )
-
-
-def _assemble(
-    settings: FitSettings,
-    spark: SparkSession,
-    stack: contextlib.ExitStack,
-    program: Program,
-    ingested: Ingested,
-    launcher: Transport,
-    run: str,
-    progress: Progress,
-    checkpoints: CheckpointDirectory | None,
-    lease: Lease,
-) -> Fit:
-    def beat(replica: int, rows: int) -> None:
-        lease.alive()
-        progress.beat(replica, rows)
-
-    fit = Fit(
-        program=program,
-        local=settings.local,
-        settings=_staged(settings),
-        plan=_plan(settings, program, ingested),
-        shards=ingested.facts,
-        run=run,
-        outer_optimizer=settings.outer_optimizer,
-        checkpoints=checkpoints,
-        resume=bool(settings.resume),
-        replay=settings.replay,
-        on_beat=beat,
-        on_log=progress.log,
-        stages=stages_of(launcher, settings, spark, stack),
-    )
-    check_load(settings, fit)
-    if fit.state.committed:
-        _LOG.warning(
-            "going on with the run in %s after round %d%s%s",
-            described(settings)["checkpoint_dir"],
-            fit.state.committed,
-            "" if fit.num_rounds is None else f" of {fit.num_rounds}",
-            ": it is finished, nothing is trained; resume=False or another checkpoint_dir starts a new one"
-            if fit.finished
-            else "",
-        )
-    rows = sum(shard.rows["train"] for shard in ingested.facts)
-    _LOG.info(
-        "%d training rows on %d replicas, batch %d each (%d together), %s rounds, %.1f MB of parameters",
-        rows,
-        settings.run.num_workers,
-        settings.local.batch_size,
-        settings.local.batch_size * settings.run.num_workers,
-        fit.num_rounds or "as yet unknown",
-        fit.layout.num_bytes / 1e6,
-    )
-    return fit
 
 
 def _staged(settings: FitSettings) -> RunSettings:
-    """The run's settings; a callback that needs the slots after every round leaves each stage one round."""
+    """The run's settings; with a callback that needs the slots after every round, each stage has only one."""
     if any(getattr(one, "needs_spark", False) for one in settings.callbacks):
         return replace(settings.run, rounds_per_stage=1)
     return settings.run

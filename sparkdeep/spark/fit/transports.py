@@ -1,10 +1,10 @@
-"""Which transport a fit takes, what it cannot do there, and the pieces that a `Fit` is given for it."""
+"""Which transport a fit uses, what that rules out, and the stages that a `Fit` is given for it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
@@ -18,10 +18,17 @@ from sparkdeep.rounds.fit import Fit
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.transport import StageOpener
 from sparkdeep.spark.fit.settings import FitSettings
-from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, access_to, is_connect
+from sparkdeep.spark.session.access import CONNECT_CANNOT, ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, access_to, is_connect
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.barrier import BarrierLauncher
-from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, probe_session
+from sparkdeep.spark.tasks.round_jobs import (
+    Load,
+    RoundJobs,
+    RunnerSettings,
+    SparkRunner,
+    StatelessRunner,
+    probe_session,
+)
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 from sparkdeep.stages.jobs import JobStages
 from sparkdeep.stages.opener import SocketStages
@@ -29,113 +36,79 @@ from sparkdeep.tensors.parameters import named_tensors
 
 __all__ = ["Transport", "check_load", "chosen", "guarded", "probe", "stages_of", "transport_for"]
 
-Transport: TypeAlias = BarrierLauncher | SparkRunner
+Transport: TypeAlias = BarrierLauncher | RoundJobs
 # Averaged optimizer state: Adam has two values a parameter, and amsgrad a third.
 _MOST_SECTIONS: Final = 3
 _PROBE_TIMEOUT_S: Final = 60.0
 _GUARDS: Final = ("spark.authenticate", *ENCRYPTED_CONNECTIONS)
 _LOG: Final = logging.getLogger("sparkdeep")
+_ALL_CAN: Final[Mapping[str, tuple[Any, ...]]] = {
+    "transport": ("auto", "spark"),
+    "rounds_per_stage": ("auto", 1),
+    "coordinator_host": (None,),
+    "coordinator_port": (None,),
+    "tls": ("auto", False),
+    "exchange_dir": (None,),
+    "deal": ("rows",),
+    "deal_key": (None,),
+    "aggregation": ("auto", "star"),
+    "overlap": (0,),
+    "down_codec": ("identity",),
+    "min_workers": (None,),
+    "worker_process": ("auto", "reuse"),
+}
+"""Values that no transport refuses; any other may be refused by its table, `CANNOT`."""
 
 
 def chosen(settings: FitSettings, spark: SparkSession) -> str:
-    """What was asked for, or what the session can do: "socket", "spark", or "portions", jobs of ordinary tasks.
+    """The transport asked for, or the one the session can do: "socket", "spark", or "stateless".
 
     Raises:
         PreflightError: the session cannot do what was asked for.
         ConfigError: a setting has no meaning with that transport.
     """
-    if settings.run.num_portions:
-        return _portions(settings)
-    transport = settings.transport
-    if transport == "auto":
-        transport = "spark" if is_connect(spark) else "socket"
-    if transport == "socket":
-        if is_connect(spark):
-            raise PreflightError(
-                "transport='socket': this is a Spark Connect session, whose client executors cannot dial; use "
-                "transport='spark' or 'auto', or a classic session."
-            )
-        if settings.exchange_dir is not None:
-            raise ConfigError(
-                "exchange_dir is for transport='spark'; with 'socket' updates go to the driver. Leave it out, or set "
-                "transport='spark'."
-            )
-        return transport
-    if is_connect(spark) and settings.deal == "partitions":
-        raise PreflightError(
-            "deal='partitions', and petastorm datasets, need a classic session: Spark Connect does not tell how many partitions "
-            "a DataFrame has. Use deal='rows' on a DataFrame."
+    if settings.run.stateless:
+        _refuse(
+            StatelessRunner.CANNOT,
+            settings,
+            where=f"with portions={settings.run.portions!r}",
+            remedy="set portions=None, which has the replicas of a barrier stage do it",
         )
-    without: dict[str, tuple[Any, str]] = {
-        "rounds_per_stage": (
-            settings.run.rounds_per_stage if settings.run.rounds_per_stage not in ("auto", 1) else None,
-            "every round is a job of its own",
-        ),
-        "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
-        "coordinator_port": (settings.coordinator_port, "no port is opened"),
-        "tls": (settings.tls if settings.tls is True else None, "no port is opened, and Spark's own encryption holds"),
-        "aggregation": (
-            "ring" if settings.run.aggregation == "ring" else None,
-            "no connection stays open between rounds",
-        ),
-        "overlap": (settings.local.overlap or None, "a round ends before the next one begins"),
-        "down_codec": (
-            settings.local.down_codec if settings.local.down_codec != "identity" else None,
-            "replicas are built anew for each round, and know no parameters that could have changed",
-        ),
-        **dict.fromkeys(
-            (name.partition("=")[0] for name in settings.run.closing),
-            (" ".join(settings.run.closing) or None, "each round is a job of its own that all replicas end together"),
-        ),
-        "replay": (
-            "records of rounds that went on without a replica" if _went_on_without(settings) else None,
-            "each round is a job of its own that all replicas end together",
-        ),
-        "min_workers": (settings.run.min_workers, "the number of replicas does not change there"),
-        "worker_process": (
-            "spawn" if settings.worker_process == "spawn" else None,
-            "replicas train in Spark's Python workers",
-        ),
-    }
-    for name, (value, reason) in without.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name}={value!r} with transport='spark': {reason}. Leave it out, or use transport='socket'."
-            )
-    return transport
+        return "stateless"
+    connect = is_connect(spark)
+    if connect:
+        _refuse(CONNECT_CANNOT, settings, where="on Spark Connect", remedy="use a classic session", kind=PreflightError)
+    if settings.transport == "spark" or (settings.transport == "auto" and connect):
+        remedy = "use transport='socket'" + " on a classic session" * connect
+        _refuse(SparkRunner.CANNOT, settings, where="with transport='spark'", remedy=remedy)
+        return "spark"
+    _refuse(BarrierLauncher.CANNOT, settings, where="with transport='socket'", remedy="use transport='spark'")
+    return "socket"
 
 
-def _went_on_without(settings: FitSettings) -> bool:
-    return any(part.dropped for record in settings.replay for part in record.replicas)
+def _refuse(
+    cannot: Mapping[str, str],
+    settings: FitSettings,
+    *,
+    where: str,
+    remedy: str,
+    kind: type[ConfigError] = ConfigError,
+) -> None:
+    """Refuse the first setting that was asked for and is in the table, {setting: reason}."""
+    asked = _asked(settings)
+    for name in cannot:
+        if name in asked:
+            raise kind(f"{asked[name]} {where}: {cannot[name]}. Leave it out, or {remedy}.")
 
 
-def _portions(settings: FitSettings) -> str:
-    run = settings.run
-    without: dict[str, tuple[Any, str]] = {
-        "transport": (settings.transport if settings.transport == "socket" else None, "no replica dials the driver"),
-        "rounds_per_stage": (
-            run.rounds_per_stage if run.rounds_per_stage not in ("auto", 1) else None,
-            "every evaluation is a job of its own",
-        ),
-        "coordinator_host": (settings.coordinator_host, "no replica dials the driver"),
-        "coordinator_port": (settings.coordinator_port, "no port is opened"),
-        "tls": (settings.tls if settings.tls is True else None, "no port is opened, and Spark's own encryption holds"),
-        "exchange_dir": (settings.exchange_dir, "gradients go to the driver, which adds them up"),
-        "deal": ("partitions" if settings.deal == "partitions" else None, "rows are dealt to portions"),
-        "deal_key": (settings.deal_key, "no replica keeps rows: any task may take any portion"),
-        "aggregation": ("ring" if run.aggregation == "ring" else None, "no connection stays open between rounds"),
-        "worker_process": (
-            "spawn" if settings.worker_process == "spawn" else None,
-            "portions are worked at in Spark's Python workers",
-        ),
-    }
-    for name, (value, reason) in without.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name}={value!r} with portions={run.portions!r}: {reason}. Leave it out, or set portions=None, which has the "
-                "replicas of a barrier stage do it."
-            )
-    return "portions"
+def _asked(settings: FitSettings) -> dict[str, str]:
+    """What was asked for and not every transport can do: {setting: as it is written, such as `tls=True`}."""
+    values = vars(settings) | vars(settings.local) | vars(settings.run)
+    asked = {name: f"{name}={values[name]!r}" for name, can in _ALL_CAN.items() if values[name] not in can}
+    asked |= {written.partition("=")[0]: written for written in settings.run.closing}
+    if any(part.dropped for record in settings.replay for part in record.replicas):
+        asked["replay"] = "replay='records of rounds that went on without a replica'"
+    return asked
 
 
 def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
@@ -143,7 +116,7 @@ def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
 
     Raises:
         PreflightError: shards would lie in the clear where Spark encrypts disks, or a ring is asked for where connections
-            are guarded: gloo's cannot be.
+            are guarded, which those of gloo cannot be.
         ConfigError: TLS is needed, and its package is not installed.
     """
     access = access_to(spark)
@@ -182,7 +155,7 @@ def guarded(settings: FitSettings, spark: SparkSession) -> FitSettings:
 
 
 def probe(settings: FitSettings, spark: SparkSession, run: str, profile: Any) -> None:
-    """Find out by a tiny barrier job what the session does not tell: slots, and whether storage is shared.
+    """Find out with a tiny barrier job what the session does not tell: slots, and whether storage is shared.
 
     Raises:
         PreflightError: too few slots, or executors that do not see each other's files in `exchange_dir`.
@@ -208,14 +181,15 @@ def transport_for(
     profile: Any,
     on_busy: Callable[[], None],
 ) -> Transport:
-    """What runs replicas over the persisted shards; `on_busy` hears that they work. The caller closes it."""
+    """What runs replicas over the persisted shards; `on_busy` is called while they work."""
     if chosen(settings, spark) != "socket":
-        return SparkRunner(
+        runner = StatelessRunner if settings.run.stateless else SparkRunner
+        return runner(
             spark,
             shards,
             settings=RunnerSettings(
                 run=run,
-                num_replicas=settings.run.num_portions or settings.run.num_workers,
+                num_replicas=settings.run.num_tasks,
                 shard_dir=settings.shard_dir,
                 exchange=settings.exchange_dir,
                 open_timeout_s=settings.run.open_timeout_s,
@@ -237,8 +211,9 @@ def transport_for(
 def stages_of(
     transport: Transport, settings: FitSettings, spark: SparkSession, stack: contextlib.ExitStack
 ) -> StageOpener:
-    """How replicas are reached; a port that is opened is closed with the stack."""
-    if isinstance(transport, SparkRunner):
+    """How replicas are reached; what is opened is closed with the stack."""
+    if isinstance(transport, RoundJobs):
+        stack.callback(transport.close)
         return JobStages(runner=transport)
     access = access_to(spark)
     host = access.conf("spark.driver.host") or "localhost"
@@ -252,26 +227,25 @@ def stages_of(
     return SocketStages(launcher=transport, coordinator=coordinator)
 
 
-def check_load(settings: FitSettings, fit: Fit) -> None:
+def check_load(settings: FitSettings, fit: Fit, transport: Transport) -> None:
     """Refuse a fit whose parameters this session cannot carry.
 
     Raises:
         PreflightError: with the numbers, and what to set.
     """
-    if not isinstance(fit.stages, JobStages) or not isinstance(runner := fit.stages.runner, SparkRunner):
+    if not isinstance(transport, RoundJobs):
         return
     sections = _MOST_SECTIONS if settings.local.inner_state == "average" else 0
     sections += isinstance(settings.local.drift_correction, Scaffold)
     moving = {entry.name for entry in fit.layout.entries} | set(fit.layout.buffers)
     fixed = [tensor for name, tensor in named_tensors(fit.program.model) if name not in moving]
-    runner.check(
+    transport.check(
         Load(
             start_bytes=_buffer_bytes(fit.state) + (1 + sections) * fit.layout.num_bytes,
             fixed_bytes=len(fit.plan.program) + sum(tensor.nbytes for tensor in fixed),
             rounds=fit.rounds_left,
             wide=settings.outer_optimizer is not None,
-            durable=not settings.run.portions and (settings.run.replica_state == "durable" or fit.state.committed > 0),
-            portions=settings.run.portions is not None,
+            durable=transport.keeps_states and (settings.run.replica_state == "durable" or fit.state.committed > 0),
         )
     )
 

@@ -1,4 +1,4 @@
-"""Rows dealt by a column: all rows of one key go to one replica, and keys so that replicas have about as many rows."""
+"""Rows dealt by a column: all rows of one key go to one replica, and replicas get about equally many rows."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ KEY: Final = "__sparkdeep_key__"
 
 _PLACE: Final = "__sparkdeep_place__"
 
-# Beyond so many keys their counts are not collected: groups of keys are dealt, which are even then.
+# Beyond this many keys their counts are not collected: groups of keys are dealt, which are about even then.
 _MOST_KEYS: Final = 10_000
 _GROUPS: Final = 4096
 
 
 def key_column(frame: DataFrame, deal_key: str, seed: int) -> Column:
-    """What `repartitioned_by_key` goes by, from the user's column; null is a key as others are.
+    """The column that `repartitioned_by_key` deals by, from the user's; null is a key like any other.
 
     Raises:
-        ConfigError: there is no such column, or its values are no keys.
+        ConfigError: there is no such column, or its values cannot be keys.
     """
     kinds = {field.name: field.dataType for field in frame.schema.fields}
     if deal_key not in kinds:
@@ -49,8 +49,8 @@ def key_column(frame: DataFrame, deal_key: str, seed: int) -> Column:
 def keys_dealt(counts: Mapping[int, int], num_workers: int) -> dict[int, int]:
     """Key -> replica: the largest first, each to the replica that has the fewest rows so far (Graham's rule, 1969).
 
-    No replica then has more than 4/3 of the rows that the best dealing would give the fullest one. Ties go by the key's hash
-    and the replica's number, so that the same rows and seed give the same dealing.
+    No replica then has more than 4/3 of the rows that the best dealing would give the fullest one. Ties are broken by the key's
+    hash and the replica's number, so that the same rows and seed give the same dealing.
 
     Args:
         counts: training rows of every key.
@@ -99,14 +99,14 @@ def repartitioned_by_key(rows: DataFrame, num_workers: int, deal_key: str) -> Da
 
 
 def _counts(rows: DataFrame, most: int) -> dict[int, int]:
-    """Training rows by key, of at most so many keys."""
+    """Training rows by key, for at most `most` keys."""
     trains = F.sum(F.when(F.col(FLAG), 0).otherwise(1)).alias("rows")
     counted = rows.where(F.col(KEY).isNotNull()).groupBy(KEY).agg(trains).limit(most).collect()
     return {row[KEY]: row["rows"] for row in counted}
 
 
 def _marks(spark: SparkSession, count: int) -> list[int]:
-    """For every partition a number that Spark's own hash puts there, as rows cannot be sent to a partition by its number."""
+    """For every partition a value that Spark's own hash sends there: rows cannot be sent to a partition by its number."""
     size = 64 * count
     while True:
         text = f"SELECT transform(sequence(0L, {size}L), v -> pmod(hash(v), {count})) AS places"

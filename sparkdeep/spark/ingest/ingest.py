@@ -22,6 +22,7 @@ from sparkdeep.protocol.plans import ShardFacts
 from sparkdeep.spark.ingest.dealing_by_key import KEY, key_column, repartitioned_by_key
 from sparkdeep.spark.ingest.portions import PORTION_COLUMNS, portion_ingest_task
 from sparkdeep.spark.ingest.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
+from sparkdeep.spark.session.jobs import mapped
 from sparkdeep.spark.session.types import quoted, selectable
 from sparkdeep.storage.disks import Volume
 
@@ -29,9 +30,7 @@ __all__ = [
     "MANIFEST_COLUMNS",
     "Ingested",
     "dealt",
-    "manifests_of",
     "paths_of",
-    "portions_of",
     "read_manifests",
     "shards_of",
 ]
@@ -44,7 +43,7 @@ MANIFEST_COLUMNS: Final = "replica int, manifest string, sample binary"
 
 @dataclass(frozen=True, kw_only=True)
 class Ingested:
-    """What ingest learned of the rows."""
+    """What ingest learned about the rows."""
 
     facts: tuple[ShardFacts, ...]
     schema: Schema
@@ -78,34 +77,18 @@ def dealt(
         deal: "rows" shuffles every row to the partition that its hash says; "partitions" leaves each row in the partition
             that it is in, of which there must be `num_workers`.
         deal_key: with "rows", a column by which they are dealt in place of the hash: rows of equal key go to the same
-            partition, and sorting is by the hash as ever. A job counts the rows of each key.
+            partition, and sorting is still by the hash. A job counts the rows of each key.
 
     Raises:
         ConfigError: `validation` is not a fraction, a boolean column or a DataFrame with the used columns; or the
-            partitions cannot be kept; or `deal_key` is no column of keys, or has fewer than replicas.
+            partitions cannot be kept; or `deal_key` is no column of keys, or has fewer keys than there are replicas.
     """
     if deal == "partitions" and isinstance(validation, DataFrame):
         raise ConfigError(
             "deal='partitions' with a second DataFrame for validation: its rows are in no replica's partition. Mark them in a "
             "boolean column, or give a fraction."
         )
-    columns = schema.columns()
-    keys = [] if deal_key is None else [key_column(frame, deal_key, seed)]
-    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation), *keys)
-    if isinstance(validation, DataFrame):
-        missing = [name for name in columns if name not in validation.columns]
-        if missing:
-            raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
-        keyless = [F.lit(None).cast("bigint").alias(KEY)] if keys else []
-        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG), *keyless)
-        rows = rows.unionByName(held_out)
-    # As text: a call to the JVM for each of many columns, and again for each plan, takes the driver longer than it looks.
-    # Names of the user's do not go that way, as a session may give its own meaning to what is quoted.
-    names = ", ".join(numbered(i) for i in range(len(columns)))
-    rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
-    if isinstance(validation, float):
-        bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
-        rows = rows.withColumn(FLAG, F.expr(bucket))
+    rows = _hashed(frame, schema, validation, seed, deal_key)
     if deal_key is not None:
         rows = repartitioned_by_key(rows, num_workers, deal_key)
     elif deal == "rows":
@@ -118,14 +101,37 @@ def dealt(
     return rows.sortWithinPartitions(HASH, FLAG)
 
 
+def _hashed(
+    frame: DataFrame, schema: Schema, validation: float | str | DataFrame | None, seed: int, deal_key: str | None
+) -> DataFrame:
+    """The used columns of all rows, with their hash, whether they validate, and the key that they are dealt by, if any."""
+    columns = schema.columns()
+    keys = [] if deal_key is None else [key_column(frame, deal_key, seed)]
+    rows = frame.select(*_numbered(columns, frame), *_flag_column(frame, validation), *keys)
+    if isinstance(validation, DataFrame):
+        if missing := [name for name in columns if name not in validation.columns]:
+            raise ConfigError(f"the validation DataFrame lacks the columns {missing} that training uses.")
+        keyless = [F.lit(None).cast("bigint").alias(KEY)] if keys else []
+        held_out = validation.select(*_numbered(columns, validation), F.lit(True).alias(FLAG), *keyless)
+        rows = rows.unionByName(held_out)
+    # As text: a call to the JVM for each of many columns, and again for each plan, costs the driver more than one expects.
+    # The user's own names are not passed that way, as a session may give its own meaning to what is quoted.
+    names = ", ".join(numbered(i) for i in range(len(columns)))
+    rows = rows.withColumn(HASH, F.expr(f"xxhash64({seed}, {names})"))
+    if isinstance(validation, float):
+        bucket = f"pmod(xxhash64({seed}, 'validation', {HASH}), {_BUCKETS}) < {round(validation * _BUCKETS)}"
+        rows = rows.withColumn(FLAG, F.expr(bucket))
+    return rows
+
+
 def _numbered(columns: Sequence[str], frame: DataFrame) -> list[Column]:
-    # mapInArrow takes names for paths: a dot in one would be a member of a struct. The task gives the names back.
+    # mapInArrow takes names for paths: a dot in one would mean a member of a struct. The task restores the names.
     kinds = {field.name: field.dataType for field in frame.schema.fields}
     return [selectable(name, kinds[name]).alias(numbered(i)) for i, name in enumerate(columns)]
 
 
 def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
-    """What says, before there is a hash, whether a row validates; nothing where the hash says it."""
+    """The column that says, before there is a hash, whether a row validates; none where the hash decides."""
     if validation is None or isinstance(validation, DataFrame):
         return [F.lit(False).alias(FLAG)]
     if isinstance(validation, str):
@@ -146,34 +152,25 @@ def _flag_column(frame: DataFrame, validation: Any) -> list[Column]:
 
 
 def shards_of(
-    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
+    rows: DataFrame,
+    schema: Schema,
+    *,
+    run: str,
+    decode: Callables,
+    shard_dir: str | None,
+    profile: Any,
+    movable: bool = False,
 ) -> DataFrame:
-    """The ingest as a persisted DataFrame of one manifest row a shard; nothing runs yet.
+    """The ingest as a persisted DataFrame of one manifest row per shard; nothing runs yet.
 
     The persisted partition ties the shard to its executor: later stages prefer that place, and if the executor dies
-    Spark's lineage writes just the lost shards again.
+    Spark's lineage writes just the lost shards again. With `movable` it holds the shard's files as well, unless they are
+    in `shard_dir`: Spark then fetches it to wherever a task runs.
     """
     job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
-    extra = {"profile": profile} if profile is not None else {}
-    # The hash has done its work: it is not to travel.
-    return rows.drop(HASH).mapInArrow(partial(ingest_task, job), MANIFEST_COLUMNS, barrier=True, **extra).persist()
-
-
-def portions_of(
-    rows: DataFrame, schema: Schema, *, run: str, decode: Callables, shard_dir: str | None, profile: Any
-) -> DataFrame:
-    """As `shards_of`, of portions: with the files themselves in it, unless they are in `shard_dir`.
-
-    Spark fetches a persisted partition from the executor that has it, so that each portion can be worked at anywhere.
-    """
-    job = IngestJob(run=run, schema=schema, decode=cloudpickle.dumps(decode), shard_dir=shard_dir)
-    extra = {"profile": profile} if profile is not None else {}
-    return rows.drop(HASH).mapInArrow(partial(portion_ingest_task, job), PORTION_COLUMNS, **extra).persist()
-
-
-def manifests_of(portions: DataFrame) -> DataFrame:
-    """The manifest rows alone; collecting them persists the rest."""
-    return portions.where("part = 0").select("replica", "manifest", "sample")
+    task, columns = (portion_ingest_task, PORTION_COLUMNS) if movable else (ingest_task, MANIFEST_COLUMNS)
+    # The hash has done its work and need not travel.
+    return mapped(rows.drop(HASH), partial(task, job), columns, barrier=not movable, profile=profile).persist()
 
 
 def read_manifests(rows: Sequence[Any], schema: Schema, num_workers: int, *, validated: bool = False) -> Ingested:

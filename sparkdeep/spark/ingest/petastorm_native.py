@@ -28,7 +28,7 @@ _METADATA: Final = "_common_metadata"
 _METADATA_KEY: Final = "sparkdeep.petastorm"
 _MAX_METADATA_BYTES: Final = 64 << 20
 _SLICE_BYTES: Final = 4 << 20  # decoded values of a field that are in flight together
-_MAX_FUNCTIONS: Final = 3  # Spark starts a Python worker a task for each of them
+_MAX_FUNCTIONS: Final = 3  # for each of them Spark starts one Python worker per task
 _SPARK_TYPES: Final[dict[str, T.DataType]] = {
     "bool": T.BooleanType(),
     "int8": T.ByteType(),
@@ -49,7 +49,7 @@ _ENCODED: Final = frozenset({"ndarray", "compressed_ndarray", "image"})
 
 
 def read_schema(spark: SparkSession, url: str) -> Unischema:
-    """Return the schema of the dataset at `url`; errors as of `read`."""
+    """Return the schema of the dataset at `url`; raises what `read` raises."""
     return _read_metadata(spark, url)[0]
 
 
@@ -114,7 +114,7 @@ def _read_metadata(spark: SparkSession, url: str) -> tuple[Unischema, frozenset[
     if not isinstance(url, str) or not url:
         raise ConfigError(f"url={url!r}: the folder of one dataset is needed, such as file:///data/set or s3a://a/b")
     where = f"{url.rstrip('/')}/{_METADATA}"
-    # As Spark will open the rows: by its file systems and with its credentials, where the session lets us at them.
+    # As Spark will open the rows: through its file systems and with its credentials, where the session gives access to them.
     direct = url.startswith("file:") or getattr(spark, "_jvm", None) is None
     store: Store = open_store(url) if direct else HadoopStore(spark, url)
     try:

@@ -83,7 +83,7 @@ class PetastormSource:
             columns: fields to read; None for every field that can be trained on, of `fields` where that was given.
 
         Returns:
-            Numbers, booleans and bytes a row, or arrays of numbers nested as deep as the field has dimensions. Unsigned
+            A number, boolean or bytes in each row, or arrays of numbers nested as deep as the field has dimensions. Unsigned
             integers come as the next wider type, float16 as float, decimals as double.
 
         Raises:
@@ -132,7 +132,7 @@ def open_source(
 
 
 def source_of(given: Any) -> PetastormSource | None:
-    """What fit was given as a source: one already, or petastorm's SparkDatasetConverter; None for anything else."""
+    """The source that fit was given, also as petastorm's SparkDatasetConverter; None for anything else."""
     if isinstance(given, PetastormSource):
         return given
     # Named, not imported: petastorm is not needed for DataFrames.
@@ -142,7 +142,7 @@ def source_of(given: Any) -> PetastormSource | None:
 
 
 def active_session() -> SparkSession:
-    """The session in which a source, which brings none, is read.
+    """The session to read a source in, which brings none of its own.
 
     Raises:
         ConfigError: there is none.
@@ -154,7 +154,7 @@ def active_session() -> SparkSession:
 
 
 def _url(given: str) -> str:
-    """With a scheme, which petastorm demands, and without a slash at the end."""
+    """With a scheme, which petastorm requires, and without a trailing slash."""
     return given.rstrip("/") if ":/" in given else f"file://{given.rstrip('/')}"
 
 

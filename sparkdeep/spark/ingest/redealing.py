@@ -27,20 +27,20 @@ _BLOCK_ROWS: Final = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class RedealJob:
-    """What every task of it needs to know."""
+    """What every redealing task needs to know."""
 
     run: str
     schema: Schema
     """With dtypes and row shapes as they were seen."""
     shard_dir: str
     shards: tuple[tuple[str, dict[str, int]], ...]
-    """Folder and rows by split of every shard that there is, in order."""
+    """Folder and rows by split of every existing shard, in order."""
     count: int
-    """Shards that are made of them."""
+    """How many shards to make of them."""
 
 
 def pieces(rows: Sequence[int], number: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """The `number`-th of `count` even stretches of rows that lie one shard after the other.
+    """The `number`-th of `count` equal stretches of the rows of all shards, laid end to end.
 
     Args:
         rows: of each shard.

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.ingest.tasks."""
+"""What runs on executors to write a shard, and the manifest row that describes it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,9 @@ from sparkdeep.versions import versions
 
 __all__ = ["FLAG", "HASH", "SAMPLE_ROWS", "IngestJob", "ingest_task", "manifest_batch", "numbered", "written"]
 
-
 FLAG: Final = "__sparkdeep_validation"
-
-
 HASH: Final = "__sparkdeep_hash"
-
-
-SAMPLE_ROWS: Final = 7  # odd, and a width that few layers have: rows are not taken for features
+SAMPLE_ROWS: Final = 7  # odd, and a width that few layers have, so that rows are not mistaken for features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +87,7 @@ def manifest_batch(
 
 
 def written(job: IngestJob, directory: Path, batches: Iterator[pa.RecordBatch]) -> tuple[ShardInfo, Faults, float]:
-    """Write the shard; what it holds, what was wrong with the rows, and the sum of the training rows' weights."""
+    """Write the shard; returns what it holds, what was wrong with the rows, and the sum of the training rows' weights."""
     faults, weight = Faults(), 0.0
     decode = cloudpickle.loads(job.decode)
     names = {numbered(i): name for i, name in enumerate(job.schema.columns())}

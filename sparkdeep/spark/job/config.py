@@ -156,7 +156,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({error}): give a TOML file") from error
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # beside bad TOML: numbers and levels that no parser takes
+    except (ValueError, RecursionError) as error:  # besides bad TOML: numbers and nesting that no parser takes
         raise ConfigError(f"configuration {str(path)!r} is not TOML: {error}") from error
 
 
@@ -330,7 +330,7 @@ def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _typed(table: Mapping[str, Any], where: str, /, **types: type | tuple[type, ...]) -> None:
     for key, kind in types.items():
-        # bool is an int to isinstance, and never what a number is meant to be.
+        # To isinstance a bool is an int, but it is never meant as a number.
         if key in table and (not isinstance(table[key], kind) or isinstance(table[key], bool)):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(_TOML_NAMES[one] for one in kinds)

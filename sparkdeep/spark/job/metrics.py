@@ -15,7 +15,7 @@ __all__ = ["score", "validation_metrics"]
 
 
 def batch_accuracy(output: Tensor, label: Tensor) -> Tensor:
-    """Fraction of rows whose largest output is at the label; output (B, classes), label (B,) integers."""
+    """Fraction of rows whose largest output is that of the label; output (B, classes), label (B,) integers."""
     return (output.argmax(dim=1) == label).to(torch.float32).mean()
 
 
@@ -24,7 +24,7 @@ def batch_mae(output: Tensor, label: Tensor) -> Tensor:
     return (output.reshape(label.shape) - label).abs().mean()
 
 
-# No rmse: a validation score is a mean over rows, and a root of means is none; the loss stands for it there.
+# No rmse: a validation score is a mean over rows, which a root of a mean is not; the loss stands in for it.
 _OF_BATCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"accuracy": batch_accuracy, "mae": batch_mae}
 
 

@@ -1,4 +1,4 @@
-"""What a job's report.html is made of: what the fit told, and how the job ended."""
+"""What a job's report.html is made of: what the fit reported, and how the job ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Watch", "about_run"]
 
 @final
 class Watch(Callback):
-    """Keeps what a fit tells.
+    """Keeps what a fit reports.
 
     Args:
         records: where each round's record is appended.
@@ -40,7 +40,7 @@ def about_run(config: JobConfig, info: FitInfo | None, error: BaseException | No
 
     Args:
         config: of the job.
-        info: of its fit; None if that came to no round.
+        info: of its fit; None if it did not get as far as a round.
         error: what ended the job, if it failed.
         result: what the script added to the result file; its floats are scores.
     """

@@ -57,7 +57,7 @@ class Job:
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     """The script's own command-line options."""
     watch: Watch | None = None
-    """What the estimator's fits tell; None before one was made."""
+    """What the estimator's fits report; None before an estimator was made."""
     _session: Any = None
 
     def estimator(self) -> Any:
@@ -273,7 +273,7 @@ def spark_uri(path: str) -> str:
 
 
 def output_folder(document: Mapping[str, Any], path: Path) -> str:
-    """Returns the output folder of a document of which nothing else has been checked."""
+    """Returns the output folder of a document that is otherwise unchecked."""
     section = document.get("output")
     folder = section.get("dir") if isinstance(section, dict) else None
     return folder if isinstance(folder, str) else f"runs/{path.stem}"
@@ -313,7 +313,7 @@ def _resolved(value: Any) -> Any:
 
 
 def _made(callback: Any) -> Any:
-    """A Callback's class, which a file can name, stands for an object of it."""
+    """An object in place of a Callback's class, which is what a file can name."""
     return callback() if inspect.isclass(callback) and issubclass(callback, Callback) else callback
 
 

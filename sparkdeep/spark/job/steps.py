@@ -47,7 +47,7 @@ class Steps:
     """The steps of one pipeline and the folder where their markers lie.
 
     A step is done when its marker is there, written after everything else, and carries the fingerprint of today's
-    settings and of the steps before it. So a rerun after a failure goes on where the last run broke off, and a changed
+    settings and of the steps before it. So a rerun after a failure continues where the last run broke off, and a changed
     setting repeats the steps that depend on it and no others.
 
     Args:
@@ -80,7 +80,7 @@ class Steps:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def result(self, name: str) -> Mapping[str, Any] | None:
-        """What a step that is done has left in its marker; None if it is not done, or was with other settings."""
+        """What a finished step left in its marker; None if it is not done, or was done with other settings."""
         marker = self._marker(name)
         if marker is None or marker.get("fingerprint") != self.fingerprint(name):
             return None

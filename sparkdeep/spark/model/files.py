@@ -158,7 +158,7 @@ class ModelReader(MLReader):
         return model
 
     def _reference(self, store: Store) -> ModelReference | None:
-        """What a model that is loaded and saved again says of itself; nothing, where it was loaded into something else."""
+        """What a loaded model says of itself when it is saved again; nothing if it was loaded into something else."""
         stored = read_reference(store)
         if self._model is None or stored is None:
             return stored
@@ -187,7 +187,7 @@ class ModelReader(MLReader):
 
 
 def relative_to_here(path: str) -> str:
-    """A relative path seen from this process's folder, also where Spark was started in another."""
+    """A relative path as seen from this process's folder, even if Spark was started in another."""
     if _SCHEME.match(path) or not path or not isinstance(_folder(path, None), LocalStore):
         return path
     return str(Path(path).absolute())

@@ -63,7 +63,7 @@ class TorchModel(Model, MLWritable, MLReadable):
     """A trained network; `transform` adds its prediction, and for classifiers what Spark ML's evaluators read.
 
     Its settings are Spark ML params, as the estimator's are: `model.batch_size` is the param, `getBatchSize()` its value,
-    `setBatchSize(4096)` sets it, and `transform(df, {model.batch_size: 4096})` for one time.
+    `setBatchSize(4096)` sets it, and `transform(df, {model.batch_size: 4096})` does for one call.
 
     Attributes:
         model: the trained nn.Module, on the CPU, in eval mode.
@@ -127,7 +127,7 @@ class TorchModel(Model, MLWritable, MLReadable):
 
         Args:
             dataset: rows with the feature columns.
-            params: a param map for this time. Params of others in it are passed over, as in all of Spark ML.
+            params: a param map for this call. Params of other stages in it are ignored, as everywhere in Spark ML.
 
         Raises:
             DataError: a feature column is missing or cannot become a tensor.
@@ -152,7 +152,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         outputs = task.columns.outputs
         if not task.prediction.vectors:
             return dataset.withColumn(outputs["prediction"], scored)
-        # A column of its own first, so that the network runs once a row, however many of its parts are read.
+        # A column of its own first, so that the network runs once per row, however many of its parts are read.
         parts = {
             name: F.col(_SCORED)[part] if part == "prediction" else array_to_vector(F.col(_SCORED)[part])
             for part, name in outputs.items()
@@ -244,7 +244,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         return prediction_udf(partial(Scorer.run, self._ship(spark, task)), task.prediction.sql_type)
 
     def _ship(self, spark: SparkSession, task: _Task) -> Any:
-        """The model as a broadcast: once a session, fetched once by each executor, and again when it was changed."""
+        """The model as a broadcast: made once per session, and again after a change; each executor fetches it once."""
         tensors = [(id(t), 0 if t.is_inference() else t._version) for _, t in named_tensors(self.model)]
         columns = task.columns
         state = (

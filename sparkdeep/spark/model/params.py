@@ -131,7 +131,7 @@ def _camel(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    # A grid made with numpy holds numpy numbers, which are no int to isinstance.
+    # A grid made with numpy holds numpy's numbers, which isinstance does not take for ints.
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, tuple) else value  # explainParams formats values with %
@@ -182,7 +182,7 @@ def _getter(name: str) -> Callable[..., Any]:
 
 
 def _missing(self: Any, name: str) -> Any:
-    """Called by Python for a name that is not there; says which one may be meant."""
+    """Called by Python for a name that is not there; suggests which one may be meant."""
     near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(type(self)), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
@@ -230,7 +230,7 @@ def values_of(params: Params) -> dict[str, Any]:
 
 
 def check_maps(owner: Params, maps: Iterable[Mapping[Any, Any]]) -> None:
-    """Refuse what a grid asks of a param that `owner` does not have; Spark would pass over it in silence.
+    """Refuse what a grid asks of a param that `owner` does not have; Spark would silently ignore it.
 
     Raises:
         ConfigError: with the nearest known name.

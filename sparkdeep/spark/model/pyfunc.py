@@ -66,7 +66,7 @@ class PyfuncModel:
             params: MLflow passes them; there are none.
 
         Returns:
-            One row a row of `model_input`, with its index.
+            One row per row of `model_input`, with its index.
 
         Raises:
             DataError: a feature column is missing or cannot become a tensor.
@@ -123,7 +123,7 @@ def logged(
         data.mkdir()
         model.save(_uri(data / _MODEL), pickle=pickle)
         (data / _FACTS).write_text(json.dumps({"allow_modules": modules, "pickle": pickle}), encoding="utf-8")
-        _load_pyfunc(str(data))  # what cannot be loaded is said now, while the model is at hand
+        _load_pyfunc(str(data))  # what cannot be loaded should fail now, while the model is at hand
         # MLflow 3 calls it name; before it was artifact_path.
         place = {"name": name} if "name" in inspect.signature(log).parameters else {}
         return log(
@@ -202,7 +202,7 @@ def _signature(model: TorchModel) -> Any:
 
 
 def _input_type(field: Field, *, decoded: bool) -> Any:
-    """Of one column of a field: a number, or an array; numbers laid side by side are one a column."""
+    """The type of one column of a field: a number, or an array; of numbers laid side by side each column is one."""
     kinds = mlflow_module("types").DataType
     if decoded and len(field.columns) == 1 and not field.ragged:
         return kinds.binary

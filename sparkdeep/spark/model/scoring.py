@@ -1,4 +1,4 @@
-"""Batched inference on executors: Arrow columns in, an Arrow column out, the model built once a Python worker."""
+"""Batched inference on executors: Arrow columns in, an Arrow column out, the model built once per Python worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scorer:
     """A model on its way to executors, as one broadcast value."""
 
     uid: str
-    """Of this broadcast: a model that changed since is another."""
+    """Of this broadcast: a model that has changed since gets another."""
     program: bytes
     tensors: bytes
     """safetensors of the module's parameters and buffers."""
@@ -89,7 +89,7 @@ class _Loaded:
         self.decode: Any = cloudpickle.loads(scorer.decode)
 
     def predict(self, arrays: Sequence[pa.Array]) -> pa.Array:
-        """One prediction a row."""
+        """One prediction per row."""
         whole = pa.RecordBatch.from_arrays(list(arrays), names=self.columns)
         parts = []
         for start in range(0, max(whole.num_rows, 1), self.read_rows):
@@ -115,7 +115,7 @@ class _Loaded:
 def _rows_at_once(schema: Schema, batch_size: int) -> int:
     """How many rows are read from Arrow at once: whole batches of the model, as many as fit the processor's caches.
 
-    Of narrow rows that saves a call of every column for every batch. Rows of unknown size are read batch by batch.
+    For narrow rows that saves a call per column for every batch. Rows of unknown size are read batch by batch.
     """
     num_bytes = 0
     for field in schema.fields:

@@ -1,4 +1,4 @@
-"""Settings as JSON, callables by name: what comes back is what `registry.resolve` allows, and nothing of it is called.
+"""Settings as JSON, callables by name: only what `registry.resolve` allows comes back, and none of it is called.
 
 Beside plain values and lists there are objects of one key: {"tuple": [...]}, {"map": {...}}, {"early_stopping": {...}},
 {"value": "QSR", "fields": {...}}, {"name": "torch.optim:SGD"}, {"partial": name, "args": [...], "kwargs": {...}} and, for a module without tensors such as
@@ -193,11 +193,11 @@ def _from_json(stored: Any, name: str, allow_modules: Sequence[str]) -> Any:
             made = found(of, *keywords.values())
             if isinstance(made, type) and issubclass(made, nn.Module):
                 try:
-                    with torch.device("meta"):  # one that would take memory is none of those that are stored here
+                    with torch.device("meta"):  # no memory for a module with tensors, which is never stored here
                         large = any(True for _ in named_tensors(made(**keywords)))
                     if not large:
                         return made(**keywords)
-                except Exception as error:  # a constructor may raise anything for arguments that it was never given
+                except Exception as error:  # a constructor may raise anything for arguments that it never had
                     raise _damaged(name, stored) from error
     raise _damaged(name, stored)
 

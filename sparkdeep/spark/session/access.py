@@ -1,23 +1,23 @@
 """What differs between a classic Spark session and a Spark Connect one, behind one small interface.
 
-Spark Connect has no SparkContext: no job groups, no status tracker, no count of slots, and of Spark's own settings it
-shows those only that were set. What a session cannot tell is None here, and whoever asks must manage without.
+Spark Connect has no SparkContext: no job groups, no status tracker, no count of slots, and it shows only those of
+Spark's own settings that were set. What a session cannot tell is None here; callers must manage without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, final
 
 from pyspark.sql import DataFrame, SparkSession
 
-__all__ = ["ENCRYPTED_CONNECTIONS", "ENCRYPTED_DISKS", "Access", "access_to", "is_connect"]
+__all__ = ["CONNECT_CANNOT", "ENCRYPTED_CONNECTIONS", "ENCRYPTED_DISKS", "Access", "access_to", "is_connect"]
 
 
 class Access(Protocol):
-    """What a fit asks of its session beside DataFrames."""
+    """What a fit needs of its session besides DataFrames."""
 
     connect: bool
 
@@ -27,7 +27,7 @@ class Access(Protocol):
 
     @property
     def session(self) -> str:
-        """Names what broadcasts and artifacts end with."""
+        """Names the session, with which broadcasts and artifacts end."""
 
     @property
     def master(self) -> str | None:
@@ -37,7 +37,7 @@ class Access(Protocol):
         """One of Spark's settings; `default` where it is unset or unknown."""
 
     def start(self, work: Callable[[], None], *, tag: str, description: str) -> threading.Thread:
-        """Run `work` in a thread in which jobs carry the caller's properties and, beside them, the tag."""
+        """Run `work` in a thread in which jobs carry the caller's properties and the tag as well."""
 
     def cancel(self, tag: str) -> None:
         """Cancel the jobs of that tag."""
@@ -64,7 +64,7 @@ def is_connect(spark: SparkSession) -> bool:
 
 
 def access_to(spark: SparkSession) -> Access:
-    """The access to a session."""
+    """How to ask a session."""
     return _Connect(spark) if is_connect(spark) else _Classic(spark)
 
 
@@ -153,7 +153,7 @@ class _Connect:
     def __init__(self, spark: SparkSession) -> None:
         self._spark: Any = spark
         self._tasks: dict[str, int] = {}
-        """Running tasks by tag, as the server last told."""
+        """Running tasks by tag, as the server last reported them."""
 
     @property
     def application(self) -> str:
@@ -180,16 +180,19 @@ class _Connect:
                 self._spark.addTag(one)
             own = threading.get_ident()
 
-            def progress(**told: Any) -> None:
+            def progress(**report: Any) -> None:
                 if threading.get_ident() == own:  # handlers hear of every operation of the session
-                    self._tasks[tag] = int(told["inflight_tasks"])
+                    self._tasks[tag] = int(report["inflight_tasks"])
 
-            self._spark.registerProgressHandler(progress)
+            if hasattr(self._spark, "registerProgressHandler"):  # since Spark 4
+                self._spark.registerProgressHandler(progress)
             try:
                 work()
             finally:
                 self._tasks.pop(tag, None)
-                with contextlib.suppress(ValueError):  # the session was stopped, and its handlers with it
+                with contextlib.suppress(
+                    AttributeError, ValueError
+                ):  # the session was stopped, and its handlers with it
                     self._spark.removeProgressHandler(progress)
 
         thread = threading.Thread(target=run, name=f"sparkdeep-job-{tag}", daemon=True)
@@ -218,7 +221,7 @@ class _Connect:
 
 
 ENCRYPTED_DISKS: Final = "spark.io.encryption.enabled"
-"""By which Spark encrypts what it writes to executors' disks; what is ours there it does not reach."""
+"""With it Spark encrypts what it writes to executors' disks; our own files there are not covered."""
 
 
 ENCRYPTED_CONNECTIONS: Final = (
@@ -227,4 +230,11 @@ ENCRYPTED_CONNECTIONS: Final = (
     "spark.network.crypto.enabled",
     "spark.authenticate.enableSaslEncryption",
 )
-"""Each of which says that Spark encrypts connections, and that ours have to be encrypted too."""
+"""Any of them says that Spark encrypts connections, so that ours have to be encrypted too."""
+
+
+CONNECT_CANNOT: Final[Mapping[str, str]] = {
+    "transport": "executors cannot dial the client",
+    "deal": "it does not tell how many partitions a DataFrame has, on which petastorm datasets depend as well",
+}
+"""{setting: why a Spark Connect session cannot do it}."""

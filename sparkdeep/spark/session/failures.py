@@ -1,4 +1,4 @@
-"""Errors across the line between executors and driver: one line of JSON inside Spark's own message, and its reading."""
+"""Errors across the boundary between executors and driver: one line of JSON inside Spark's own message, and its parser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LOST: Final = (
     "No space left on device",
 )
 
-# A process that ended by itself, and not because Spark or a neighbour wanted it to.
+# A process that ended by itself, and not because Spark or a neighboring task made it.
 _DIED: Final = ("ExecutorLostFailure", "exited unexpectedly")
 # Spark's words for hosts that were lost, decommissioned or taken away.
 _UNRELATED: Final = "unrelated to the running tasks"
@@ -50,7 +50,7 @@ class RemoteFailureError(RuntimeError):
 
 @contextmanager
 def named_failures() -> Iterator[None]:
-    """Inside a task: let a named error reach the driver as what it is."""
+    """Inside a task: let a named error reach the driver under its own name."""
     try:
         yield
     except SparkdeepError as error:
@@ -67,7 +67,7 @@ def named_failures() -> Iterator[None]:
 
 
 def translate(error: BaseException) -> BaseException:
-    """A Spark failure as one of ours; what we cannot name stays what it is."""
+    """A Spark failure as one of our errors; what we cannot name is returned as it is."""
     if isinstance(error, SparkdeepError):
         return error
     text = str(error)
@@ -75,7 +75,7 @@ def translate(error: BaseException) -> BaseException:
         return _rebuilt(match[1], error)
     if any(sign in text for sign in _CANCELLED):
         return SparkdeepError(
-            f"the fit's Spark job was cancelled from outside (the UI, cancelJobGroup, a stopped session), and is not "
+            f"the fit's Spark job was canceled from outside (the UI, cancelJobGroup, a stopped session), and is not "
             f"repeated: {_first_line(text)}"
         )
     if "SPARK-24942" in text or "Barrier execution mode does not support dynamic resource allocation" in text:
@@ -109,7 +109,7 @@ def translate(error: BaseException) -> BaseException:
 
 
 def _place(text: str) -> tuple[int | None, str | None]:
-    """The replica, which is its task's partition, and the host that Spark's text names."""
+    """The replica (its task's partition) and the host that Spark's message names."""
     task, host = _TASK.search(text), _HOST.search(text)
     return int(task[1]) if task else None, host[1] if host else None
 
@@ -136,7 +136,7 @@ def _rebuilt(text: str, cause: BaseException) -> BaseException:
 
 
 def missing_module(module: str, text: str) -> SparkdeepError:
-    """An import that failed on an executor: whose module it is says what to do."""
+    """An import that failed on an executor; the remedy depends on whose module it is."""
     root = module.split(".", maxsplit=1)[0]
     if root in {"sparkdeep", "torch", "pyarrow", "numpy", "safetensors", "cloudpickle", "tqdm"}:
         return VersionMismatchError(

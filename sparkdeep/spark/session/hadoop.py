@@ -25,7 +25,7 @@ class HadoopStore:
     """A folder of any Hadoop file system (s3a, dbfs, abfss, wasb, hdfs ...) on the driver's JVM.
 
     An overwrite removes the old file just before the new one takes its name. A file made by `create` appears before
-    it is complete: a reader that comes too early, or after a crash, finds it cut.
+    it is complete: a reader that comes too early, or after a crash, finds it truncated.
 
     Raises:
         ConfigError: the session has no JVM at hand (Spark Connect), or it cannot open `uri`.
@@ -66,7 +66,7 @@ class HadoopStore:
                 raise
 
     def create(self, name: str, data: Bytes) -> bool:
-        """Create without overwriting; what was begun and failed is removed."""
+        """Create without overwriting; removes what a failed attempt began."""
         path = self._path(name)
         with _java_errors(name):
             if self._fs.exists(path):

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.jobs."""
+"""A Spark action in a thread of its own, with a tag to cancel it by and a deadline."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from sparkdeep.errors import ReplicaLostError
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.failures import translate
 
-__all__ = ["SparkJob"]
-
+__all__ = ["SparkJob", "mapped"]
 
 _LOOK_EVERY_S = 1.0
 
 
 class SparkJob:
-    """A Spark action in a thread, cancellable by its tag; the caller's job group and properties are left as they are."""
+    """A Spark action in a thread, cancelable by its tag; the caller's job group and properties are left as they are."""
 
     def __init__(
         self,
@@ -60,21 +59,32 @@ class SparkJob:
 
         Args:
             timeout_s: for the whole job.
-            what: it is, for the message.
-            idle_timeout_s: for which it may have no running task: other jobs hold the slots that it waits for.
+            what: what it is, for messages.
+            idle_timeout_s: how long it may have no running task, because other jobs hold the slots that it waits for.
             on_busy: called every second in which it has one, where `idle_timeout_s` is given.
 
         Raises:
-            ReplicaLostError: the job did not end, or had no slots, in time; it is cancelled.
+            ReplicaLostError: the job did not end, or had no slots, in time; it is canceled, as on Ctrl-C.
             Exception: why it failed.
         """
+        try:
+            self._wait(timeout_s, what, idle_timeout_s, on_busy)
+        except BaseException:
+            self.cancel()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        if self._rows is None:
+            raise ReplicaLostError(f"{what} was not submitted: its thread ended before; see its traceback above.")
+        return self._rows
+
+    def _wait(self, timeout_s: float, what: str, idle_timeout_s: float | None, on_busy: Callable[[], None]) -> None:
         began = busy = looked = time.monotonic()
         while self._thread.is_alive():
             self._thread.join(timeout=0.1)
             now = time.monotonic()
             if now - began > timeout_s:
-                self.cancel()
-                raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was cancelled.")
+                raise ReplicaLostError(f"{what} did not end within {timeout_s:g} s and was canceled.")
             if idle_timeout_s is None or now - looked < _LOOK_EVERY_S:
                 continue
             looked = now
@@ -82,20 +92,14 @@ class SparkJob:
                 busy = now
                 on_busy()
             elif now - busy > idle_timeout_s:
-                self.cancel()
                 raise ReplicaLostError(
-                    f"{what} had no running task for {idle_timeout_s:g} s and was cancelled: a barrier stage needs all its "
+                    f"{what} had no running task for {idle_timeout_s:g} s and was canceled: a barrier stage needs all its "
                     "slots at the same time, and other jobs hold them. Let those end, give this session more executors, "
                     "lower num_workers, or raise open_timeout_s."
                 )
-        if self._failure is not None:
-            raise self._failure
-        if self._rows is None:
-            raise ReplicaLostError(f"{what} was not submitted: its thread ended before; see its traceback above.")
-        return self._rows
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for the end; what the tasks had to say they have said."""
+        """Wait for the end; the tasks have reported everything by now."""
         self._thread.join(timeout=timeout_s)
         if self._thread.is_alive():
             self.cancel()
@@ -108,6 +112,12 @@ class SparkJob:
         if self._thread.is_alive():
             self._access.cancel(self._tag)
             self._thread.join(timeout=5.0)
+
+
+def mapped(frame: DataFrame, task: Callable[..., Any], columns: str, *, barrier: bool, profile: Any) -> DataFrame:
+    """`frame.mapInArrow`, in a stage of that resource profile unless it is None."""
+    extra = {"profile": profile} if profile is not None else {}
+    return frame.mapInArrow(task, columns, barrier=barrier, **extra)
 
 
 def _collected(frame: DataFrame) -> Sequence[Any]:

@@ -32,7 +32,7 @@ CLOSURE_LIMIT_BYTES: Final = 4 << 20
 BROADCAST_FROM_BYTES: Final = 1 << 20
 """On a classic session: where PySpark itself begins to broadcast closures."""
 ARTIFACT_LIMIT_BYTES: Final = 64 << 20
-"""Of a session, all together: artifacts stay on the server until the session ends."""
+"""Per session, in total: artifacts stay on the server until the session ends."""
 _PIECE_BYTES: Final = 8 << 20
 _UPLOAD_TIMEOUT_S: Final = 120.0
 
@@ -44,10 +44,10 @@ class Carrier(Protocol):
     """Takes bytes on their way to replicas."""
 
     def ship(self, slot: str, data: bytes) -> Parcel:
-        """Get `data` on its way; what the slot held before is let go unless it is the same."""
+        """Get `data` on its way; what the slot held before is released unless it is the same."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
 
 
 def carrier_for(
@@ -140,7 +140,7 @@ def _let_go(parcel: Parcel | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Artifact:
-    """A file that the session's tasks find among their own."""
+    """A file that the session's tasks find among their artifacts."""
 
     name: str
     digest: str
@@ -212,7 +212,7 @@ def _add_artifact(spark: Any, what: str, data: bytes, remedy: str) -> _Artifact:
             )
         _artifacts[session] = used + len(data)
     name = f"sparkdeep-{what}-{secrets.token_hex(4)}"
-    # A name once taken stays taken, so each has a new one; the server has its own copy when the call returns.
+    # A name once taken stays taken, so each file gets a new one; the server has its own copy when the call returns.
     with tempfile.TemporaryDirectory(prefix="sparkdeep-") as folder:
         path = Path(folder) / name
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

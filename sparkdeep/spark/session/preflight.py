@@ -17,7 +17,7 @@ __all__ = ["available_slots", "check_session", "check_slots", "is_local", "task_
 
 
 def check_session(spark: SparkSession) -> None:
-    """Refuse a session in which barrier stages cannot run, or that was never tried.
+    """Refuse a session in which barrier stages cannot run, or whose versions were never tried.
 
     Raises:
         PreflightError: with the setting to change.
@@ -93,9 +93,9 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
         requests = requests.resource("gpu", gpus_per_worker)
     profile = ResourceProfileBuilder().require(requests).build
     if access.connect:
-        return profile  # made on the server with the first stage, which says if it cannot be
+        return profile  # made on the server with the first stage, which fails if it cannot be
     try:
-        # Spark would do it with the first stage; slots can be counted only for a profile that it knows.
+        # Spark would register it with the first stage, but slots can be counted only for a profile that it knows.
         context: Any = spark.sparkContext._jsc.sc()
         context.resourceProfileManager().addResourceProfile(profile._java_resource_profile)
     except Py4JJavaError as error:
@@ -113,9 +113,9 @@ def available_slots(spark: SparkSession, profile: Any) -> int:
 
 
 def check_slots(spark: SparkSession, num_workers: int, profile: Any, *, timeout_s: float) -> None:
-    """Wait until there are `num_workers` slots; executors may still be on their way.
+    """Wait until there are `num_workers` slots; executors may still be starting.
 
-    Where the session does not tell (Spark Connect) this says nothing: `transports.probe` finds out.
+    Where the session does not tell (Spark Connect) this does nothing: `transports.probe` finds out.
 
     Raises:
         PreflightError: there are fewer after `timeout_s` (at once on a local master).

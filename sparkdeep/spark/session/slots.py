@@ -1,4 +1,4 @@
-"""Which fits of this driver hold how many of a session's slots: one that finds too few free waits for its turn."""
+"""Which fits of this driver hold how many of a session's slots; a fit that finds too few free waits for its turn."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SlotLedger:
     """Gives a session's slots to fits, first come, first served.
 
     Spark starts a barrier stage only when all its slots are free at once, and knows nothing of fits: the stages of two
-    fits that do not fit in beside each other would take turns, each waiting for the other to close, until one gives up.
+    fits that do not fit side by side would take turns, each waiting for the other to close, until one gives up.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -123,11 +123,11 @@ class SlotLedger:
                 "that the stage is closed while it runs, or start this fit after the other."
             )
         asked = self._clock()
-        told = False
+        announced = False
         while not self._fits(lease):
-            if not told:
+            if not announced:
                 _LOG.info("%s waits for %d slots; they are held by %s", lease.name, lease.num_workers, self._holders())
-                told = True
+                announced = True
             heard = max([asked, *(held.seen for held in self._held)])
             if self._clock() - heard > timeout_s:
                 raise PreflightError(
@@ -166,7 +166,7 @@ class Courtesy:
     """Tells when to close an open stage between two rounds because other Spark jobs get no slot.
 
     A job that was seen without a running task in two looks, a second apart, is let through; at most every few seconds,
-    so that a job which no slot of the session can ever run costs a few per cent of the time and not all of it.
+    so that a job that no slot of the session can ever run costs a few percent of the time and not all of it.
     """
 
     def __init__(self, spark: SparkSession) -> None:

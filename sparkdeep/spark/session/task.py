@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.task."""
+"""What a task can find out about where it runs: its context, host, device and folders."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sparkdeep.data.scratch import claim, sweep
 from sparkdeep.errors import PreflightError
 from sparkdeep.protocol.plans import ShardFacts
 
-__all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root"]
+__all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root", "task_context"]
 
 
 class Shards(Protocol):
-    """Persisted shards, one a replica; see `shard_source.ShardSource`."""
+    """Persisted shards, one per replica; see `shard_source.ShardSource`."""
 
     num_workers: int
     frame: DataFrame
-    """One manifest row a shard."""
+    """One manifest row per shard."""
 
     def renew(self) -> None:
         """Make them anew with the next job: each task then writes its shard where it runs."""
 
     def resize(self, num_workers: int) -> Sequence[ShardFacts]:
-        """Make them anew, so many; what they hold."""
+        """Make that many of them anew; returns what they hold."""
 
     def close(self) -> None:
         """Let go of them."""
@@ -67,8 +67,17 @@ def barrier_context(what: str) -> BarrierTaskContext:
     return context
 
 
-def host_of(context: BarrierTaskContext) -> str:
-    """The host that this barrier task runs on, as Spark names it."""
+def task_context() -> TaskContext:
+    """This task's context, in a barrier stage or not."""
+    context = TaskContext.get()
+    assert context is not None, "this runs in a Spark task"
+    return context
+
+
+def host_of(context: TaskContext) -> str:
+    """The host that this task runs on; of a barrier task, as Spark names it."""
+    if not isinstance(context, BarrierTaskContext):
+        return os.environ.get("SPARK_LOCAL_IP") or socket.gethostname()
     address = context.getTaskInfos()[context.partitionId()].address
     return str(address).rsplit(":", 1)[0] or socket.gethostname()
 
@@ -79,7 +88,7 @@ def local_dirs() -> list[str]:
 
 
 def run_root(run: str, shard_dir: str | None) -> Path:
-    """This executor's folder for the run, after sweeping what dead ones left beside it."""
+    """This executor's folder for the run, after sweeping what dead runs left beside it."""
     folders = local_dirs()
     if shard_dir is not None:
         Path(shard_dir).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Spark column types as sparkdeep's; what cannot be trained on is refused with what to do about it."""
+"""Spark's column types as sparkdeep's; what cannot be trained on is refused, with what to do about it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The barrier launcher: one Spark job a stage, in a thread of its own, under a tag of its own."""
+"""The barrier launcher: one Spark job per stage, in a thread of its own, under a tag of its own."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
@@ -13,14 +12,12 @@ from pyspark.sql import SparkSession
 from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.failures import named_failures
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.replica_tasks import ReplicaJob, ReplicaTask, placed, run_replica
 from sparkdeep.stages.launch import RunningStage
 
 __all__ = ["BarrierLauncher", "replica_task"]
-
-_LOG = logging.getLogger("sparkdeep")
 
 
 @final
@@ -34,6 +31,9 @@ class BarrierLauncher:
         shard_dir, worker_process: see `ReplicaJob`.
         profile: the stage's resource profile, or None.
     """
+
+    CANNOT: ClassVar[Mapping[str, str]] = {"exchange_dir": "updates go to the driver"}
+    """{setting: why it cannot be had here}."""
 
     def __init__(
         self,
@@ -54,14 +54,14 @@ class BarrierLauncher:
 
     @property
     def num_replicas(self) -> int:
-        """Shards, and tasks."""
+        """As many as there are shards."""
         return self._shards.num_workers
 
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Submit the stage."""
         job = ReplicaJob(plan=self._plan, ticket=ticket, shard_dir=self._shard_dir, worker_process=self._worker_process)
-        extra = {"profile": self._profile} if self._profile is not None else {}
-        frame = self._shards.frame.mapInArrow(partial(replica_task, job), "replica int", barrier=True, **extra)
+        task = partial(replica_task, job)
+        frame = mapped(self._shards.frame, task, "replica int", barrier=True, profile=self._profile)
         return SparkJob(self._spark, frame, tag=f"sparkdeep-{ticket.run}-{ticket.stage}", description=description)
 
     def renew(self) -> None:
@@ -73,12 +73,8 @@ class BarrierLauncher:
         return access_to(self._spark).slots(self._profile)
 
     def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
-        """Ingest anew, into so many shards."""
+        """Deal the rows anew, to that many shards; returns what they hold."""
         return self._shards.resize(num_replicas)
-
-    def close(self) -> None:
-        """Let go of the persisted shards."""
-        self._shards.close()
 
 
 def replica_task(job: ReplicaJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

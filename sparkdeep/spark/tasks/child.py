@@ -1,4 +1,4 @@
-"""A replica in a process of its own: when it ends, so does its CUDA context, whatever becomes of the Python worker."""
+"""A replica in a process of its own: its CUDA context ends with it, whatever becomes of the Python worker."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def main() -> int:
     task = cloudpickle.loads(sys.stdin.buffer.read(size))
     threading.Thread(target=_watch_parent, daemon=True).start()
     report = os.dup(1)
-    os.dup2(2, 1)  # what user code prints beside sys.stdout belongs to the executor's log, not into the report
+    os.dup2(2, 1)  # what user code prints past sys.stdout belongs to the executor's log, not into the report
     try:
         run_replica(task)
     except Exception as error:  # noqa: BLE001 (passed on to the parent, which raises it)

@@ -1,8 +1,9 @@
-"""What runs on executors after a fit: the run's folders are removed."""
+"""What runs on executors after a fit, to remove the run's folders."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,6 @@ from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.jobs import SparkJob
 from sparkdeep.spark.session.task import local_dirs
-from sparkdeep.spark.tasks.barrier import _LOG
 from sparkdeep.storage.opening import open_store
 
 __all__ = ["clean_executors", "clean_task"]
@@ -25,6 +25,9 @@ __all__ = ["clean_executors", "clean_task"]
 # A clean-up task stays this long in its slot, so that every executor gets one.
 _SPREAD_S: Final = 0.2
 _RELEASE_TIMEOUT_S: Final = 5.0
+_CLEAN_ATTEMPTS: Final = 3
+_CLEAN_TIMEOUT_S: Final = 30.0
+_LOG: Final = logging.getLogger("sparkdeep")
 
 
 def clean_task(
@@ -41,20 +44,14 @@ def clean_task(
     for folder in [*folders, *([shard_dir] if shard_dir is not None else [])]:
         for path in Path(folder).glob(f"sparkdeep-{run}*"):
             release(path)
-            while path.exists() and time.monotonic() < deadline:  # a failed stage's task may still be dying in there
+            while path.exists() and time.monotonic() < deadline:  # a task of a failed stage may still be writing there
                 time.sleep(0.1)
                 release(path)
     if exchange is not None:
-        with contextlib.suppress(OSError):  # another task of this clean-up may be at it
+        with contextlib.suppress(OSError):  # another task of this clean-up may be deleting it
             open_store(exchange).delete(run_folder(run))
     time.sleep(_SPREAD_S)
     yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
-
-
-_CLEAN_ATTEMPTS = 3
-
-
-_CLEAN_TIMEOUT_S = 30.0
 
 
 def clean_executors(
@@ -79,7 +76,7 @@ def clean_executors(
     access = access_to(spark)
     reached: set[str] = set()
     for attempt in range(_CLEAN_ATTEMPTS):
-        try:  # all of it, as nothing can be asked of a session that was stopped
+        try:  # around all of it, as a session that was stopped answers nothing
             # Each task stays in its slot for a moment, so that every executor gets one.
             slots = max(1, access.slots(None) or 2 * num_workers)
             task = partial(clean_task, run, shard_dir, exchange)

@@ -1,4 +1,4 @@
-"""What runs on executors: module-level functions of one plain job value and the task's Arrow batches."""
+"""Where a task's replica runs, and the replica that dials the driver: what travels is one plain job value."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
+from pyspark import TaskContext
 
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import DataError
@@ -19,13 +21,14 @@ from sparkdeep.protocol.plans import ReplicaPlan, Ticket
 from sparkdeep.replica.channel import Channel, LogStream
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import open_replica, serve
+from sparkdeep.spark.ingest.portions import unpacked
 from sparkdeep.spark.session.failures import missing_module
 from sparkdeep.spark.session.placement import resolve_device
-from sparkdeep.spark.session.task import barrier_context, host_of, ready_device, run_root
+from sparkdeep.spark.session.task import barrier_context, host_of, ready_device, run_root, task_context
 from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.versions import versions
 
-__all__ = ["Placed", "ReplicaJob", "ReplicaTask", "placed"]
+__all__ = ["Placed", "ReplicaJob", "ReplicaTask", "placed", "placed_anywhere"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,18 @@ def placed(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.Re
     manifest = json.loads(rows[0])
     root = run_root(run, shard_dir)
     path = Path(manifest["path"])
+    problem = _problem(path, None if shard_dir is not None else root, manifest["host"])
+    return _placed(context, manifest, path, device, problem)
+
+
+def placed_anywhere(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.RecordBatch]) -> Placed:
+    """As `placed`, of a task that is in no barrier stage: the shard is one that moves to where the task runs."""
+    context = task_context()
+    manifest, path = unpacked(run, shard_dir, batches)
+    return _placed(context, manifest, path, device, _problem(path, None, host_of(context)))
+
+
+def _placed(context: TaskContext, manifest: dict[str, Any], path: Path, device: str, problem: str) -> Placed:
     gpus = context.resources().get("gpu")
     return Placed(
         replica=manifest["replica"],
@@ -83,7 +98,7 @@ def placed(run: str, shard_dir: str | None, device: str, batches: Iterator[pa.Re
         device=resolve_device(device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")),
         num_threads=context.cpus(),
         shard=str(path),
-        problem=_problem(path, None if shard_dir is not None else root, manifest["host"]),
+        problem=problem,
         state_dir=str(path.parent / f"state-{manifest['replica']:05d}"),
     )
 

@@ -1,20 +1,20 @@
-"""transport="spark": a barrier job a round over the persisted shards, with no port and no connection of our own."""
+"""Orders as Spark jobs over the persisted shards, one per round, with no port and no connection of our own."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 from pyspark.sql import DataFrame, SparkSession
 
-from sparkdeep.errors import PreflightError, ReplicaLostError, SparkdeepError, VersionMismatchError
+from sparkdeep.errors import PreflightError, ReplicaLostError, VersionMismatchError
 from sparkdeep.protocol.orders import Order, Parcel, Reply
 from sparkdeep.spark.session.access import access_to
-from sparkdeep.spark.session.jobs import SparkJob
+from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.parcels import (
     ARTIFACT_LIMIT_BYTES,
     CLOSURE_LIMIT_BYTES,
@@ -22,7 +22,6 @@ from sparkdeep.spark.session.parcels import (
     carrier_for,
 )
 from sparkdeep.spark.session.task import Shards
-from sparkdeep.spark.tasks.portion_tasks import portion_task
 from sparkdeep.spark.tasks.round_tasks import (
     PROBE_COLUMNS,
     REPLY_COLUMNS,
@@ -33,12 +32,18 @@ from sparkdeep.spark.tasks.round_tasks import (
 )
 from sparkdeep.versions import versions
 
-__all__ = ["Load", "RunnerSettings", "SparkRunner", "probe_session"]
+__all__ = ["Load", "RoundJobs", "RunnerSettings", "SparkRunner", "StatelessRunner", "probe_session"]
 
-_LOG = logging.getLogger("sparkdeep")
 _GIB: Final = 1 << 30
 # Arrow's framing, the headers, and the plan itself.
 _MARGIN: Final = 1.2
+_UNCONNECTED: Final[Mapping[str, str]] = {
+    "coordinator_host": "no replica dials the driver",
+    "coordinator_port": "no port is opened",
+    "tls": "no port is opened, and Spark's own encryption holds",
+    "aggregation": "no connection stays open between rounds",
+}
+_TOGETHER: Final = "each round is a job of its own that all replicas end together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +77,21 @@ class Load:
     """Whether the mean comes back in float64."""
     durable: bool
     """Whether replica states are sent back to executors after a loss."""
-    portions: bool = False
-    """Whether tasks are of portions, which keep no state."""
 
 
-@final
-class SparkRunner:
-    """Runs each order as one barrier job.
+class RoundJobs(ABC):
+    """Runs each order as one job.
 
     Args:
         spark: the session.
         shards: of the run.
         settings: how jobs are run.
     """
+
+    keeps_states: bool
+    """Whether tasks are replicas in a barrier stage; where not, ordinary tasks, which keep no state."""
+    CANNOT: ClassVar[Mapping[str, str]]
+    """{setting: why it cannot be had here}."""
 
     def __init__(self, spark: SparkSession, shards: Shards, *, settings: RunnerSettings) -> None:
         self.num_replicas = settings.num_replicas
@@ -96,22 +103,27 @@ class SparkRunner:
         self._jobs = 0
 
     def ship(self, slot: str, data: bytes) -> Parcel:
-        """Get `data` on its way, by whatever takes its size here."""
+        """Get `data` on its way, by whatever can carry its size here."""
         return self._carrier.ship(slot, data)
 
     def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
-        """Run the order as one job over the shards, or over portions of them."""
+        """Run the order as one job over the shards."""
         settings = self._settings
         job = RoundJob(
             order=order,
             shard_dir=settings.shard_dir,
             open_timeout_s=settings.open_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
+            keeps_states=self.keeps_states,
         )
-        extra = {"profile": settings.profile} if settings.profile is not None else {}
-        task = portion_task if order.portions else round_task
-        # Spark never backs up a task of a barrier stage, and has all of it wait for slots.
-        frame = self._shards.frame.mapInArrow(partial(task, job), REPLY_COLUMNS, barrier=not order.portions, **extra)
+        # Spark never starts a second copy of a barrier task, and starts none of them before there are slots for all.
+        frame = mapped(
+            self._shards.frame,
+            partial(round_task, job),
+            REPLY_COLUMNS,
+            barrier=self.keeps_states,
+            profile=settings.profile,
+        )
         access = access_to(self._spark)
         batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
         return read_replies(batches)
@@ -121,9 +133,8 @@ class SparkRunner:
         self._shards.renew()
 
     def close(self) -> None:
-        """Let go of the persisted manifest, and of what was shipped."""
+        """Release what was shipped."""
         self._carrier.close()
-        self._shards.close()
 
     def check(self, load: Load) -> None:
         """Refuse what will not fit, before anything trains.
@@ -131,52 +142,28 @@ class SparkRunner:
         Raises:
             PreflightError: with the numbers, and what to set.
         """
-        self._check_results(load)
-        if access_to(self._spark).connect and self.exchange is None:
-            self._check_artifacts(load)
-
-    def _check_results(self, load: Load) -> None:
+        access = access_to(self._spark)
         # From executors to the driver's JVM: without exchange_dir every replica's update, else the mean alone.
         count = self.num_replicas if self.exchange is None else 2 if load.wide else 1
         needed = int(_MARGIN * count * load.start_bytes)
-        limit = _size(access_to(self._spark).conf("spark.driver.maxResultSize"))
+        limit, heap = _size(access.conf("spark.driver.maxResultSize")), access.heap()
         if limit and needed > limit:
-            remedy = (
-                "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
-            )
-            if load.portions:
-                raise PreflightError(
-                    self._too_many_portions(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
-                )
-            raise PreflightError(
-                f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
-                f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
-            )
-
-        heap = access_to(self._spark).heap()
-        # Results lie there as they came, and once more while they are handed on to Python.
+            raise PreflightError(self._over_limit(needed, limit))
+        # Results lie in the heap as they came, and once more while they are handed on to Python.
         if heap is not None and 2 * needed > heap:
-            if load.portions:
-                raise PreflightError(self._too_many_portions(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB"))
-            raise PreflightError(
-                f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
-                f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
-                f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
-            )
+            raise PreflightError(self._over_heap(needed, heap))
+        if access.connect and self.exchange is None:
+            self._check_artifacts(load)
 
-    def _too_many_portions(self, needed: int, room: str) -> str:
-        return (
-            f"portions: the gradients of {self.num_replicas} portions are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
-            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas tell "
-            "their gradients over sockets."
-        )
+    @abstractmethod
+    def _over_limit(self, needed: int, limit: int) -> str:
+        """The message where a round's results exceed `spark.driver.maxResultSize`."""
+
+    @abstractmethod
+    def _over_heap(self, needed: int, heap: int) -> str:
+        """The message where they do not fit, twice, into the driver's heap."""
 
     def _check_artifacts(self, load: Load) -> None:
-        if load.portions and load.start_bytes > CLOSURE_LIMIT_BYTES:
-            raise PreflightError(
-                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
-                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
-            )
         used = artifact_bytes(self._spark)
         # Each round ships its start once, and the last validation ships the end.
         sends = [(load.start_bytes, load.rounds + 1), (load.fixed_bytes, 1)]
@@ -208,25 +195,96 @@ class SparkRunner:
         self._jobs += 1
         tag = f"sparkdeep-{self._settings.run}-job-{self._jobs}"
         job = SparkJob(self._spark, frame, tag=tag, description=description, action=action)
-        try:
-            return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
-        except BaseException:
-            job.cancel()
-            raise
+        return job.result(timeout_s, description, idle_timeout_s=idle_timeout_s, on_busy=self._settings.on_busy)
+
+
+@final
+class SparkRunner(RoundJobs):
+    """transport="spark": barrier jobs, in which each replica finds its shard and its state where the job before left them."""
+
+    keeps_states = True
+    CANNOT: ClassVar[Mapping[str, str]] = {
+        **_UNCONNECTED,
+        "rounds_per_stage": "every round is a job of its own",
+        "overlap": "a round ends before the next one begins",
+        "down_codec": "replicas are built anew for each round, and know no parameters that could have changed",
+        "quorum": _TOGETHER,
+        "on_nonfinite": _TOGETHER,
+        "time_budget_s": _TOGETHER,
+        "weighting": _TOGETHER,
+        "schedule": _TOGETHER,
+        "work": _TOGETHER,
+        "asynchronous": _TOGETHER,
+        "aggregator": _TOGETHER,
+        "replay": _TOGETHER,
+        "min_workers": "the number of replicas does not change there",
+        "worker_process": "replicas train in Spark's Python workers",
+    }
+
+    def _over_limit(self, needed: int, limit: int) -> str:
+        remedy = "" if self.exchange is not None else " or exchange_dir= to a folder of storage that executors share,"
+        return (
+            f"transport='spark': a round brings {needed / 1e6:.0f} MB to the driver, and spark.driver.maxResultSize allows "
+            f"{limit / 1e6:.0f} MB. Set that (and spark.driver.memory) higher,{remedy} or use transport='socket'."
+        )
+
+    def _over_heap(self, needed: int, heap: int) -> str:
+        return (
+            f"transport='spark': a round brings {needed / 1e6:.0f} MB through the driver's JVM, twice that while they are "
+            f"handed on, and its heap is {heap / 1e6:.0f} MB. Set spark.driver.memory to at least "
+            f"{2 * needed // (1 << 20) + 512}m, or use transport='socket', which does not pass there."
+        )
+
+
+@final
+class StatelessRunner(RoundJobs):
+    """Jobs of ordinary tasks that keep nothing: Spark may run each of them anywhere, again, and twice at a time."""
+
+    keeps_states = False
+    CANNOT: ClassVar[Mapping[str, str]] = {
+        **_UNCONNECTED,
+        "transport": "no replica dials the driver",
+        "rounds_per_stage": "every evaluation is a job of its own",
+        "exchange_dir": "gradients go to the driver, which adds them up",
+        "deal": "rows are dealt by their hash",
+        "deal_key": "no replica keeps rows: any task may take any of them",
+        "worker_process": "tasks run in Spark's Python workers",
+    }
+
+    def _over_limit(self, needed: int, limit: int) -> str:
+        return self._no_room(needed, f"spark.driver.maxResultSize allows {limit / 1e6:.0f} MB")
+
+    def _over_heap(self, needed: int, heap: int) -> str:
+        return self._no_room(2 * needed, f"the driver's JVM has {heap / 1e6:.0f} MB")
+
+    def _no_room(self, needed: int, room: str) -> str:
+        return (
+            f"portions={self.num_replicas}: their gradients are {needed / 1e6:.0f} MB in the driver's JVM, and {room}. Give fewer "
+            "portions=, raise spark.driver.maxResultSize and spark.driver.memory, or set portions=None, with which replicas send "
+            "their gradients over sockets."
+        )
+
+    def _check_artifacts(self, load: Load) -> None:
+        if load.start_bytes > CLOSURE_LIMIT_BYTES:
+            raise PreflightError(
+                f"portions= on Spark Connect: {load.start_bytes / 1e6:.1f} MB of parameters go out with every evaluation, and up to "
+                f"{CLOSURE_LIMIT_BYTES / 1e6:.1f} MB go with a task there. Use a classic session, or portions=None with sync_every=."
+            )
+        super()._check_artifacts(load)
 
 
 def probe_session(
     spark: SparkSession, run: str, num_workers: int, profile: Any, *, exchange: str | None, timeout_s: float
 ) -> None:
-    """Start `num_workers` barrier tasks at once, and see that each runs our versions and the shared storage.
+    """Start `num_workers` barrier tasks at once; each must run our versions and see the shared storage.
 
     Raises:
         PreflightError: they did not start within `timeout_s`, or executors do not share `exchange`.
         VersionMismatchError: an executor runs other versions than the driver.
     """
     task = partial(probe_task, run, num_workers, exchange)
-    extra = {"profile": profile} if profile is not None else {}
-    frame = spark.range(0, num_workers, 1, num_workers).mapInArrow(task, PROBE_COLUMNS, barrier=True, **extra)
+    tasks = spark.range(0, num_workers, 1, num_workers)
+    frame = mapped(tasks, task, PROBE_COLUMNS, barrier=True, profile=profile)
     job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-probe", description="sparkdeep fit: probe")
     try:
         rows = job.result(timeout_s, "probing the session")
@@ -235,11 +293,6 @@ def probe_session(
             f"num_workers={num_workers}: the session did not run that many barrier tasks at once within {timeout_s:g} s "
             f"({error}). Lower num_workers, or give the session more executors or cores."
         ) from error
-    except SparkdeepError:
-        raise
-    except BaseException:
-        job.cancel()
-        raise
     own = versions()
     if odd := {row["host"]: json.loads(row["versions"]) for row in rows if json.loads(row["versions"]) != own}:
         table = "\n".join(f"  {host}: {found}" for host, found in sorted(odd.items()))

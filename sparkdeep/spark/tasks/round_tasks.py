@@ -1,4 +1,4 @@
-"""What runs on executors when every round is a job: the replica's task, and the probe that goes before."""
+"""What runs on executors when every round is a job: the replica's task, and the probe before the first."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sparkdeep.protocol.orders import Order, Reply
 from sparkdeep.replica.job import Place, obey
 from sparkdeep.spark.session.failures import missing_module, named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device
-from sparkdeep.spark.tasks.replica_tasks import Placed, placed
+from sparkdeep.spark.tasks.replica_tasks import placed, placed_anywhere
 from sparkdeep.storage.opening import open_store
 from sparkdeep.storage.state_files import own_files
 from sparkdeep.versions import versions
 
-__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "answered", "probe_task", "read_replies", "round_task"]
+__all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_replies", "round_task"]
 
 REPLY_COLUMNS: Final = "replica int, part int, header string, data binary"
 PROBE_COLUMNS: Final = "task int, host string, versions string"
@@ -49,20 +49,17 @@ class RoundJob:
     open_timeout_s: float
     """A replica that is not built within this time ends its process, which Spark reports."""
     stall_timeout_s: float
-    """So does one that, once built, has not finished a single batch for this long."""
+    """The same for one that, once built, has not finished a single batch for this long."""
+    keeps_states: bool
+    """Whether tasks are those of a barrier stage, each where its shard lies and the replica's state with it."""
 
 
 def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Do the order as the replica whose manifest row the batch holds; yields its reply in parts."""
-    with named_failures():
-        task = placed(job.order.run, job.shard_dir, job.order.settings.device, batches)
-    yield from answered(job, task)
-
-
-def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
-    """Do the order where `task` says; yields the reply in parts."""
+    """Do the order for the shard whose manifest row the batches hold; yields the reply in parts."""
     with named_failures():
         order = job.order
+        find = placed if job.keeps_states else placed_anywhere
+        task = find(order.run, job.shard_dir, order.settings.device, batches)
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
         lines = _Lines()
         with _watched(job.stall_timeout_s, first_s=job.open_timeout_s) as beat, contextlib.redirect_stdout(lines):
@@ -75,6 +72,7 @@ def answered(job: RoundJob, task: Placed) -> Iterator[pa.RecordBatch]:
                 state_dir=Path(task.state_dir),
                 beat=beat,
                 open_program=_open_program,
+                keeps_state=job.keeps_states,
             )
             reply = obey(order, place)
         if device.type == "cuda":
@@ -91,11 +89,11 @@ def _open_program(data: bytes) -> Program:
 
 @contextmanager
 def _watched(timeout_s: float, *, first_s: float) -> Iterator[Callable[[], None]]:
-    """Gives a function to call now and then; when that stops for `timeout_s`, the process writes its stack and ends.
+    """Yields a function to call now and then; without a call for `timeout_s`, the process writes its stack and ends.
 
     Until the first call it has `first_s`, as importing and building take longer than a batch.
 
-    Python cannot interrupt code that hangs in C, so the watch is the interpreter's own, outside its lock.
+    Python cannot interrupt code that hangs in C, so the watchdog is the interpreter's own, outside its lock.
     """
 
     def watch(seconds: float) -> None:
@@ -175,10 +173,10 @@ def read_replies(batches: Sequence[pa.RecordBatch]) -> list[Reply]:
 
 def _whole(replica: int, header: dict[str, Any], parts: dict[int, memoryview]) -> Reply:
     body = b"".join(parts[part] for part in sorted(parts))
-    told = header["body"]
-    if (len(body), zlib.crc32(body)) != (told["bytes"], told["crc32"]):
+    declared = header["body"]
+    if (len(body), zlib.crc32(body)) != (declared["bytes"], declared["crc32"]):
         raise ReplicaLostError(
-            f"the reply of replica {replica} was damaged on its way: {len(body)} bytes of {told['bytes']}, or another "
+            f"the reply of replica {replica} was damaged on its way: {len(body)} bytes of {declared['bytes']}, or another "
             "checksum; the round is void.",
             replica=replica,
         )
@@ -188,7 +186,7 @@ def _whole(replica: int, header: dict[str, Any], parts: dict[int, memoryview]) -
 def probe_task(
     run: str, count: int, exchange: str | None, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """Say where this task runs; with `exchange`, see every other task's file there."""
+    """Report where this task runs; with `exchange`, check that every other task's file can be seen there."""
     for _ in batches:
         pass
     with named_failures():

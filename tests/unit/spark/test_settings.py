@@ -204,7 +204,7 @@ def test_spark_connect_sessions_tell_of_encrypted_disks_too(monkeypatch):
 def test_the_coordinator_listens_on_the_drivers_bind_address_and_nowhere_else(monkeypatch, conf, listens, advertised):
     session_with(monkeypatch, **conf)
     with contextlib.ExitStack() as stack:
-        coordinator = transports.ends_of(object(), settings(), None, stack)["coordinator"]
+        coordinator = transports.stages_of(object(), settings(), None, stack).coordinator
         port = coordinator.address.port
         assert coordinator.address.host == advertised
         mine = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
@@ -256,4 +256,4 @@ def test_a_key_is_refused_where_no_replica_keeps_rows():
     gradients = {"work": "gradient", "sync_every": "epoch", "portions": 4, "outer_optimizer": torch.optim.LBFGS}
     with pytest.raises(ConfigError, match=r"deal_key='user' with portions=4: no replica keeps rows"):
         transports.chosen(settings(deal_key="user", **gradients), None)
-    assert transports.chosen(settings(**gradients), None) == "portions"
+    assert transports.chosen(settings(**gradients), None) == "stateless"

@@ -11,13 +11,19 @@ import pyarrow as pa
 import pytest
 
 from sparkdeep.errors import ConfigError, PreflightError, ProtocolError, ReplicaLostError
+from sparkdeep.optim.aggregators import Median
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.local_work import DyLU
 from sparkdeep.protocol.orders import Inline, Reply
+from sparkdeep.settings.run import RunSettings
 from sparkdeep.spark.fit import transports
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.session import parcels
+from sparkdeep.spark.session.access import CONNECT_CANNOT
 from sparkdeep.spark.session.parcels import CLOSURE_LIMIT_BYTES, carried
 from sparkdeep.spark.tasks import round_jobs
-from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, _size
+from sparkdeep.spark.tasks.barrier import BarrierLauncher
+from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, StatelessRunner, _size
 from sparkdeep.spark.tasks.round_tasks import _parts, read_replies
 
 
@@ -90,7 +96,7 @@ class Access:
         return self._conf.get(name, default)
 
 
-def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0, heap=None):
+def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0, heap=None, kind=SparkRunner):
     monkeypatch.setattr(round_jobs, "access_to", lambda _: Access(connect=connect, conf=conf, heap=heap))
     monkeypatch.setattr(round_jobs, "carrier_for", lambda *_: None)
     monkeypatch.setattr(round_jobs, "artifact_bytes", lambda _: taken)
@@ -103,7 +109,7 @@ def runner(monkeypatch, *, connect, conf=None, exchange=None, taken=0, heap=None
         stall_timeout_s=1.0,
         profile=None,
     )
-    return SparkRunner(None, None, settings=settings)
+    return kind(None, None, settings=settings)
 
 
 def load(megabytes, *, rounds=5, wide=False, durable=False, fixed=0):
@@ -131,6 +137,20 @@ def test_what_the_driver_takes_back_is_held_against_its_heap(monkeypatch):
         match=r"1056 MB through the driver's JVM.*heap is 1074 MB.*spark.driver.memory to at least 2526m",
     ):
         runner(monkeypatch, connect=False, heap=1 << 30).check(load(220))
+
+
+def test_where_no_state_is_kept_the_remedy_is_fewer_tasks(monkeypatch):
+    def stateless(**session):
+        return runner(monkeypatch, kind=StatelessRunner, **session)
+
+    stateless(connect=False).check(load(220))
+    with pytest.raises(PreflightError, match=r"portions=4: .* 1440 MB .*allows 1074 MB.*fewer portions="):
+        stateless(connect=False).check(load(300))
+    with pytest.raises(PreflightError, match=r"portions=4: .* 2112 MB .*JVM has 1074 MB"):
+        stateless(connect=False, heap=1 << 30).check(load(220))
+    stateless(connect=True).check(load(4.0, rounds=1000, durable=False))
+    with pytest.raises(PreflightError, match=r"portions= on Spark Connect: 5.0 MB .*classic session"):
+        stateless(connect=True).check(load(5.0))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +215,29 @@ def test_what_a_session_cannot_do_is_refused(monkeypatch):
         settings(exchange_dir=folder)
     with pytest.raises(ConfigError, match="absolute path"):
         settings(exchange_dir="x")
+
+
+ONLY_THE_DRIVER = {
+    "quorum": 1,
+    "on_nonfinite": "drop",
+    "time_budget_s": 1.0,
+    "weighting": "equal",
+    "schedule": DyLU(),
+    "work": "gradient",
+    "asynchronous": Asynchronous(n_fetch=1, n_push=1),
+    "aggregator": Median(),
+}
+
+
+def test_tables_name_settings_that_are_asked_for_and_everything_that_only_the_driver_can_do():
+    asked = RunSettings(**ONLY_THE_DRIVER).closing
+    assert {written.partition("=")[0] for written in asked} == set(ONLY_THE_DRIVER) <= set(SparkRunner.CANNOT)
+    known = {*transports._ALL_CAN, *ONLY_THE_DRIVER, "replay"}
+    for table in (BarrierLauncher.CANNOT, SparkRunner.CANNOT, StatelessRunner.CANNOT, CONNECT_CANNOT):
+        assert set(table) <= known
+    plain = settings()
+    for name, can in transports._ALL_CAN.items():
+        assert (vars(plain) | vars(plain.local) | vars(plain.run))[name] in can, "a default is refused nowhere"
 
 
 class Client:

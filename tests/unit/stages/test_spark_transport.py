@@ -248,7 +248,8 @@ class Faulty:
 
     def __init__(self, inner, before=None, after=None):
         self.inner, self.before, self.after = inner, before, after
-        self.num_replicas, self.orders, self.renewed = inner.num_replicas, [], 0
+        self.num_replicas, self.keeps_states = inner.num_replicas, inner.keeps_states
+        self.orders, self.renewed = [], 0
 
     @property
     def exchange(self):
