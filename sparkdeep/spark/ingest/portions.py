@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.ingest.portions."""
+"""What runs on executors to make portions: a partition's rows become one portion, on disk or as bytes in rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.ingest.tasks."""
+"""What runs on executors to make shards: a partition's rows are checked, and written as one shard."""
 
 from __future__ import annotations
 

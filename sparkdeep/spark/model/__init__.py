@@ -1,1 +1,10 @@
-"""TODO: one sentence, and the files below."""
+"""A trained network as a Spark ML model: columns in, predictions out; saved, loaded, exported.
+
+- `columns.py`: which columns a model reads and writes
+- `files.py`: a model as Spark ML's writers and readers
+- `model.py`: `TorchModel`
+- `params.py`: settings as Spark ML params
+- `pyfunc.py`: a model as MLflow's pyfunc
+- `scoring.py`: batched inference on executors
+- `stored_values.py`: settings as JSON, callables by name
+"""

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.jobs."""
+"""A Spark action in a thread of its own, cancelled by its tag, its errors read back by name."""
 
 from __future__ import annotations
 

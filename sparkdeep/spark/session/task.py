@@ -1,4 +1,4 @@
-"""TODO sparkdeep.spark.session.task."""
+"""What a Spark task knows of itself: its barrier context, its host, its folders, its device; and the shards it is given."""
 
 from __future__ import annotations
 
