@@ -1,1 +1,15 @@
-"""TODO: one sentence, and the files below."""
+"""The user's network and callables: built, adapted, rehearsed, scored, saved.
+
+- `building.py`: the network built, and what models of other origin bring along
+- `export.py`: torch.export and ONNX
+- `keras.py`: a Keras model as a torch module
+- `lightning_module.py`: a Lightning module without a Trainer
+- `lightning_optimizer.py`: its optimizer and scheduler
+- `losses.py`: a batch through model and loss, with row weights
+- `prediction.py`: a model's output as a column
+- `program.py`: the user's objects on their way to replicas
+- `registry.py`: which factories a stored model may name
+- `rehearsal.py`: the first rows through the model, on the driver, before anything trains
+- `saving.py`: model folders: safetensors and JSON
+- `validation.py`: scores of the averaged model
+"""

@@ -148,16 +148,7 @@ def resolve(
     if match is None:
         raise _refusal(name, "it is no registered name, and not of the form package.module:name either")
     module_name, qualname = match.groups()
-    if _is_listed(module_name, allow_modules):
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as exc:
-            raise _refusal(name, f"{module_name} cannot be imported ({exc})") from exc
-    else:
-        found = sys.modules.get(module_name)
-        if found is None:
-            raise _refusal(name, f"{module_name} is neither imported here nor listed in allow_modules")
-        module = found
+    module = _module_named(module_name, name, allow_modules)
     target = _look_up(name, module, qualname)
     if any(target is factory for factory in _registered.values()):
         return target
@@ -177,6 +168,18 @@ def resolve(
         f"it is {_kind(target)}: a stored name may stand for an nn.Module subclass, a registered factory, or a "
         "function defined in a module of allow_modules",
     )
+
+
+def _module_named(module_name: str, name: str, allow_modules: Sequence[str]) -> Any:
+    if not _is_listed(module_name, allow_modules):
+        found = sys.modules.get(module_name)
+        if found is None:
+            raise _refusal(name, f"{module_name} is neither imported here nor listed in allow_modules")
+        return found
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as exc:
+        raise _refusal(name, f"{module_name} cannot be imported ({exc})") from exc
 
 
 def import_factory(spec: str) -> Callable[..., Any]:

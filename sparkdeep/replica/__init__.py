@@ -1,1 +1,16 @@
-"""TODO: one sentence, and the files below."""
+"""All that runs where a replica runs: local steps, its end of a stage or job.
+
+- `channel.py`: the replica's end of a connection
+- `gradients.py`: a replica's part of a gradient round
+- `job.py`: a replica's life in one job
+- `overlapping.py`: an update that travels while the next round is trained
+- `progress.py`: how far a replica is in its round
+- `reading.py`: a replica's batches, from its shard to its device
+- `replica.py`: one replica's local steps
+- `ring.py`: replicas that add up their updates among themselves
+- `round.py`: the replica's end of a round
+- `stage.py`: a replica's life in one stage
+- `state.py`: its optimizer and random streams between rounds
+- `update.py`: where a replica's round starts, and what it sends of it
+- `window.py`: a replica's part of an asynchronous window: pushes and fetches between its steps
+"""

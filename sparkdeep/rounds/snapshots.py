@@ -1,4 +1,4 @@
-"""TODO sparkdeep.rounds.snapshots."""
+"""Snapshots of a run, from which lost rounds are made up: in memory, or as checkpoints."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The one door to pyspark: nothing outside imports it.
+"""The one door to pyspark.
 
-daemon    Spark's Python daemon with torch imported
-doctor    what would keep a session from training
-fit       `TorchEstimator`
-ingest    DataFrames to shards on executors
-job       spark-submit jobs
-model     `TorchModel`
-session   the session: access, slots, jobs, failures
-tasks     what runs on executors
+- `daemon.py`: Spark's Python daemon with torch imported; opt-in
+- `doctor/`: looks at a session and says what to change
+- `fit/`: `TorchEstimator`: a fit on Spark, from DataFrame to model
+- `ingest/`: DataFrames to persisted shards
+- `job/`: whole jobs: configuration in, exit code and result.json out
+- `model/`: `TorchModel`: columns in, predictions out; saved, loaded, exported
+- `session/`: a session: its kind, its slots, its files, its errors
+- `tasks/`: what runs in Spark tasks, and what starts them
 """

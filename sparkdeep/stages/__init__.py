@@ -1,1 +1,14 @@
-"""TODO: one sentence, and the files below."""
+"""The driver's end: open stages by sockets, or a job a round.
+
+- `admission.py`: headers before bodies: nothing is summed until every replica's header was found good
+- `arrivals.py`: an asynchronous window at the driver: pushes are applied as they come, none too stale
+- `coordinator.py`: the driver's port: admits this run's replicas and nobody else
+- `gathering.py`: one round at the driver: order, headers, bodies, mean
+- `jobs.py`: the driver's end of a job a round
+- `launch.py`: who starts replicas: the interface, and its in-process twin
+- `line.py`: one replica's connection, as the driver sees it
+- `opener.py`: when stages open and close
+- `ring.py`: where the replicas of a ring find each other
+- `staffing.py`: how many replicas the next stage has
+- `stage.py`: the driver's end of one open stage
+"""

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.storage.arrow."""
+"""A store in any Arrow file system: object stores and HDFS, by what Arrow offers of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO sparkdeep.storage.local."""
+"""A store on a mounted file system: whole files, private to their user, synced before they count."""
 
 from __future__ import annotations
 

@@ -1,1 +1,7 @@
-"""TODO: one sentence, and the files below."""
+"""A module as one flat vector, vectors as bytes, the exact mean.
+
+- `encoding.py`: codecs of vectors: identity, bf16, int8 by blocks
+- `mean.py`: the exact weighted mean, and pooled BatchNorm statistics
+- `parameters.py`: a module as one flat vector
+- `state_dicts.py`: state dicts as safetensors
+"""

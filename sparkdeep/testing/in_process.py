@@ -1,4 +1,4 @@
-"""TODO sparkdeep.testing.in_process."""
+"""Replicas as threads of this process: the twins of a stage's launcher and of the runner of a job a round."""
 
 from __future__ import annotations
 

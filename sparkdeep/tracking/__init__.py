@@ -1,6 +1,15 @@
-"""What a run tells, and to whom: records, callbacks, the bar, the report, MLflow and TensorBoard (each an extra).
+"""What a run tells: records, callbacks, bar, report, MLflow, TensorBoard.
 
-Files: TODO
+- `callbacks.py`: what a fit tells those who watch it
+- `charts.py`: charts as data for a template
+- `mlflow.py`: runs in MLflow
+- `outbox.py`: items for a server that may be down
+- `progress.py`: the progress bar
+- `records.py`: the record of a round
+- `report.html.jinja`: the report's page
+- `report.py`: a run as one HTML page
+- `startup.py`: what a fit costs before its first step
+- `tensorboard.py`: event files for TensorBoard
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -29,20 +28,6 @@ def section(text, title):
     return match[1]
 
 
-def tree(text):
-    """The paths of the file tree, and those without a description."""
-    paths, bare, folder = set(), set(), ""
-    for line in re.findall(r"^    (\S.*|    \S.*)$", text, flags=re.MULTILINE):
-        if not line.startswith(" "):
-            folder = line.strip()
-            continue
-        name, _, description = line.strip().partition(" ")
-        paths.add(folder + name)
-        if not description.strip():
-            bare.add(folder + name)
-    return paths, bare
-
-
 def documented_arguments(text):
     """Names in backticks in the first column of the table."""
     return {
@@ -56,28 +41,6 @@ def accepted_arguments():
     return {p.name for p in signature if p.kind == p.KEYWORD_ONLY} | fields
 
 
-def test_the_file_tree_is_that_of_the_repository():
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "sparkdeep", "jobs", "benchmarks", "conf"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    paths, bare = tree(section(README, "Files"))
-    assert paths == set(listed.stdout.split())
-    assert not bare, "one line a file, with what it is"
-
-
-def test_the_tree_reader_sees_paths_and_missing_descriptions():
-    assert tree("\n    a/\n        x.py   what\n        y.py\n    a/b/\n        z.py it\n") == (
-        {"a/x.py", "a/y.py", "a/b/z.py"},
-        {"a/y.py"},
-    )
-
-
 def test_every_argument_of_the_estimator_is_in_the_table_and_no_other():
     assert documented_arguments(section(README, "Every argument")) == accepted_arguments()
 
@@ -89,8 +52,8 @@ def test_paths_that_the_text_names_exist():
 
 
 def test_it_stays_short_enough_to_read():
-    # The file tree and the table of arguments grow with the package; the rest is what is read from top to bottom.
-    read = README.replace(section(README, "Files"), "").replace(section(README, "Every argument"), "")
+    # The table of arguments grows with the package; the rest is what is read from top to bottom.
+    read = README.replace(section(README, "Every argument"), "")
     assert len(read.splitlines()) <= 460
 
 

@@ -1,9 +1,9 @@
-"""`sparkdeep.doctor`: what would keep a session from training, and what to change.
+"""Looks at a session and says what to change, before anything trains.
 
-conf_checks       what Spark's properties say
-conf_values       Spark's properties as typed values
-doctor            the function, and the command's session
-executor_checks   what tasks saw on executors, judged
-findings          findings, and the report that prints them
-probes            the small jobs that look around on executors
+- `conf_checks.py`: what Spark properties tell about training
+- `conf_values.py`: Spark properties as typed values
+- `doctor.py`: `sparkdeep.doctor(spark)`
+- `executor_checks.py`: what tasks saw where they ran, judged
+- `findings.py`: what the doctor found
+- `probes.py`: the doctor's tiny jobs
 """

@@ -1,11 +1,11 @@
-"""`TorchEstimator`: from its settings and a DataFrame to a trained model.
+"""A fit on Spark: the settings of `TorchEstimator` checked, its rows dealt, its rounds run, its model made.
 
-checkpoints       where a fit keeps its checkpoints
-estimator         the class
-estimator_files   its files, as Spark ML's writers and readers
-programs          the user's objects, put together and rehearsed
-settings          every setting of a fit as one checked value
-shard_source      the fit's rows as persisted shards
-training          the steps of a fit
-transports        how replicas are reached, and what that rules out
+- `checkpoints.py`: where a fit, or one fit of a search, keeps its checkpoints
+- `estimator.py`: `TorchEstimator`
+- `estimator_files.py`: an estimator saved and loaded
+- `programs.py`: program and schema of a fit, rehearsed on the driver
+- `settings.py`: the settings of one fit as a checked value
+- `shard_source.py`: a fit's rows as persisted shards
+- `training.py`: one fit through Spark, from DataFrame to model
+- `transports.py`: which transport a fit takes
 """

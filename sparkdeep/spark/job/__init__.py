@@ -1,10 +1,10 @@
-"""spark-submit jobs: a TOML file in, an exit code and a result file out.
+"""Whole jobs for spark-submit: configuration in, exit code and result.json out.
 
-config    the TOML file, checked
-metrics   metrics by name
-report    what the report of a job shows
-result    the exit code and the result file
-run       a job from start to end
-sources   the session and the rows
-steps     a pipeline's steps, each runnable alone
+- `config.py`: what a TOML file may say
+- `metrics.py`: metrics by name
+- `report.py`: what a job's report is made of
+- `result.py`: exit codes and result files
+- `run.py`: a job from its configuration to its exit code
+- `sources.py`: a job's session, rows and split
+- `steps.py`: steps that are done once
 """

@@ -1,20 +1,10 @@
-"""`TorchModel`: a trained network as a Spark ML model.
+"""A trained network as a Spark ML model: columns in, predictions out; saved, loaded, exported.
 
-columns         which columns it reads and writes
-files           its files, as Spark ML's writers and readers
-model           the class
-params          settings as Spark ML params
-pyfunc          the model in MLflow
-scoring         batched inference on executors
-stored_values   settings as JSON, callables by name
+- `columns.py`: which columns a model reads and writes
+- `files.py`: a model as Spark ML's writers and readers
+- `model.py`: `TorchModel`
+- `params.py`: settings as Spark ML params
+- `pyfunc.py`: a model as MLflow's pyfunc
+- `scoring.py`: batched inference on executors
+- `stored_values.py`: settings as JSON, callables by name
 """
-
-from typing import Any
-
-
-def __getattr__(name: str) -> Any:
-    if name == "TorchModel":  # files of the first version name sparkdeep.spark.model.TorchModel
-        from sparkdeep.spark.model.model import TorchModel
-
-        return TorchModel
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

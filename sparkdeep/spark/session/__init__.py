@@ -1,13 +1,13 @@
-"""The Spark session as everything else sees it: what it can do, its slots, its jobs and their failures.
+"""A Spark session: its kind, its slots, its files and its errors.
 
-access      what differs between a classic session and Spark Connect
-failures    named errors across the boundary between executors and driver
-hadoop      a store through Spark's own file systems
-jobs        a Spark action in a thread, with a tag and a deadline
-parcels     bytes on their way to executors
-placement   the device that a task computes on
-preflight   what can be checked before anything runs
-slots       which fit of this driver holds how many slots
-task        what a task can find out about where it runs
-types       Spark's column types as ours
+- `access.py`: what differs between classic Spark and Connect
+- `failures.py`: errors from executors, read back by name
+- `hadoop.py`: files through Spark's Hadoop file systems
+- `jobs.py`: a Spark action in a thread, cancelled by its tag
+- `parcels.py`: how bytes reach replicas through Spark
+- `placement.py`: which device a replica computes on
+- `preflight.py`: what is checked before anything runs
+- `slots.py`: fits take turns on a session's slots
+- `task.py`: what a task knows of itself: its host, its folders, its device
+- `types.py`: Spark's column types as ours
 """

@@ -1,9 +1,10 @@
-"""What runs on executors, and what starts it there.
+"""What runs in Spark tasks, and what starts them.
 
-barrier         one barrier stage for many rounds
-child           a replica in a process of its own
-cleaning        a run's folders are removed
-replica_tasks   where a replica runs, and the replica that dials the driver
-round_jobs      one job for every round
-round_tasks     the task of such a job
+- `barrier.py`: starts and cancels barrier stages
+- `child.py`: a replica in a process of its own, for GPUs
+- `cleaning.py`: removes a run's folders after a fit
+- `portion_tasks.py`: executor side of portions: one evaluation
+- `replica_tasks.py`: executor side of a stage: one replica
+- `round_jobs.py`: the driver's side of transport="spark": a job a round
+- `round_tasks.py`: executor side of a job a round
 """
