@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.own_names import name_of
 from sparkdeep.protocol.plans import ShardFacts
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
+from sparkdeep.storage.own_names import name_of
 from sparkdeep.tensors.parameters import Layout, named_tensors, raw_bytes
 
 __all__ = ["describe", "run_identity", "tensors_digest"]

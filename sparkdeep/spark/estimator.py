@@ -1,4 +1,4 @@
-"""The module that stages that the first version saved name."""
+"""The name of `TorchEstimator` in files of the first version."""
 
 from sparkdeep.spark.fit.estimator import TorchEstimator
 

@@ -1,4 +1,4 @@
-"""The module that MLflow models that the first version logged name."""
+"""The loader that MLflow models of the first version name."""
 
 from sparkdeep.spark.model.pyfunc import _load_pyfunc
 

@@ -19,7 +19,6 @@ from typing import Any, final
 
 from sparkdeep import seams
 from sparkdeep.errors import CheckpointError, ConfigError, FencedError
-from sparkdeep.own_names import without_modules
 from sparkdeep.storage.commit import Commit, CommittedFiles, Key, commit_keys, commit_name
 from sparkdeep.storage.lease import (
     Fences,
@@ -39,6 +38,7 @@ from sparkdeep.storage.manifest import (
     plain_json,
     read_bounded,
 )
+from sparkdeep.storage.own_names import without_modules
 from sparkdeep.storage.store import JSON, Bytes, Store, check_name
 
 __all__ = ["CheckpointDirectory", "Loaded"]

@@ -29,6 +29,9 @@ ROOMS = {  # room: the rooms below it that it may import
     "algorithms": "optim settings",  # the public files are rooms of one file
     "petastorm": "spark",
     "cli": "stages spark",
+    "pyfunc": "spark",
+    "report": "tracking",
+    "keras_network": "models",
     "__main__": "cli",
 }
 GROUND_ROOMS = {"errors": "", "seams": "", "versions": "", "checks": "errors"}
@@ -51,7 +54,7 @@ TOP_FILES |= {"__init__.py", "__main__.py", "py.typed"}
 SPARK_FOLDERS = {"session", "ingest", "model", "tasks", "fit", "doctor", "job"}
 SPARK_FILES = {"__init__.py", "daemon.py"}
 NAMED_IN_FILES = {  # modules that models, jobs and pickles on disk name: they may stand where they are named
-    "": {"pyfunc.py", "report.py", "own_names.py"},
+    "": {"pyfunc.py", "report.py", "keras_network.py"},
     "spark": {"estimator.py", "pyfunc.py"},
 }
 LAZY = {"tracking", "spark/model"}  # their public names are imported when they are first used

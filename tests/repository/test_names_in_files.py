@@ -16,10 +16,10 @@ import sparkdeep
 from sparkdeep.algorithms import delayed_nesterov, downpour, fedadam, fedyogi, slowmo
 from sparkdeep.errors import ModelLoadError
 from sparkdeep.models.registry import import_factory
-from sparkdeep.own_names import with_first_modules, without_modules
 from sparkdeep.rounds.identity import describe
 from sparkdeep.spark.fit.settings import FitSettings, digest_of
 from sparkdeep.spark.model.stored_values import VALUES, from_json, to_json
+from sparkdeep.storage.own_names import with_first_modules, without_modules
 
 # As they are written now.
 CLASS_PATHS = {"sparkdeep.TorchEstimator": "TorchEstimator", "sparkdeep.TorchModel": "TorchModel"}

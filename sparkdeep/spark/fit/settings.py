@@ -18,13 +18,13 @@ from sparkdeep.data.schema import ColumnNames, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.building import may_bring_loss, may_bring_optimizer
 from sparkdeep.models.prediction import check_choice
-from sparkdeep.own_names import with_first_modules
 from sparkdeep.rounds.fit_checks import check_factory
 from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_outer, check_together
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import EarlyStopping, RunSettings
 from sparkdeep.stages.coordinator import parse_ports
+from sparkdeep.storage.own_names import with_first_modules
 from sparkdeep.storage.store import shown_uri
 from sparkdeep.tracking.callbacks import Callback
 from sparkdeep.tracking.records import RoundRecord

@@ -8,3 +8,12 @@
 - `scoring.py`: batched inference on executors
 - `stored_values.py`: settings as JSON, callables by name
 """
+
+from importlib import import_module
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TorchModel":  # files of the first version name sparkdeep.spark.model.TorchModel
+        return import_module("sparkdeep.spark.model.model").TorchModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

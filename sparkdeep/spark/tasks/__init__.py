@@ -3,7 +3,6 @@
 - `barrier.py`: starts and cancels barrier stages
 - `child.py`: a replica in a process of its own, for GPUs
 - `cleaning.py`: removes a run's folders after a fit
-- `portion_tasks.py`: executor side of portions: one evaluation
 - `replica_tasks.py`: executor side of a stage: one replica
 - `round_jobs.py`: the driver's side of transport="spark": a job a round
 - `round_tasks.py`: executor side of a job a round
