@@ -242,7 +242,7 @@ PARTS = {"stages": write_stages, "checkpoint": write_checkpoint, "mlflow": write
 
 def main():
     path = HERE / "expected.json"
-    for part in sys.argv[1:] or ["stages"]:
+    for part in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             told = PARTS[part](Path(folder))
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
