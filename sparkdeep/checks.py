@@ -8,12 +8,26 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["at_least", "fits", "instance", "misfit", "not_negative", "one_of", "positive", "refuse_unknown", "shown"]
+__all__ = [
+    "at_least",
+    "changed",
+    "fits",
+    "hint",
+    "instance",
+    "known",
+    "misfit",
+    "not_negative",
+    "one_of",
+    "positive",
+    "refuse_unknown",
+    "shown",
+    "spelled",
+]
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -25,9 +39,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     names = sorted(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {where} {name!r}.{hint} Known: {', '.join(names)}.")
+            raise ConfigError(f"unknown {where} {name!r}.{hint(name, names)} Known: {', '.join(names)}.")
+
+
+def hint(given: object, names: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """Ask "Did you mean ...?" with the nearest of the names, after a space; "" where none is near."""
+    near = difflib.get_close_matches(str(given), list(names), n=1)
+    return f" Did you mean {show(near[0])}?" if near else ""
 
 
 def _is_number(value: Any) -> bool:
@@ -56,13 +74,32 @@ def not_negative(name: str, value: Any, below: float = math.inf) -> None:
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Refuse what is none of `choices`."""
     if value not in (listed := list(choices)):
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, listed))}.")
+        near = hint(value, [one for one in listed if isinstance(one, str)])
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, listed))}.{near}")
 
 
-def instance(name: str, value: Any, kinds: tuple[type, ...], what: str) -> None:
-    """Refuse what is neither None nor of `kinds`."""
-    if value is not None and not isinstance(value, kinds):
-        raise ConfigError(f"{name}={value!r}: must be {what}, or None.")
+def known(base: type) -> dict[str, Any]:
+    """Our values of a kind by name: the public dataclasses that derive from `base`, or `base` where it is one."""
+    ours = [cls for cls in (base, *base.__subclasses__()) if cls.__module__.startswith("sparkdeep.")]
+    return {cls.__name__: cls for cls in ours if dataclasses.is_dataclass(cls) and not cls.__name__.startswith("_")}
+
+
+def spelled(base: type) -> list[str]:
+    """What `known` gives as it is written: `Median()`, `TrimmedMean(share)`."""
+    return [f"{name}({', '.join(f.name for f in dataclasses.fields(cls))})" for name, cls in known(base).items()]
+
+
+def instance(name: str, value: Any, base: type, word: str | None = None) -> None:
+    """Refuse what is neither `word` nor a `base`, ours or the user's own."""
+    if not isinstance(value, base) and value != word:
+        near = hint(getattr(value, "__name__", value), spelled(base), show=str)
+        raise ConfigError(f"{name}={value!r}: must be {', '.join(spelled(base))}, or {word!r}.{near}")
+
+
+def changed(settings: Any, *names: str) -> list[str]:
+    """`name=value` of those of a dataclass's fields that are not at their default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    return [f"{name}={value!r}" for name in names if (value := getattr(settings, name)) != defaults[name]]
 
 
 _LARGEST: Final = 1 << 63

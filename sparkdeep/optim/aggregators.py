@@ -1,21 +1,21 @@
-"""How a round's updates become one: values to choose from; `robust_mean` computes all but the mean."""
+"""How a round's updates become one: each aggregator computes it from what the replicas changed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, final
+from typing import Final, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparkdeep.checks import not_negative
+from sparkdeep.optim.changes import Changes, Floats
 from sparkdeep.protocol.messages import Update
 from sparkdeep.tensors.encoding import CHUNK
-from sparkdeep.tensors.mean import reduced_weights
+from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
 from sparkdeep.tensors.parameters import Layout
 
 __all__ = [
@@ -23,26 +23,113 @@ __all__ = [
     "Median",
     "NormClip",
     "RadialDirectional",
-    "RobustMean",
     "Shares",
     "TrimmedMean",
+    "aggregator_of",
     "embeddings_of",
     "shares_of",
 ]
 
+# Chunks that are summed at the same time: enough for replicas that arrive in bursts, few enough for the caches.
+_WINDOW: Final = 4
+
+
+class Aggregator(ABC):
+    """How updates become one. What derives from it is a frozen dataclass: its fields are part of a run's identity."""
+
+    @abstractmethod
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Give the new parameters slice by slice, in float64, each of them once.
+
+        Args:
+            changes: of the replicas that count, at least one.
+            weights: (replicas,), positive.
+        """
+
+    def taking(
+        self,
+        shares: Shares,
+        *,
+        layout: Layout,
+        start: Tensor,
+        base: Tensor | None,
+        out: Tensor,
+        plain: frozenset[str] = frozenset(),
+    ) -> Combining:
+        """What takes in the vectors of a round; here all are kept, and combined once they are there.
+
+        Args:
+            shares: of the updates.
+            layout: of the parameters.
+            start: (numel,), what the round began with.
+            base: (numel,) from which the vectors are differences; None where they are parameters.
+            out: where the result is written.
+            plain: see `Changes`.
+        """
+        begun, differ = (start, False) if base is None else (base, True)
+        return Changes(self, layout, shares.weights, start=begun, differences=differ, out=out, plain=plain)
+
+    def weakness(self, counted: int) -> str:
+        """What to say where it does less than it says among so many replicas; else ""."""
+        del counted
+        return ""
+
 
 @dataclass(frozen=True)
-class NormClip:
+class _Mean(Aggregator):
+    """The mean by weight, of which one vector is kept; the setting is "mean"."""
+
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        return changes.moved(weights / sum(weights))
+
+    def taking(
+        self,
+        shares: Shares,
+        *,
+        layout: Layout,
+        start: Tensor,
+        base: Tensor | None,
+        out: Tensor,
+        plain: frozenset[str] = frozenset(),
+    ) -> Combining:
+        del layout, plain
+        base, rest = (start.detach(), shares.rest) if base is None and shares.rest else (base, 1.0)
+        return OrderedSum(
+            out.numel(),
+            shares.weights,
+            divisor=shares.divisor,
+            out=out,
+            base=base,
+            base_share=rest,
+            chunk=CHUNK,
+            window=_WINDOW,
+        )
+
+
+@dataclass(frozen=True)
+class NormClip(Aggregator):
     """The weighted mean of what replicas changed, each change cut to at most the median of their 2-norms."""
 
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Weigh each change by its share, times the bound over its norm where that is less than 1."""
+        norms = changes.norms()
+        kept = np.minimum(norms, np.median(norms))
+        cut = np.divide(kept, norms, out=np.ones_like(norms), where=norms > 0)
+        return changes.moved(weights / sum(weights) * cut)
+
 
 @dataclass(frozen=True)
-class Median:
+class Median(Aggregator):
     """The median of every coordinate (Yin et al., 2018); replicas count alike."""
 
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Numpy's: the mean of the middle two of an even number."""
+        del weights
+        return ((part, np.median(changes.parameters(part), axis=0)) for part in changes.slices())
+
 
 @dataclass(frozen=True)
-class TrimmedMean:
+class TrimmedMean(Aggregator):
     """The mean of every coordinate without the largest and the smallest `share` of its values (Yin et al., 2018)."""
 
     share: float = 0.2
@@ -51,165 +138,59 @@ class TrimmedMean:
     def __post_init__(self) -> None:
         not_negative("TrimmedMean.share", self.share, below=0.5)
 
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Sort, cut, and take the mean; replicas count alike."""
+        cut = math.floor(self.share * len(weights))
+        for part in changes.slices():
+            values = np.sort(changes.parameters(part), axis=0)
+            yield part, values[cut : len(values) - cut].mean(axis=0)
+
+    def weakness(self, counted: int) -> str:
+        """Of few replicas none is cut."""
+        if not 0 < self.share * counted < 1:
+            return ""
+        enough = math.ceil(1000 / counted) / 1000
+        give, more = (
+            f"Give a share of at least {enough:g}, or Median().",
+            "Use more replicas: of so few none can be cut.",
+        )
+        return (
+            f"rounded down to whole replicas it cuts none of {counted}, and is a plain mean then. "
+            f"{give if enough < 0.5 else more}"
+        )
+
 
 @dataclass(frozen=True)
-class RadialDirectional:
+class RadialDirectional(Aggregator):
     """By parameter tensor, the mean length of the changes times their mean direction, made a direction again.
 
     With many replicas, whose changes point apart, a mean shrinks as 1/sqrt(N); this keeps its length (Decoupled DiLoCo, 2026).
     Tensors of `Embedding` modules take the plain mean.
     """
 
+    def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Tensor by tensor."""
+        for entry in changes.layout.entries:
+            place = slice(entry.offset, entry.offset + entry.numel)
+            plain = entry.name in changes.plain
+            shares = weights / sum(weights) if plain else self._shares(changes, weights, place)
+            yield from changes.moved(shares, place)
 
-Aggregator: TypeAlias = Literal["mean"] | NormClip | Median | TrimmedMean | RadialDirectional
-
-
-_F64 = NDArray[np.float64]
-
-# Elements of every replica that are looked at together: N x 512 KB in float64.
-_SLICE: Final = 1 << 16
-
-
-@final
-class RobustMean:
-    """Keeps the vectors of all replicas that count, and combines them when all are there.
-
-    Unlike `OrderedSum`, whose memory is one vector, this keeps N of them on the driver: N x P bytes. All is computed in
-    float64, in replica order, and rounded once.
-
-    Args:
-        aggregator: how.
-        layout: of the vector.
-        weights: one a replica, >= 0; one of weight 0 does not count. `Median` and `TrimmedMean` count the others alike.
-        start: (numel,), what replicas began the round with.
-        differences: whether what is added are differences from `start`, and not parameters.
-        out: (numel,), where the result is written, rounded once to its dtype.
-        plain: names of the parameters that take the plain mean under `RadialDirectional`.
-    """
-
-    def __init__(
-        self,
-        aggregator: NormClip | Median | TrimmedMean | RadialDirectional,
-        layout: Layout,
-        weights: Sequence[float],
-        *,
-        start: Tensor,
-        differences: bool,
-        out: Tensor,
-        plain: frozenset[str] = frozenset(),
-    ) -> None:
-        assert out.numel() == start.numel() == layout.numel, "aggregators combine parameters, and nothing beside them"
-        self.numel = layout.numel
-        self.chunk = CHUNK
-        self._aggregator = aggregator
-        self._layout = layout
-        self._start = start.detach().numpy()
-        self._differences = differences
-        self._out = out
-        self._plain = plain
-        shares = reduced_weights(weights)
-        self._weights = {i: weight for i, weight in enumerate(shares) if weight > 0}
-        self._vectors: dict[int, Tensor] = {}
-
-    def add(self, replica: int, chunks: Callable[[int, int], Tensor], wait: Callable[[], None]) -> None:
-        """Take in one replica's vector; nobody waits for another, so `wait` is not called.
-
-        Args:
-            replica: the replica's number; its weight must be positive.
-            chunks: called as `chunks(start, stop)` in ascending order; gives elements start..stop of the vector.
-            wait: of `OrderedSum`.
-        """
-        del wait
-        assert replica in self._weights, f"replica {replica} does not count"
-        vector = torch.empty(self.numel, dtype=self._layout.dtype)
-        for start in range(0, self.numel, self.chunk):
-            stop = min(start + self.chunk, self.numel)
-            vector[start:stop].copy_(chunks(start, stop))
-        self._vectors[replica] = vector
-
-    def mean(self) -> Tensor:
-        """The combination, shape (numel,), in `out`; to be asked for after every positive-weight replica has added."""
-        missing = sorted(self._weights.keys() - self._vectors.keys())
-        assert not missing, f"replicas {missing} have not added their vector"
-        assert self._weights, "the mean of no replica is undefined"
-        rule = self._aggregator
-        if isinstance(rule, NormClip):
-            self._clip()
-        elif isinstance(rule, RadialDirectional):
-            for entry in self._layout.entries:
-                place = slice(entry.offset, entry.offset + entry.numel)
-                self._mean_of(place) if entry.name in self._plain else self._radial(place)
-        else:
-            cut = math.floor(rule.share * len(self._weights)) if isinstance(rule, TrimmedMean) else None
-            self._by_coordinate(cut)
-        return self._out
-
-    def _by_coordinate(self, cut: int | None) -> None:
-        for part in _slices(0, self.numel):
-            values = self._values(part)  # (replicas, elements) float64
-            if cut is None:
-                self._write(part, np.median(values, axis=0))
-                continue
-            values.sort(axis=0)
-            self._write(part, values[cut : len(values) - cut].mean(axis=0))
-
-    def _clip(self) -> None:
-        norms = [self._norm(i, slice(0, self.numel)) for i in self._weights]
-        bound = float(np.median(norms))
-        whole = sum(self._weights.values())
-        shares = [
-            weight / whole * (min(1.0, bound / norm) if norm > 0 else 1.0)
-            for weight, norm in zip(self._weights.values(), norms, strict=True)
-        ]
-        self._weighted(slice(0, self.numel), shares)
-
-    def _mean_of(self, place: slice) -> None:
-        whole = sum(self._weights.values())
-        self._weighted(place, [weight / whole for weight in self._weights.values()])
-
-    def _radial(self, place: slice) -> None:
+    @staticmethod
+    def _shares(changes: Changes, weights: Floats, place: slice) -> Floats:
         """`(sum_i w_i |d_i| / W) * u / |u|` with `u = sum_i w_i d_i / |d_i|`; where directions cancel out, nothing moves."""
-        norms = [self._norm(i, place) for i in self._weights]
-        weights = list(self._weights.values())
-        length = sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) / sum(weights)
-        towards = [weight / norm if norm > 0 else 0.0 for weight, norm in zip(weights, norms, strict=True)]
-        squares = sum(float(np.square(self._sum(part, towards)).sum()) for part in _slices(place.start, place.stop))
+        norms = changes.norms(place)
+        length = sum(weights * norms) / sum(weights)
+        towards = np.divide(weights, norms, out=np.zeros_like(norms), where=norms > 0)
+        squares = sum(float(np.square(changes.summed(part, towards)).sum()) for part in changes.slices(place))
         # A sum of unit vectors that is rounding alone has no direction.
         known = math.sqrt(squares) > 1e-12 * sum(weights)
-        scale = length / math.sqrt(squares) if known else 0.0
-        self._weighted(place, [scale * one for one in towards])
-
-    def _weighted(self, place: slice, shares: Sequence[float]) -> None:
-        for part in _slices(place.start, place.stop):
-            self._write(part, self._start[part] + self._sum(part, shares))
-
-    def _sum(self, part: slice, shares: Sequence[float]) -> _F64:
-        """`sum_i shares_i * d_i` in replica order."""
-        total = np.zeros(part.stop - part.start)
-        for replica, share in zip(self._weights, shares, strict=True):
-            total += share * self._change(replica, part)
-        return total
-
-    def _norm(self, replica: int, place: slice) -> float:
-        squares = sum(float(np.square(self._change(replica, part)).sum()) for part in _slices(place.start, place.stop))
-        return math.sqrt(squares)
-
-    def _change(self, replica: int, part: slice) -> _F64:
-        """What a replica changed, in float64."""
-        own = self._vectors[replica].numpy()[part].astype(np.float64)
-        return own if self._differences else own - self._start[part]
-
-    def _values(self, part: slice) -> _F64:
-        values = np.stack([self._vectors[i].numpy()[part] for i in self._weights]).astype(np.float64)
-        return values + self._start[part] if self._differences else values
-
-    def _write(self, part: slice, values: _F64) -> None:
-        np.copyto(self._out.numpy()[part], values, casting="same_kind")
+        return (length / math.sqrt(squares) if known else 0.0) * towards
 
 
-def _slices(start: int, stop: int) -> Iterator[slice]:
-    for at in range(start, stop, _SLICE):
-        yield slice(at, min(at + _SLICE, stop))
+def aggregator_of(setting: Aggregator | Literal["mean"]) -> Aggregator:
+    """What a setting means."""
+    return setting if isinstance(setting, Aggregator) else _Mean()
 
 
 def embeddings_of(module: nn.Module) -> frozenset[str]:

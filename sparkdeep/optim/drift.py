@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -18,15 +18,18 @@ __all__ = [
     "DriftCorrection",
     "DriftTerm",
     "FedProx",
-    "NoTerm",
     "ProximalTerm",
     "Scaffold",
     "term_of",
 ]
 
 
+class DriftCorrection:
+    """What `drift_correction` may be."""
+
+
 @dataclass(frozen=True)
-class FedProx:
+class FedProx(DriftCorrection):
     """Pulls each replica back to where the round began: `gradient += mu * (x - start)` (Li et al., 2020)."""
 
     mu: float = 0.01
@@ -37,7 +40,7 @@ class FedProx:
 
 
 @dataclass(frozen=True)
-class Scaffold:
+class Scaffold(DriftCorrection):
     """Control variates (Karimireddy et al., 2020, option II): `gradient += c - c_i`.
 
     `c_i` is the mean gradient of this replica in its last round, `c` the mean of all replicas'. `c_i` is
@@ -46,15 +49,12 @@ class Scaffold:
     """
 
 
-DriftCorrection: TypeAlias = FedProx | Scaffold
-
-
 CONTROL: Final = "control_variate"
 """Name of the section, after the parameters, in which control variates travel."""
 
 
-class DriftTerm(Protocol):
-    """What is done in a replica's rounds beside its optimizer."""
+class DriftTerm:
+    """What is done in a replica's rounds beside its optimizer; here nothing, and what derives from it does more."""
 
     def begin(self) -> None:
         """A round begins with the parameters as they are."""
@@ -67,54 +67,30 @@ class DriftTerm(Protocol):
 
     def end(self) -> list[Tensor] | None:
         """A round in which there were steps is over; what travels to the driver, one tensor a parameter, or None."""
+        return None
 
     def take(self, values: Sequence[Tensor]) -> None:
         """The mean over replicas of what they sent."""
 
     def state_dict(self) -> Any:
         """What the next round depends on."""
+        return None
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`.
+
+        Raises:
+            CheckpointError: it is of other settings.
+        """
+        if state is not None:
+            raise CheckpointError("the replica's state was kept with another drift_correction=.")
 
     def restart(self) -> None:
         """The state is gone: begin anew in mid-run."""
 
 
-class NoTerm:
-    """No correction."""
-
-    def begin(self) -> None:
-        """Nothing."""
-
-    def adjust(self) -> None:
-        """Nothing."""
-
-    def stepped(self, rate: float) -> None:
-        """Nothing."""
-
-    def end(self) -> list[Tensor] | None:
-        """Nothing travels."""
-        return None
-
-    def take(self, values: Sequence[Tensor]) -> None:
-        """Nothing was sent."""
-
-    def state_dict(self) -> Any:
-        """Nothing is kept."""
-        return None
-
-    def load_state_dict(self, state: Any) -> None:
-        """Accept no state only."""
-        if state is not None:
-            raise CheckpointError("the replica's state was kept with another drift_correction=.")
-
-    def restart(self) -> None:
-        """Nothing."""
-
-
 @final
-class ProximalTerm(NoTerm):
+class ProximalTerm(DriftTerm):
     """`gradient += mu * (x - start)`. Memory: the parameters once more."""
 
     def __init__(self, mu: float, parameters: Sequence[Tensor]) -> None:
@@ -136,7 +112,7 @@ class ProximalTerm(NoTerm):
 
 
 @final
-class ControlVariates:
+class ControlVariates(DriftTerm):
     """`gradient += c - c_i`. Memory: the parameters three times more."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -215,7 +191,7 @@ class ControlVariates:
 def term_of(correction: DriftCorrection | None, parameters: Sequence[Tensor]) -> DriftTerm:
     """The term of a setting, for these parameters."""
     if correction is None:
-        return NoTerm()
+        return DriftTerm()
     if isinstance(correction, FedProx):
         return ProximalTerm(correction.mu, parameters)
     return ControlVariates(parameters)

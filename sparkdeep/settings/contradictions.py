@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
+from sparkdeep.checks import changed
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.aggregators import TrimmedMean
 from sparkdeep.optim.drift import Scaffold
 from sparkdeep.optim.local_work import WarmStart
 from sparkdeep.settings.local import LocalSettings
@@ -16,6 +15,8 @@ from sparkdeep.settings.run import RunSettings
 __all__ = ["check_length", "check_outer", "check_together", "warn_of_effects"]
 
 _LOG = logging.getLogger("sparkdeep")
+# How parameters and optimizer state travel between rounds.
+_TRAVELS = ("codec", "down_codec", "overlap", "inner_state")
 
 
 def check_together(local: LocalSettings, run: RunSettings) -> None:
@@ -91,29 +92,13 @@ def check_length(run: RunSettings, steps: Sequence[int]) -> None:
 
 def warn_of_effects(run: RunSettings) -> None:
     """Say aloud what is allowed and does less than it says."""
-    if isinstance(run.aggregator, TrimmedMean):
-        _warn_of_trimming(run, run.aggregator.share)
-
-
-def _warn_of_trimming(run: RunSettings, share: float) -> None:
-    """Trimming cuts whole replicas of those that count in a round, which may be fewer than there are."""
     counted, why = run.num_workers, f"num_workers={run.num_workers}"
     for name in ("quorum", "min_workers"):
         least = getattr(run, name)
         if least is not None and least < counted:
             counted, why = least, f"{name}={least}"
-    if not 0 < share * counted < 1:
-        return
-    enough = math.ceil(1000 / counted) / 1000
-    _LOG.warning(
-        "aggregator=%r with %s: rounded down to whole replicas it cuts none of %d, and is a plain mean then. %s",
-        run.aggregator,
-        why,
-        counted,
-        f"Give a share of at least {enough:g}, or Median()."
-        if enough < 0.5
-        else "Use more replicas: of so few none can be cut.",
-    )
+    if run.aggregator != "mean" and (weakness := run.aggregator.weakness(counted)):
+        _LOG.warning("aggregator=%r with %s: %s", run.aggregator, why, weakness)
 
 
 def _refuse(setting: str, others: Sequence[str], why: str) -> None:
@@ -130,47 +115,42 @@ def _check_schedule(local: LocalSettings, run: RunSettings) -> None:
         )
     if run.schedule is None:
         return
-    budget = [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
     warm = isinstance(run.schedule, WarmStart) and run.schedule.then is None
     if run.asynchronous is None or not warm:
         _refuse(
             f"schedule={run.schedule!r}",
-            budget,
+            changed(run, "time_budget_s"),
             "a rule for the number of local steps contradicts a deadline in seconds, which leaves the number open. Keep one.",
         )
-    work = [f"work={run.work!r}"] if run.work != "local" else []
-    ahead = ["overlap=1"] if local.overlap else []
     _refuse(
         f"schedule={run.schedule!r}",
-        ahead,
+        changed(local, "overlap"),
         "the next round begins before a rule can say how long it is. Leave one out.",
     )
-    _refuse(f"schedule={run.schedule!r}", work, "replicas take no local steps there. Leave schedule out.")
+    _refuse(
+        f"schedule={run.schedule!r}", changed(run, "work"), "replicas take no local steps there. Leave schedule out."
+    )
 
 
 def _check_drift(local: LocalSettings, run: RunSettings) -> None:
     if local.drift_correction is None:
         return
     name = f"drift_correction={local.drift_correction!r}"
-    others = [f"work={run.work!r}"] if run.work != "local" else []
-    others += [f"asynchronous={run.asynchronous!r}"] if run.asynchronous is not None else []
-    others += ["overlap=1"] if local.overlap else []
+    others = changed(run, "work", "asynchronous") + changed(local, "overlap")
     _refuse(name, others, "it corrects rounds of local steps that all begin at the same parameters. Leave one out.")
     if not isinstance(local.drift_correction, Scaffold):
         return
-    unsteady = [f"{one}={getattr(run, one)!r}" for one in ("quorum", "min_workers") if getattr(run, one) is not None]
-    unsteady += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
+    unsteady = changed(run, "quorum", "min_workers", "on_nonfinite", "time_budget_s")
     unsteady += [f"schedule={run.schedule!r}"] if run.schedule is not None and not run.schedule.alike else []
-    unsteady += [f"time_budget_s={run.time_budget_s:g}"] if run.time_budget_s is not None else []
     _refuse(
         name,
         unsteady,
         "a control variate belongs to a replica that stays with its rows and counts in every round. Leave the others out, or use "
         "FedProx(mu).",
     )
-    clipped = [f"clip_grad_norm={local.clip_grad_norm!r}"] if local.clip_grad_norm is not None else []
+    clipped = changed(local, "clip_grad_norm")
     _refuse(name, clipped, "a control variate is read off what steps moved, which clipping shortens. Leave one out.")
-    travelling = [f"codec={local.codec!r}"] if local.codec != "identity" else []
+    travelling = changed(local, "codec")
     travelling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
     travelling += [f"weighting={run.shares!r}"] if run.fednova else []
     _refuse(
@@ -182,22 +162,12 @@ def _check_drift(local: LocalSettings, run: RunSettings) -> None:
 
 def _check_gradient(local: LocalSettings, run: RunSettings) -> None:
     if run.work == "local":
-        others = [f"portions={run.portions!r}"] if run.portions is not None else []
-        _refuse(
-            "work='local'", others, "portions are of gradients of all rows. Use work='gradient', sync_every='epoch'."
-        )
+        why = "portions are of gradients of all rows. Use work='gradient', sync_every='epoch'."
+        _refuse("work='local'", changed(run, "portions"), why)
         return
-    others = [
-        f"{one}={getattr(run, one)!r}"
-        for one in ("time_budget_s", "quorum", "min_workers", "asynchronous")
-        if getattr(run, one) is not None
-    ]
-    others += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
-    others += [f"weighting={run.weighting!r}"] if run.weighting not in ("auto", "rows") else []
-    others += [f"aggregator={run.aggregator!r}"] if run.aggregator != "mean" else []
-    others += [f"{one}={getattr(local, one)!r}" for one in ("codec", "down_codec") if getattr(local, one) != "identity"]
-    others += ["overlap=1"] if local.overlap else []
-    others += [f"inner_state={local.inner_state!r}"] if local.inner_state != "keep" else []
+    others = changed(run, "time_budget_s", "quorum", "min_workers", "asynchronous", "on_nonfinite", "aggregator")
+    others += changed(run, "weighting") if run.weighting != "rows" else []
+    others += changed(local, *_TRAVELS)
     _refuse(
         "work='gradient'",
         others,
@@ -212,15 +182,8 @@ def _check_gradient(local: LocalSettings, run: RunSettings) -> None:
 def _check_asynchronous(local: LocalSettings, run: RunSettings) -> None:
     if run.asynchronous is None:
         return
-    others = [
-        f"{one}={getattr(run, one)!r}" for one in ("quorum", "divergence_factor") if getattr(run, one) is not None
-    ]
-    others += [f"on_nonfinite={run.on_nonfinite!r}"] if run.on_nonfinite != "error" else []
-    others += [f"aggregator={run.aggregator!r}"] if run.aggregator != "mean" else []
-    others += [f"weighting={run.weighting!r}"] if run.weighting != "auto" else []
-    others += [f"{one}={getattr(local, one)!r}" for one in ("codec", "down_codec") if getattr(local, one) != "identity"]
-    others += ["overlap=1"] if local.overlap else []
-    others += [f"inner_state={local.inner_state!r}"] if local.inner_state != "keep" else []
+    others = changed(run, "quorum", "divergence_factor", "on_nonfinite", "aggregator", "weighting")
+    others += changed(local, *_TRAVELS)
     _refuse(
         f"asynchronous={run.asynchronous!r}",
         others,
@@ -240,7 +203,7 @@ def _check_aggregator(local: LocalSettings, run: RunSettings) -> None:
     if run.aggregator == "mean":
         return
     others = [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
-    others += ["overlap=1"] if local.overlap else []
+    others += changed(local, "overlap")
     others += [f"drift_correction={local.drift_correction!r}"] if isinstance(local.drift_correction, Scaffold) else []
     others += [f"weighting={run.shares!r}"] if run.fednova else []
     if run.fednova and run.weighting == "auto":
@@ -264,10 +227,7 @@ def _check_aggregation(local: LocalSettings, run: RunSettings) -> None:
             f"aggregation='ring' with {', '.join(run.closing)}: in a ring every replica counts, by its rows. Use "
             "aggregation='star' or 'auto', or leave the others out."
         )
-    asked = [
-        f"{name}={getattr(local, name)!r}" for name in ("codec", "down_codec") if getattr(local, name) != "identity"
-    ]
-    asked += ["overlap=1"] if local.overlap else []
+    asked = changed(local, "codec", "down_codec", "overlap")
     if run.aggregation == "ring" and asked:
         raise ConfigError(
             f"aggregation='ring' with {', '.join(asked)}: in a ring parameters travel whole and in time. Use "

@@ -7,12 +7,12 @@ from typing import Literal
 
 from sparkdeep.checks import at_least, instance, one_of, positive
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.drift import DriftCorrection, FedProx, Scaffold
+from sparkdeep.optim.drift import DriftCorrection
+from sparkdeep.tensors.encoding import CODECS
 
-__all__ = ["Codec", "InnerState", "LocalSettings"]
+__all__ = ["InnerState", "LocalSettings"]
 
 InnerState = Literal["keep", "average", "reset"]
-Codec = Literal["identity", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class LocalSettings:
     """Contiguous rows read together when a shard exceeds `window_rows`."""
     window_rows: int = 1 << 20
     """Rows shuffled together; a shard of at most this many is shuffled as a whole."""
-    codec: Codec = "identity"
-    """Of updates, on their way to the driver: "identity", "bf16" (half the bytes) or "int8" (a quarter, scaled by blocks)."""
-    down_codec: Codec = "identity"
+    codec: str = "identity"
+    """Of updates, on their way to the driver, by name: "identity" is every bit, "bf16" half the bytes, "int8" a quarter."""
+    down_codec: str = "identity"
     """Of what changed in the global parameters, on their way to replicas; the driver's own copy stays whole."""
     error_feedback: bool = False
     """Whether a replica adds what `codec` lost of an update to its next one."""
@@ -67,7 +67,7 @@ class LocalSettings:
             positive("clip_grad_norm", self.clip_grad_norm)
         one_of("precision", self.precision, (None, "bf16"))
         one_of("inner_state", self.inner_state, ("keep", "average", "reset"))
-        instance("drift_correction", self.drift_correction, (FedProx, Scaffold), "FedProx(mu) or Scaffold()")
+        instance("drift_correction", self.drift_correction, DriftCorrection)
         self._check_exchange()
         if self.window_rows < self.block_rows:
             raise ConfigError(
@@ -77,12 +77,12 @@ class LocalSettings:
 
     def _check_exchange(self) -> None:
         for name in ("codec", "down_codec"):
-            one_of(name, getattr(self, name), ("identity", "bf16", "int8"))
+            one_of(name, getattr(self, name), CODECS)
         one_of("overlap", self.overlap, (0, 1))
         at_least("overlap_fragments", self.overlap_fragments, 1)
-        if self.error_feedback and self.codec == "identity":
+        if self.error_feedback and not CODECS[self.codec].lossy:
             raise ConfigError(
-                "error_feedback=True with codec='identity': nothing is lost that could be fed back. Choose codec='int8' or "
+                f"error_feedback=True with codec={self.codec!r}: nothing is lost that could be fed back. Choose codec='int8' or "
                 "'bf16', or leave error_feedback out."
             )
         if self.inner_state == "average" and (self.codec != "identity" or self.overlap):

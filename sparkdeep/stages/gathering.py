@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.errors import ProtocolError
-from sparkdeep.optim.aggregators import Aggregator, RobustMean, shares_of
+from sparkdeep.optim.aggregators import Aggregator, aggregator_of, shares_of
 from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.protocol.messages import Saved, Update, parse
 from sparkdeep.protocol.plans import RoundSpec
@@ -20,15 +20,12 @@ from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic
 from sparkdeep.stages.admission import Admission, Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.line import Line
-from sparkdeep.tensors.encoding import CHUNK, Codec
-from sparkdeep.tensors.mean import Combining, OrderedSum, Partition, pool_buffers, reduced_weights
+from sparkdeep.tensors.encoding import Codec
+from sparkdeep.tensors.mean import Combining, Partition, pool_buffers, reduced_weights
 from sparkdeep.tensors.parameters import Layout, raw_bytes, unlike
 from sparkdeep.tensors.state_dicts import pack_tensors
 
 __all__ = ["Gathering", "Plane", "TrainOrder"]
-
-# Chunks that are summed at the same time: enough for replicas that arrive in bursts, few enough for the caches.
-_WINDOW = 4
 
 
 @final
@@ -43,7 +40,7 @@ class Plane:
     """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
     weighting: Literal["rows", "equal", "fednova"] = "rows"
     """How much each replica counts."""
-    aggregator: Aggregator = "mean"
+    aggregator: Aggregator | Literal["mean"] = "mean"
     """How their updates become one."""
     embeddings: frozenset[str] = frozenset()
     """Names of the embeddings' parameters."""
@@ -234,30 +231,14 @@ class Gathering:
         self._mean = mean = self._plane.mean((1 + len(self._sections)) * self._plane.layout.numel)
         if self._plane.ring:
             return
-        shares = shares_of(updates, self._order.work.rows, self._plane.weighting)
-        base, base_share = self._order.start.base, 1.0
-        if self._plane.aggregator != "mean":
-            self._sum = RobustMean(
-                self._plane.aggregator,
-                self._plane.layout,
-                shares.weights,
-                start=self._order.start.parameters if base is None else base,
-                differences=base is not None,
-                out=mean,
-                plain=self._plane.embeddings,
-            )
-            return
-        if base is None and shares.rest:
-            base, base_share = self._order.start.parameters.detach(), shares.rest
-        self._sum = OrderedSum(
-            mean.numel(),
-            shares.weights,
-            divisor=shares.divisor,
+        plane, start = self._plane, self._order.start
+        self._sum = aggregator_of(plane.aggregator).taking(
+            shares_of(updates, self._order.work.rows, plane.weighting),
+            layout=plane.layout,
+            start=start.parameters,
+            base=start.base,
             out=mean,
-            base=base,
-            base_share=base_share,
-            chunk=CHUNK,
-            window=_WINDOW,
+            plain=plane.embeddings,
         )
 
     def _add(self, frame: Any, update: Update, line: Line) -> dict[str, Tensor]:

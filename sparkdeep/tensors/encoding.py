@@ -136,7 +136,15 @@ class Int8Block:
         return steps
 
 
-CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (Identity(), BFloat16(), Int8Block())}
+CODECS: Final[dict[str, Codec]] = {
+    codec.name: codec
+    for codec in (
+        Identity(),
+        BFloat16(),
+        Int8Block(),
+    )
+}
+"""Every codec by the name that `codec` and `down_codec` take."""
 
 
 def codec_named(name: str) -> Codec:

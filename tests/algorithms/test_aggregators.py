@@ -16,7 +16,17 @@ from twin import deal, flat, run, schema_of
 
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program
-from sparkdeep.optim.aggregators import Median, NormClip, RadialDirectional, RobustMean, TrimmedMean, embeddings_of
+from sparkdeep.optim.aggregators import (
+    Aggregator,
+    Median,
+    NormClip,
+    RadialDirectional,
+    TrimmedMean,
+    aggregator_of,
+    embeddings_of,
+)
+from sparkdeep.optim.changes import Changes
+from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_together
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
@@ -48,7 +58,7 @@ def added(total, vectors):
 def combined(aggregator, vectors, weights=None, *, start=None, differences=False, sizes=None, plain=frozenset()):
     size = next(len(vector) for vector in vectors if vector is not None)
     layout = Layout.of(Tensors(*(sizes or [size])))
-    total = RobustMean(
+    total = Changes(
         aggregator,
         layout,
         [1.0] * len(vectors) if weights is None else weights,
@@ -216,12 +226,12 @@ def test_float32_is_computed_in_float64_and_rounded_once(aggregator):
     x = drawn(5, 40).float()
     layout = Layout.of(Tensors(40, dtype=torch.float32))
     out = torch.empty(40)
-    total = RobustMean(aggregator, layout, [1.0] * 5, start=torch.zeros(40), differences=False, out=out)
+    total = Changes(aggregator, layout, [1.0] * 5, start=torch.zeros(40), differences=False, out=out)
     assert torch.equal(added(total, x), combined(aggregator, x.double()).float())
 
 
 def test_what_is_not_all_there_is_an_error_of_ours():
-    total = RobustMean(
+    total = Changes(
         Median(), Layout.of(Tensors(3)), [1.0, 0.0, 1.0],
         start=torch.zeros(3, dtype=torch.float64), differences=False, out=torch.empty(3, dtype=torch.float64),
     )  # fmt: skip
@@ -343,6 +353,37 @@ def test_a_fit_goes_on_from_its_checkpoint_as_if_never_cut(tmp_path, aggregator)
     second = fitted(tmp_path, program(), epochs=4, checkpoints=directory(), checkpoint_every=1, **options)
     assert second[2].resumed_from == len(first[1]) > 0
     torch.testing.assert_close(second[0], whole, rtol=0, atol=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class First(Aggregator):
+    """A user's own: the first replica's parameters, but the last `short` of them."""
+
+    short: int = 0
+
+    def combine(self, changes, weights):
+        for part in changes.slices(slice(0, changes.layout.numel - self.short)):
+            yield part, changes.parameters(part)[0]
+
+
+def test_the_plain_mean_is_an_aggregator_too_and_streams():
+    x, weights = drawn(5, 33), [2.0, 1.0, 4.0, 4.0, 3.0]
+    expected = averaged(x, weights)
+    torch.testing.assert_close(combined(aggregator_of("mean"), x, weights), expected, rtol=1e-14, atol=1e-15)
+    assert aggregator_of(Median()) == Median()
+
+
+def test_an_aggregator_of_the_users_own_is_taken(tmp_path):
+    options = {"epochs": 1, "batch_size": 16, "sync_every": 1}
+    alone = fitted(tmp_path, program(), [16, 16], [0], **options)[0]
+    trained, _, _ = fitted(tmp_path, program(), [16, 16], aggregator=First(), **options)
+    torch.testing.assert_close(trained, alone, rtol=0, atol=0)
+    assert describe(First()) == {"class": f"{__name__}:First", "short": 0}, "what a run is resumed by"
+
+
+def test_one_that_leaves_parameters_out_is_refused():
+    with pytest.raises(ConfigError, match=r"aggregator=First\(short=3\): combine gave 8 of 11 parameters"):
+        combined(First(short=3), drawn(2, 11))
 
 
 def test_weights_may_be_equal_and_fednova_is_refused():

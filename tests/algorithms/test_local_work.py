@@ -361,7 +361,10 @@ def test_a_ring_takes_rounds_of_any_length_that_all_have(tmp_path):
         (partial(WarmStart, 0), r"WarmStart\.num_steps=0"),
         (partial(WarmStart, 5, then=DyLU()), r"WarmStart\.then=DyLU.*the same for all replicas"),
         (partial(DyLU, rounds=0), r"DyLU\.rounds=0"),
-        (partial(RunSettings, schedule="qsr"), r"schedule='qsr': must be a rule such as PostLocal\(\)"),
+        (
+            partial(RunSettings, schedule="qsr"),
+            r"schedule='qsr': must be Epochs\(count\), PostLocal\(switch_step\), .*, or None",
+        ),
     ],
 )
 def test_rules_that_cannot_be_meant_are_refused(make, message):

@@ -218,7 +218,7 @@ def test_a_reader_that_hangs_meets_its_deadline(samples):
 def test_what_cannot_be_meant_is_refused_by_name(spark, samples, tmp_path):
     with pytest.raises(DataError, match="'name' is string, which cannot become a tensor"):
         TorchEstimator(**settings(feature_cols="name")).fit(petastorm.open(samples))
-    with pytest.raises(DataError, match="no field 'lable'; did you mean 'label'"):
+    with pytest.raises(DataError, match=r"no field 'lable'\. Did you mean 'label'"):
         TorchEstimator(**settings(label_cols="lable")).fit(petastorm.open(samples))
     with pytest.raises(DataError, match=r"columns \['label'\] are not among fields"):
         TorchEstimator(**settings()).fit(petastorm.open(samples, fields=["x"]))

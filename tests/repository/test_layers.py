@@ -20,7 +20,7 @@ ROOMS = {  # room: the rooms below it that it may import
     "data": "storage",
     "optim": "tensors tracking protocol",
     "models": "tensors storage data",
-    "settings": "optim",
+    "settings": "tensors optim",
     "replica": "tensors storage protocol data optim models settings",
     "rounds": "tensors storage tracking protocol data optim models settings",
     "stages": "tensors protocol optim settings rounds",

@@ -120,7 +120,7 @@ def test_read_schema_describes_the_fields(spark):
             r"field 'cloud' \(float32, shape \(None, 3\), NdarrayCodec, stored as binary\) cannot be read",
         ),
         (["waves"], DataError, "field 'waves' .* arrays of complex64 have no type in Spark. Leave it out"),
-        (["matrx"], DataError, r"no field 'matrx' \(similar: 'matrix'\)"),
+        (["matrx"], DataError, r"no field 'matrx'\. Did you mean 'matrix'"),
         ("matrix", ConfigError, "a list of field names is needed"),
         ([], ConfigError, "a list of field names is needed"),
     ],

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Any, Final
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from sparkdeep.checks import hint
 from sparkdeep.data.petastorm.codecs import ARROW_TYPES, FieldDecoder, decode_column, row_bytes
 from sparkdeep.data.petastorm.unischema import Unischema, UnischemaField, read_metadata
 from sparkdeep.errors import ConfigError, DataError
@@ -141,9 +141,8 @@ def _choose(schema: Unischema, fields: Sequence[str] | None, url: str) -> list[U
         raise ConfigError(f"fields={fields!r}: a list of field names is needed, or None for all")
     for name in fields:
         if name not in by_name:
-            close = get_close_matches(name, list(by_name), n=1)
-            hint = f" (similar: {close[0]!r})" if close else ""
-            raise DataError(f"{url} has no field {name!r}{hint}: its fields are {sorted(by_name)}; name one of them")
+            near = hint(name, by_name)
+            raise DataError(f"{url} has no field {name!r}.{near} Its fields are {sorted(by_name)}; name one of them")
     return [by_name[name] for name in dict.fromkeys(fields)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
+from sparkdeep.checks import hint
 from sparkdeep.data.petastorm.reading import ARROW_TYPES, Column, Contents, Dataset, RowGroup, inspect, read_share
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.spark.session.failures import named_failures
@@ -183,11 +183,8 @@ def _chosen(contents: Contents, fields: Sequence[str] | None, columns: Sequence[
                 "dataset by sparkdeep.petastorm.read(spark, url) and make numbers of it in Spark."
             )
         if name not in contents.columns:
-            near = difflib.get_close_matches(name, contents.columns, n=1)
-            raise DataError(
-                f"the dataset has no field {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} It has "
-                f"{[*contents.columns, *contents.refused]}."
-            )
+            known = [*contents.columns, *contents.refused]
+            raise DataError(f"the dataset has no field {name!r}.{hint(name, contents.columns)} It has {known}.")
     if not wanted:
         raise DataError(f"no field of the petastorm dataset can become a tensor: {dict(contents.refused)}.")
     return tuple(contents.columns[name] for name in wanted)

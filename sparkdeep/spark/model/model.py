@@ -29,7 +29,7 @@ from sparkdeep.spark.model.params import MODEL_PARAMS, canonical, values_of, wit
 from sparkdeep.spark.model.scoring import ZERO_ROWS, Scorer, prediction_udf, zero_batch, zero_output
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.parcels import carried
-from sparkdeep.spark.session.types import column_types, quoted
+from sparkdeep.spark.session.types import column_types, selectable
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 from sparkdeep.tensors.state_dicts import pack_tensors
 from sparkdeep.tracking.records import RoundRecord
@@ -146,8 +146,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         if missing:
             raise DataError(f"the DataFrame lacks the feature column(s) {missing}; it has {dataset.columns}.")
         column_types(dataset.schema, columns)
-        decimals = {f.name for f in dataset.schema.fields if f.dataType.typeName() == "decimal"}
-        inputs = [F.col(quoted(c)).cast("double") if c in decimals else F.col(quoted(c)) for c in columns]
+        inputs = [selectable(name, dataset.schema[name].dataType) for name in columns]
         scored: Column = self._udf(dataset.sparkSession, task)(*inputs)
         outputs = task.columns.outputs
         if not task.prediction.vectors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +10,13 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from pyspark.ml.param import Param, Params
 
+from sparkdeep.checks import hint, spelled
 from sparkdeep.errors import ConfigError
+from sparkdeep.optim.aggregators import Aggregator
+from sparkdeep.optim.drift import DriftCorrection
+from sparkdeep.optim.local_work import LocalWork
 from sparkdeep.settings.run import refuse_unknown
+from sparkdeep.tensors.encoding import CODECS
 
 __all__ = ["ESTIMATOR_PARAMS", "MODEL_PARAMS", "canonical", "check_maps", "values_of", "with_params"]
 
@@ -64,7 +68,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "seed": "of row order, random numbers and fresh parameters",
     "block_rows": "contiguous rows read together from a shard larger than window_rows",
     "window_rows": "rows shuffled together",
-    "codec": "of updates: 'identity', 'bf16' or 'int8'",
+    "codec": f"of updates: {', '.join(map(repr, CODECS))}",
     "down_codec": "of what changed in the global parameters, on their way to replicas",
     "error_feedback": "whether what codec lost of an update is added to the next one",
     "overlap": "1: a round's update travels while the next one is trained",
@@ -84,12 +88,12 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "open_timeout_s": "seconds for replicas to come",
     "stall_timeout_s": "seconds after which a silent replica counts as lost",
     "min_round_timeout_s": "seconds that a round may always take; otherwise ten times the median of those before it",
-    "schedule": "a rule for the length of rounds, such as PostLocal() or QSR(alpha)",
+    "schedule": f"a rule for the length of rounds: {', '.join(spelled(LocalWork))}",
     "work": "'local': replicas train; 'gradient': they tell gradients, and the outer optimizer steps",
     "portions": "with gradients of all rows, the number of ordinary tasks, or 'auto'",
     "asynchronous": "Asynchronous(n_fetch, n_push): each push is taken when it comes",
-    "aggregator": "'mean', NormClip(), Median(), TrimmedMean(share) or RadialDirectional()",
-    "drift_correction": "FedProx(mu) or Scaffold()",
+    "aggregator": f"'mean', {', '.join(spelled(Aggregator))}",
+    "drift_correction": ", ".join(spelled(DriftCorrection)),
     "time_budget_s": "seconds of local work between averages, in place of sync_every",
     "weighting": "'rows', 'equal', 'fednova' (corrected for unequal steps), or 'auto': 'fednova' with own clocks, else 'rows'",
     "quorum": "so many updates close a round without the slowest",
@@ -183,9 +187,8 @@ def _getter(name: str) -> Callable[..., Any]:
 
 def _missing(self: Any, name: str) -> Any:
     """Called by Python for a name that is not there; suggests which one may be meant."""
-    near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(type(self)), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
+    near = "" if name.startswith("__") else hint(name, dir(type(self)))
+    raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{near}")
 
 
 def _assigner(cls: type, names: Mapping[str, str]) -> Callable[[Any, str, Any], None]:

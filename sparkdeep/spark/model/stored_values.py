@@ -21,32 +21,29 @@ import torch
 from torch import nn
 
 from sparkdeep.algorithms import ALGORITHMS, Algorithm
-from sparkdeep.checks import misfit, refuse_unknown, shown
+from sparkdeep.checks import known, misfit, refuse_unknown, shown, spelled
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.models.registry import reference_of, register, resolve
-from sparkdeep.optim.aggregators import Median, NormClip, RadialDirectional, TrimmedMean
+from sparkdeep.optim.aggregators import Aggregator
 from sparkdeep.optim.asynchronous import Asynchronous
-from sparkdeep.optim.drift import FedProx, Scaffold
-from sparkdeep.optim.local_work import QSR, AdaComm, DyLU, Epochs, PostLocal, WarmStart
+from sparkdeep.optim.drift import DriftCorrection
+from sparkdeep.optim.local_work import LocalWork
 from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
 from sparkdeep.settings.run import EarlyStopping
 from sparkdeep.tensors.parameters import named_tensors
 
-__all__ = ["NAMED_SETTINGS", "VALUES", "from_json", "named_value", "to_json"]
+__all__ = ["NAMED_SETTINGS", "from_json", "named_value", "to_json"]
 
-NAMED_SETTINGS: Final = ("schedule", "aggregator", "drift_correction", "asynchronous", "algorithm")
-"""Settings that take such values."""
-
-VALUES: Final[Mapping[str, Any]] = MappingProxyType(
-    {
-        cls.__name__: cls
-        for cls in (
-            *(AdaComm, Asynchronous, DyLU, Epochs, FedProx, Median, NormClip, PostLocal, QSR, RadialDirectional),
-            *(Scaffold, TrimmedMean, WarmStart),
-        )
-    }
+_BASES: Final = {
+    "schedule": LocalWork,
+    "aggregator": Aggregator,
+    "drift_correction": DriftCorrection,
+    "asynchronous": Asynchronous,
+}
+NAMED_SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {"algorithm": ALGORITHMS} | {setting: known(base) for setting, base in _BASES.items()}
 )
-"""Class by name; nothing but their fields makes them."""
+"""By setting, what makes such values by name: presets, or classes that nothing but their fields makes."""
 
 for _outer in (DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo):
     register(_outer, f"sparkdeep:{_outer.__name__}")  # what an estimator's files name them
@@ -68,30 +65,23 @@ def named_value(setting: str, given: Any) -> Any:
         return given
     if not isinstance(table.get("name"), str):
         raise ConfigError(f'{setting}={given!r}: must have a name, such as {{ name = "QSR", alpha = 0.3 }}.')
-    arguments = {key: _inner(setting, value) for key, value in table.items() if key != "name"}
-    if setting == "algorithm":
-        refuse_unknown([table["name"]], ALGORITHMS, "algorithm")
-        try:
-            preset: Algorithm = ALGORITHMS[table["name"]](**arguments)
-        except TypeError as error:
-            raise ConfigError(f"algorithm={given!r}: {error}.") from error
-        return preset
-    refuse_unknown([table["name"]], VALUES, setting)
-    made = VALUES[table["name"]]
-    refuse_unknown(arguments, [f.name for f in fields(made)], f"argument of {made.__name__}")
+    arguments = {
+        key: named_value(setting, value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if key != "name"
+    }
+    refuse_unknown([table["name"]], NAMED_SETTINGS[setting], setting)
+    made = NAMED_SETTINGS[setting][table["name"]]
+    refuse_unknown(arguments, inspect.signature(made).parameters, f"argument of {made.__name__}")
     try:
         return made(**arguments)
     except TypeError as error:
         raise ConfigError(f"{setting}={given!r}: {error}.") from error
 
 
-def _inner(setting: str, value: Any) -> Any:
-    return named_value(setting, value) if isinstance(value, Mapping) else value
-
-
 _KINDS: Final = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _MODULES: Final = ("torch.nn", "torch.optim")
-_VALUES: Final[Mapping[str, Any]] = {**VALUES, Algorithm.__name__: Algorithm}
+_VALUES: Final = {name: cls for base in (*_BASES.values(), Algorithm) for name, cls in known(base).items()}
 _SCALARS: Final = (bool, int, float, str, type(None))
 
 
@@ -240,6 +230,8 @@ def _remedy(name: str) -> str:
     param = re.split(r"[.\[]", name, maxsplit=1)[0]
     if param == "validation":
         return " Give validation= a fraction or the name of a boolean column, or set it to None before saving."
+    if param in _BASES:
+        return f" Take {param} out before saving, or use one of {', '.join(spelled(_BASES[param]))}."
     return (
         f" Define a function or class at the top of a module and register it (@sparkdeep.register), there and in the "
         f"session that loads; or take {param} out before saving."

@@ -7,8 +7,11 @@ import math
 
 import pytest
 
-from sparkdeep.checks import refuse_unknown
+from sparkdeep.checks import known, refuse_unknown, spelled
 from sparkdeep.errors import ConfigError
+from sparkdeep.optim.aggregators import Aggregator, TrimmedMean
+from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.drift import DriftCorrection
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import EarlyStopping, RunSettings, from_mapping
 
@@ -117,3 +120,36 @@ def test_early_stopping_that_cannot_be_meant_is_refused(settings, complaint):
 )
 def test_what_counts_as_better(rule, value, best, improves):
     assert rule.improves(value, best) is improves
+
+
+def test_what_may_be_given_is_read_from_the_classes_that_are_there():
+    assert list(known(Aggregator)) == ["NormClip", "Median", "TrimmedMean", "RadialDirectional"]
+    assert known(Asynchronous) == {"Asynchronous": Asynchronous}
+    assert spelled(DriftCorrection) == ["FedProx(mu)", "Scaffold()"]
+
+    @dataclasses.dataclass(frozen=True)
+    class Median(Aggregator):
+        def combine(self, changes, weights):
+            return iter(())
+
+    assert known(Aggregator)["Median"] is not Median, "a user's class of the same name is theirs"
+    assert RunSettings(aggregator=Median()).aggregator == Median()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            {"aggregator": "Median"},
+            r"aggregator='Median': must be NormClip\(\), Median\(\), .*, or 'mean'. Did you mean Median\(\)\?",
+        ),
+        ({"aggregator": TrimmedMean}, r"Did you mean TrimmedMean\(share\)\?"),
+        ({"aggregator": None}, r"aggregator=None: must be .*, or 'mean'.$"),
+        ({"schedule": "AdaCom"}, r"Did you mean AdaComm\(every\)\?"),
+        ({"asynchronous": True}, r"asynchronous=True: must be Asynchronous\(n_fetch, n_push, max_staleness\), or None"),
+    ],
+    ids=str,
+)
+def test_what_is_of_another_kind_is_refused_with_the_nearest_known_one(settings, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        RunSettings(**settings)

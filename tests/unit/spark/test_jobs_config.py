@@ -341,7 +341,10 @@ def test_a_callbacks_class_stands_for_an_object_of_it():
         ),
         ({"fit": {**FIT, "schedule": {"name": "QSR"}}}, "missing 1 required positional argument: 'alpha'"),
         ({"fit": {**FIT, "algorithm": {"name": "dilocco"}}}, "unknown algorithm 'dilocco'. Did you mean 'diloco'?"),
-        ({"fit": {**FIT, "algorithm": {"name": "diloco", "rate": 1}}}, "unexpected keyword argument 'rate'"),
+        (
+            {"fit": {**FIT, "algorithm": {"name": "diloco", "rate": 1}}},
+            "unknown argument of diloco 'rate'. Known: lr, momentum, sync_every.",
+        ),
         ({"fit": {**FIT, "drift_correction": {"mu": 0.1}}}, "must have a name"),
         (
             {"optimizer": {"name": "torch.optim:SGD", "args": {"momentun": 0.9}}},

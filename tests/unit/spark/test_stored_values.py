@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparkdeep import EarlyStopping, register
+from sparkdeep import QSR, Asynchronous, EarlyStopping, Scaffold, TrimmedMean, WarmStart, register
+from sparkdeep.algorithms import diloco
 from sparkdeep.errors import ConfigError, ModelLoadError
-from sparkdeep.spark.model.stored_values import from_json, to_json
+from sparkdeep.optim.local_work import LocalWork
+from sparkdeep.spark.model.stored_values import NAMED_SETTINGS, from_json, named_value, to_json
 
 
 class Linear3(nn.Linear):
@@ -122,6 +125,22 @@ def test_what_cannot_be_stored_is_refused_by_name_with_a_remedy(value, parts):
         to_json(value, "loss")
     for part in parts:
         assert part in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(LocalWork):
+    def steps(self, clock):
+        return 3
+
+
+def test_values_of_our_kinds_come_back_equal_and_a_users_own_are_refused_by_name():
+    for value in (TrimmedMean(0.1), WarmStart(3, QSR(0.2)), Asynchronous(2, 3), Scaffold(), diloco(lr=0.5)):
+        assert through_json(value) == value
+    with pytest.raises(ConfigError, match=r"schedule is of class Own.*Take schedule out before saving, or use one of"):
+        to_json(Own(), "schedule")
+    assert {name for made in NAMED_SETTINGS.values() for name in made} > {"Median", "QSR", "FedProx", "diloco"}
+    with pytest.raises(ConfigError, match=r"unknown schedule 'Median'. Known: AdaComm,"):
+        named_value("schedule", "Median")
 
 
 def test_a_function_in_a_class_of_the_same_name_is_not_mistaken_for_it():

@@ -227,7 +227,7 @@ def test_stages_and_snapshots_change_not_a_bit_of_it(tmp_path, options, staging)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"codec": "int4"}, "codec='int4': must be one of 'identity', 'bf16', 'int8'"),
+        ({"codec": "int4"}, "codec='int4': must be one of 'identity', 'bf16', 'int8'. Did you mean 'int8'?"),
         ({"down_codec": "zip"}, "down_codec='zip': must be one of"),
         ({"error_feedback": True}, "error_feedback=True with codec='identity': nothing is lost"),
         ({"codec": "int8", "inner_state": "average"}, "inner_state='average' with codec='int8'"),
