@@ -1,12 +1,22 @@
-"""What makes a run asynchronous: how often a replica fetches and pushes, and how old what it pushes may be."""
+"""What makes a run asynchronous: how often a replica fetches and pushes, how old what it pushes may be, and whose turn it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, final
+
+from torch import Tensor
 
 from sparkdeep.checks import at_least
+from sparkdeep.errors import ConfigError
+from sparkdeep.protocol.messages import Visit
 
-__all__ = ["Asynchronous"]
+__all__ = ["FETCHED", "Asynchronous", "Turns", "Window"]
+
+FETCHED: Final = -1
+"""Stands in a record for the staleness of a visit that pushes nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +53,118 @@ class Asynchronous:
         """The smallest bound that can be kept: every other replica may push as often as one does between its fetches."""
         most = max(self.pushes_before_fetch(cycle * self.n_fetch) for cycle in range(self.n_push))
         return (num_replicas - 1) * most
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What all windows of a run have in common."""
+
+    rule: Asynchronous
+    """How often replicas come in."""
+    apply: Callable[[Tensor, int, int], None]
+    """Moves the global parameters by one push, (numel,), of a replica whose clock stood at a step when it began it, and the
+    number of steps that made it."""
+    recorded: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """By round: the replicas in the order in which they came in, of a recorded run that is repeated."""
+
+
+@final
+class Turns:
+    """Whose turn it is in a window: a pure account of who came in when; locks and bytes are elsewhere.
+
+    With `max_staleness=s` a push waits while it would leave no order for the others to come in. A replica that is to push
+    `r` more times before it fetches, `b` pushes of others behind, must have done so when `s - b + r` more pushes have been
+    applied: a deadline, as for jobs on one machine, and the earliest first is the best order that there is (Jackson, 1955). So
+    a push may come if afterwards, sorted by their deadlines, all replicas that still work can keep them. The one with the
+    earliest deadline never waits: its push leaves the others one fewer in front of them and one less time. Whoever waits
+    thus waits for a replica that works; there is no deadlock, and no push is staler than `s`. A fetch gives a replica the latest
+    deadline of all, which can be kept as `s >= (replicas - 1) * r` (`Asynchronous.least_staleness`). It is the bound of stale
+    synchronous parallel training (Ho et al., 2013), counted in pushes.
+
+    Args:
+        count: of replicas.
+        rule: how often they come in.
+        round_number: of the window, for messages.
+        recorded: the replicas in the order in which they came in when the window was recorded; None: it is the first time.
+    """
+
+    def __init__(
+        self, count: int, rule: Asynchronous, *, round_number: int, recorded: Sequence[int] | None = None
+    ) -> None:
+        self._rule = rule
+        self._round = round_number
+        self._recorded = recorded
+        self._left = Counter(recorded)
+        self._steps = [0] * count
+        self._pushed = [0] * count
+        self._behind = [0] * count
+        self.working = set(range(count))
+        """Replicas whose window has not ended."""
+        self.log: list[list[int]] = []
+        """[replica, staleness] in the order of arrival; the staleness of one that only fetches is `FETCHED`."""
+
+    def steps(self, replica: int) -> int:
+        """What it had done of the window when it last came in."""
+        return self._steps[replica]
+
+    def may_come(self, replica: int, visit: Visit, *, last: bool) -> bool:
+        """Whether it may come in now; `last`: it will not come again.
+
+        Raises:
+            ConfigError: in the record it did not come in so often.
+        """
+        if self._recorded is not None:
+            if self._left[replica] <= 0:
+                raise self._of_another_run(replica)
+            return self._recorded[len(self.log)] == replica
+        bound = self._rule.max_staleness
+        if bound is None or not visit.pushes:
+            return True
+        left = []
+        for other in self.working - ({replica} if last else set()):
+            own = other == replica
+            to_push = self._rule.pushes_before_fetch(visit.steps if own else self._steps[other])
+            behind = (0 if visit.fetches else self._behind[other]) if own else self._behind[other] + 1
+            left.append((bound - behind + to_push, to_push))
+        taken = 0
+        for deadline, to_push in sorted(left):
+            taken += to_push
+            if taken > deadline:
+                return False
+        return True
+
+    def come(self, replica: int, visit: Visit) -> int:
+        """Write down a visit, which `may_come`; gives the replica's steps when it last pushed."""
+        self.log.append([replica, self._behind[replica] if visit.pushes else FETCHED])
+        before = self._pushed[replica]
+        if visit.pushes:
+            self._pushed[replica] = visit.steps
+            self._behind = [behind + (other != replica) for other, behind in enumerate(self._behind)]
+        if visit.fetches:
+            self._behind[replica] = 0
+        self._steps[replica] = visit.steps
+        self._left[replica] -= 1
+        return before
+
+    def leave(self, replica: int) -> None:
+        """Its window ends.
+
+        Raises:
+            ConfigError: in the record it came in more often.
+        """
+        if self._recorded is not None and self._left[replica] > 0:
+            raise self._of_another_run(replica)
+        self.working.discard(replica)
+
+    def _of_another_run(self, replica: int) -> ConfigError:
+        if not self._recorded:
+            return ConfigError(
+                f"round {self._round} is repeated from a record without arrivals: of a long run, a model's history keeps only the "
+                "newest. Give records that were written as they came, by a callback or in rounds.jsonl."
+            )
+        return ConfigError(
+            f"round {self._round} is repeated from a record in which replica {replica} came in "
+            f"{Counter(self._recorded)[replica]} times, and now it does {'less' if self._left[replica] > 0 else 'more'} often: "
+            "repeat a run with the rows and the n_fetch, n_push and batch_size that it had."
+        )

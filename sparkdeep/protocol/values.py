@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -44,11 +44,6 @@ class RoundWork:
     """Training rows of every replica's shard."""
     deadline_s: float | None = None
     """For the whole round; None: only silence is a failure."""
-    apply: Callable[[Tensor, int, int], None] | None = None
-    """With `asynchronous`: moves the global parameters by one push, (numel,), of a replica whose clock stood at a step when it began it, and
-    the number of steps that made it."""
-    order: Sequence[int] | None = None
-    """With `asynchronous`: the replicas in the order in which they came in a recorded run that is repeated."""
 
     @property
     def round(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
+from sparkdeep.optim.asynchronous import Window
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
 from sparkdeep.optim.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
@@ -149,6 +150,7 @@ class Fit:
             plan=self.plan,
             shards=self.shards,
             wide=self.outer_optimizer is not None,
+            window=self._window(),
             on_beat=self.on_beat,
             on_log=self.on_log,
         )
@@ -168,6 +170,13 @@ class Fit:
         )
         with closing(run_rounds(run)) as records:
             yield from records
+
+    def _window(self) -> Window | None:
+        rule = self.settings.asynchronous
+        if rule is None or not isinstance(self.outer, OnArrival):
+            return None
+        recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
+        return Window(rule=rule, apply=self.outer.apply, recorded=recorded)
 
     @property
     def num_rounds(self) -> int | None:

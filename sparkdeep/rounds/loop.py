@@ -14,7 +14,6 @@ from sparkdeep import seams
 from sparkdeep.errors import CheckpointError, FencedError, NonFiniteError, ReplicaLostError
 from sparkdeep.models.validation import merge_scores
 from sparkdeep.optim.gradient_rounds import searched_too_far
-from sparkdeep.optim.outer import OnArrival
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.refusals import not_finite
 from sparkdeep.protocol.values import RoundResult, RoundWork
@@ -99,8 +98,6 @@ def _round(run: Run, opening: Opening) -> RoundRecord:
         clocks=state.clocks(),
         rows=[shard.rows["train"] for shard in state.generation.shards],
         deadline_s=round_deadline_s(state.records, run.settings.min_round_timeout_s, known),
-        apply=run.outer.apply if isinstance(run.outer, OnArrival) else None,
-        order=[replica for replica, _ in recorded.arrivals] if recorded is not None else None,
     )
     began = time.perf_counter()
     result: RoundResult | None = None

@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 
 from torch import nn
 
+from sparkdeep.optim.asynchronous import Window
 from sparkdeep.protocol.plans import ReplicaPlan, RoundSpec, ShardFacts
 from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.run_state import RunState
@@ -42,6 +43,8 @@ class FitParts:
     """The ledger of rows and digests, one a replica."""
     wide: bool
     """Whether the outer step wants the mean in float64."""
+    window: Window | None = None
+    """How an asynchronous run takes in pushes; None: its rounds are synchronous."""
     on_beat: Callable[[int, int], None] = field(default=_ignored)
     """Called with (replica, rows of the round so far)."""
     on_log: Callable[[int, str], None] = field(default=_ignored)

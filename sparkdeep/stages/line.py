@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, RoundTimeoutError, SparkdeepError, UserCodeError
 from sparkdeep.protocol.messages import Failure, Hello, Update, field, parse
-from sparkdeep.protocol.wire import Connection, Frame, SilentError
+from sparkdeep.protocol.wire import Buffer, Connection, Frame, SilentError
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Checksum, Codec, encoded_bytes
 from sparkdeep.tensors.mean import Combining
 from sparkdeep.tensors.parameters import raw_bytes
@@ -70,6 +70,14 @@ class Line:
     def who(self) -> str:
         """The replica with its host and process, for messages."""
         return f"replica {self.hello.replica} on {self.hello.host} (process {self.hello.pid})"
+
+    def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:
+        """Say something; one that takes nothing for as long as it may be silent is lost."""
+        self.connection.send(kind, header, *bodies, timeout_s=self._stall_s)
+
+    def read(self, view: memoryview) -> None:
+        """Fill `view` (bytes) from the body of the current frame."""
+        self.connection.read_into(view, timeout_s=self._stall_s)
 
     def expect(self, *kinds: str, timeout_s: float | None = None) -> Frame:
         """The next frame of one of `kinds`; beats and printed lines on the way there are passed on.
@@ -140,7 +148,7 @@ class Line:
 
     def undo(self, round_number: int) -> None:
         """Have the replica go back to where it was before the round; it owes an answer from now on."""
-        self.connection.send("undo", {"round": round_number}, timeout_s=self._stall_s)
+        self.send("undo", {"round": round_number})
         self._owes, self._owed_at = round_number, time.monotonic()
         self.waiting = True
 
@@ -172,7 +180,7 @@ class Line:
             if not self._speaks(give_up):
                 return False
             part = piece[: min(self._left, len(piece))]
-            self.connection.read_into(part, timeout_s=self._stall_s)
+            self.read(part)
             self._left -= len(part)
         return True
 
@@ -243,7 +251,7 @@ class Line:
         def chunks(start: int, stop: int) -> Tensor:
             part = self._scratch[: codec.num_bytes(stop - start, dtype)]
             view = raw_bytes(part)
-            self.connection.read_into(view, timeout_s=self._stall_s)
+            self.read(view)
             checksum.update(view)
             return codec.decode(part, stop - start, dtype)
 
@@ -254,10 +262,6 @@ class Line:
         """The buffers of an update that brings no vector; see `add_update` for what is raised."""
         self._check_size(frame, update, 0)
         return self._buffers(update, Checksum())
-
-    def read_part(self, into: Tensor) -> None:
-        """Fill `into`, contiguous, from the replica's part of the mean; see `read_change` for what is raised."""
-        self.read_change(self.expect("part"), into)
 
     def read_change(self, frame: Frame, into: Tensor) -> None:
         """Fill `into`, contiguous, from a frame that brings nothing else.
@@ -282,7 +286,7 @@ class Line:
         view, checksum = raw_bytes(into), Checksum()
         for start in range(0, view.nbytes, _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
-            self.connection.read_into(piece, timeout_s=self._stall_s)
+            self.read(piece)
             checksum.update(piece)
         return checksum
 
@@ -290,7 +294,7 @@ class Line:
         """Let a replica that came in by a visit go on, with the parameters that it fetches; its silence counts anew."""
         self.waiting = False
         if parameters is not None:
-            self.connection.send("fetched", None, raw_bytes(parameters), timeout_s=self._stall_s)
+            self.send("fetched", None, raw_bytes(parameters))
         self._since = time.monotonic()
 
     def _check_size(self, frame: Frame, update: Update, vector_bytes: int) -> None:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, final
 
 from sparkdeep import seams
@@ -20,12 +21,15 @@ from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import Snapshot
 from sparkdeep.rounds.transport import FitParts, Opening
 from sparkdeep.stages.admission import Terms
+from sparkdeep.stages.arrivals import Arrivals
+from sparkdeep.stages.collector import Plane
 from sparkdeep.stages.coordinator import Coordinator
-from sparkdeep.stages.gathering import Plane
 from sparkdeep.stages.launch import Launcher
-from sparkdeep.stages.ring import available, choose, needs_trial
+from sparkdeep.stages.ring import Ring
 from sparkdeep.stages.staffing import Staffing
 from sparkdeep.stages.stage import Stage
+from sparkdeep.stages.star import Star
+from sparkdeep.stages.topology import available, choose, needs_trial
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.versions import versions
 
@@ -95,7 +99,7 @@ class SocketReplicas:
             weighting=settings.shares,
             aggregator=settings.aggregator,
             embeddings=embeddings_of(parts.module),
-            asynchronous=settings.asynchronous,
+            collector=Star if parts.window is None else partial(Arrivals, parts.window),
             terms=Terms(quorum=settings.quorum, grace_s=settings.quorum_grace_s, on_nonfinite=settings.on_nonfinite),
         )
 
@@ -213,8 +217,8 @@ class SocketReplicas:
                 state.aggregation = choose(count, size, stage.try_both(size), outer=self.plane.wide)
         elif wanted != "auto":
             state.aggregation = wanted
-        self.plane.ring = state.aggregation == "ring"
-        if self.plane.ring:
+        if state.aggregation == "ring":
+            stage.collector = Ring
             stage.form_ring(timeout_s=settings.stall_timeout_s)
 
     @property

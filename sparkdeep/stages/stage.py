@@ -10,14 +10,16 @@ from dataclasses import replace
 from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
-from sparkdeep.protocol.messages import TRIAL_BYTES, Hello, Open, Opened, parse, to_header
+from sparkdeep.protocol.messages import Hello, Open, Opened, parse, to_header
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
-from sparkdeep.stages.gathering import Gathering, Plane, TrainOrder
+from sparkdeep.stages.collector import Collector, Plane, Round
+from sparkdeep.stages.gathering import Gathering
 from sparkdeep.stages.launch import RunningStage
 from sparkdeep.stages.line import Line
-from sparkdeep.stages.ring import Meeting, Trial
+from sparkdeep.stages.meeting import Meeting
+from sparkdeep.stages.topology import Trial, measure
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict
 
@@ -26,7 +28,6 @@ __all__ = ["Stage"]
 _ALIVE_EVERY_S = 5.0
 _REASON_S = 10.0
 _LAST_WORDS_S = 2.0
-_TRIALS = 5
 _ASK_EVERY_S = 1.0
 _SHORT_S = 5.0
 
@@ -65,6 +66,8 @@ class Stage:
         self.num_replicas = num_replicas
         self._run = run
         self._plane = plane
+        self.collector: Callable[[Round], Collector] = plane.collector
+        """What its rounds are collected by: `Ring`, once a ring was formed and chosen."""
         self._fresh = True
         self._held = False
         self._stall_s = stall_timeout_s
@@ -144,37 +147,14 @@ class Stage:
         def welcome(replica: int) -> str:
             answer, tensors, state = answers[replica]
             line = self._lines[replica]
-            line.connection.send("open", to_header(answer), tensors, state, timeout_s=self._stall_s)
+            line.send("open", to_header(answer), tensors, state)
             return parse(Opened, line.expect("opened", timeout_s=timeout_s).header).state
 
         return self._all(welcome)
 
     def try_both(self, num_bytes: int) -> Trial:
         """Measure the star and the ring, which must have been formed, with up to `num_bytes` a replica."""
-        size = max(4, min(num_bytes, TRIAL_BYTES) // 4 * 4)
-        load, room = bytes(size), [bytearray(size) for _ in range(self.num_replicas)]
-
-        def star(replica: int) -> None:
-            line = self._lines[replica]
-            line.connection.send("probe", None, load, timeout_s=self._stall_s)
-            frame = line.expect("probed")
-            if frame.body_bytes != size:
-                raise ProtocolError(f"{line.who} sent {frame.body_bytes} bytes back; {size} were sent to it.")
-            line.connection.read_into(memoryview(room[replica]), timeout_s=self._stall_s)
-
-        def ring(replica: int) -> None:
-            line = self._lines[replica]
-            line.connection.send("trial", {"numel": size // 4})
-            line.expect("tried")
-
-        seconds: dict[str, float] = {}
-        for name, work in (("star", star), ("ring", ring)):
-            for _ in range(_TRIALS):  # the first finds buffers small and pages untouched
-                began = time.perf_counter()
-                self._all(work)
-                took = time.perf_counter() - began
-                seconds[name] = min(took, seconds.get(name, took))
-        return Trial(num_bytes=size, star_s=seconds["star"], ring_s=seconds["ring"])
+        return measure(num_bytes, lambda work: self._all(lambda replica: work(self._lines[replica])))
 
     def form_ring(self, *, timeout_s: float) -> None:
         """Have the replicas connect to each other; updates are then added up among them.
@@ -196,7 +176,7 @@ class Stage:
 
         def farewell(replica: int) -> None:
             line = self._settled(replica)
-            line.connection.send("stop", {"save": save, "clock": clocks[replica]})
+            line.send("stop", {"save": save, "clock": clocks[replica]})
             line.expect("bye")
 
         self._all(farewell)
@@ -232,8 +212,17 @@ class Stage:
             ReplicaLostError: a replica went away or its update was damaged; the round can be repeated.
         """
         began = time.perf_counter()
-        order = TrainOrder(work=work, start=start, ahead=ahead, fresh=self._fresh, held=self._held)
-        gathering = Gathering(self._plane, order, self.num_replicas, check=self._check, stall_timeout_s=self._stall_s)
+        given = Round(
+            plane=self._plane,
+            work=work,
+            start=start,
+            ahead=ahead,
+            fresh=self._fresh,
+            held=self._held,
+            num_replicas=self.num_replicas,
+            check=self._check,
+        )
+        gathering = Gathering(given, self.collector(given))
         self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
         self._fresh, self._held = False, gathering.held
         hosts = [self.hellos[i].host for i in range(self.num_replicas)]
@@ -246,7 +235,7 @@ class Stage:
 
         def score(replica: int) -> dict[str, Any]:
             line = self._settled(replica)
-            line.connection.send("evaluate", header, raw_bytes(model.parameters), buffers, timeout_s=self._stall_s)
+            line.send("evaluate", header, raw_bytes(model.parameters), buffers)
             return unpack_dict(line.answer("scores"))
 
         return self._all(score)
@@ -256,7 +245,7 @@ class Stage:
 
         def ask(replica: int) -> bytes:
             line = self._settled(replica)
-            line.connection.send("state", {"clock": clocks[replica]})
+            line.send("state", {"clock": clocks[replica]})
             return line.answer("state")
 
         return self._all(ask)

@@ -29,10 +29,9 @@ from torch.optim.lr_scheduler import StepLR
 from twin import deal, local_coordinator, make_fit, schema_of
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.asynchronous import FETCHED, Asynchronous
 from sparkdeep.optim.local_work import PostLocal
 from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.stages.arrivals import FETCHED
 from sparkdeep.tracking.records import RoundRecord
 
 # -- written out ------------------------------------------------------------------------------------------------------

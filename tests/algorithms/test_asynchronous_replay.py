@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from functools import partial
 
 import pytest
@@ -16,13 +15,9 @@ from asynchronous_runs import (
 )
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.asynchronous import FETCHED, Asynchronous
 from sparkdeep.optim.local_work import DyLU, WarmStart
 from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.protocol.messages import Visit
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import RoundWork
-from sparkdeep.stages.arrivals import FETCHED, Arrivals
 
 # -- replay -----------------------------------------------------------------------------------------------------------
 
@@ -106,38 +101,6 @@ def test_no_push_is_staler_than_it_may_be(tmp_path, rule, bound):
     assert max(s for r in bounded for _, s in r.arrivals) <= bound
     pushes = [[sum(i == j and s != FETCHED for i, s in r.arrivals) for j in range(3)] for r in bounded]
     assert pushes == [[-(-8 // rule[1]), -(-8 // rule[1]), -(-4 // rule[1])]] * EPOCHS
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_whoever_may_come_first_somebody_always_may_and_none_is_too_stale(seed):
-    rng = random.Random(seed)
-    count, n_fetch, n_push = rng.randint(1, 6), rng.randint(1, 6), rng.randint(1, 6)
-    rule = Asynchronous(n_fetch, n_push)
-    bound = rule.least_staleness(count) + rng.choice((0, 0, 1, 4))
-    rule = dataclasses.replace(rule, max_staleness=bound)
-    lengths = [rng.randint(1, 40) for _ in range(count)]
-    specs = [RoundSpec(round=1, epoch=0, first_step=0, num_steps=length) for length in lengths]
-    work = RoundWork(specs=specs, clocks=[0] * count, rows=[1] * count, apply=lambda _change, _clock, _steps: None)
-    x = torch.zeros(1)
-    window = Arrivals(count, work, rule, x, lambda: None)
-
-    def next_of(replica):
-        steps = window._steps[replica] + 1
-        while steps < lengths[replica] and steps % n_push and steps % n_fetch:
-            steps += 1
-        last = steps == lengths[replica]
-        pushes, fetches = last or steps % n_push == 0, not last and steps % n_fetch == 0
-        return Visit(round=1, steps=steps, pushes=pushes, fetches=fetches, finite=True), last
-
-    fast = rng.randrange(count)
-    while window._working:
-        able = [(i, *next_of(i)) for i in sorted(window._working)]
-        able = [(i, visit, last) for i, visit, last in able if window._may_come(i, visit, last=last)]
-        assert able, "all wait for each other"
-        i, visit, last = next((one for one in able if one[0] == fast), rng.choice(able))
-        window._come(i, visit, x, last=last)
-    assert max(staleness for _, staleness in window.log) <= bound
-    assert sum(s != FETCHED for _, s in window.log) == sum(-(-length // n_push) for length in lengths)
 
 
 def test_who_waits_for_a_slow_replica_is_not_taken_for_a_silent_one(tmp_path):

@@ -15,15 +15,18 @@ from torch import nn
 from twin import local_coordinator
 
 from sparkdeep.models.validation import merge_scores
-from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.asynchronous import Asynchronous, Window
 from sparkdeep.protocol.messages import Hello, Open, Update, to_header
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundWork
 from sparkdeep.protocol.wire import TOKEN_BYTES, Connection, ConnectionLostError
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.stages import stage as stage_module
-from sparkdeep.stages.gathering import Plane
+from sparkdeep.stages.arrivals import Arrivals
+from sparkdeep.stages.collector import Plane
+from sparkdeep.stages.ring import Ring
 from sparkdeep.stages.stage import Stage
+from sparkdeep.stages.star import Star
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.mean import Partition
 from sparkdeep.tensors.parameters import Layout, raw_bytes
@@ -214,8 +217,15 @@ class Driver:
     def read(self, given):
         """One stage; its last replica is the mutated one."""
         scripts, count = given["scripts"], len(given["scripts"])
-        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, ring=self._ring)
-        plane.asynchronous = self._asynchronous
+        start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
+        collector = Star
+        if self._asynchronous is not None:
+            window = Window(
+                rule=self._asynchronous,
+                apply=lambda change, clock, steps: start.parameters.add_(change, alpha=1 / (1 + clock + steps)),
+            )
+            collector = partial(Arrivals, window)
+        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, collector=collector)
         stage = Stage(
             run="run",
             name="stage",
@@ -233,15 +243,14 @@ class Driver:
                 committed=0, scheduler_steps=0, state="fresh", kept_round=0, kept_by="", tensor_bytes=0, keep=False
             )
             stage.open([(answer, b"", b"")] * count, timeout_s=SILENCE_S)
-            start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
             if self._ring:
+                stage.collector = Ring
                 stage.form_ring(timeout_s=SILENCE_S)
             work = RoundWork(
                 specs=[self._spec] * count,
                 clocks=[0] * count,
                 rows=[2] * count,
                 deadline_s=2 * SILENCE_S,
-                apply=lambda change, clock, steps: start.parameters.add_(change, alpha=1 / (1 + clock + steps)),
             )
             stage.train(work, start)
             if not self._ring and self._asynchronous is None:

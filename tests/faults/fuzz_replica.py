@@ -18,7 +18,7 @@ from twin import schema_of, write_shards
 
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
-from sparkdeep.optim.asynchronous import Asynchronous
+from sparkdeep.optim.asynchronous import Asynchronous, Window
 from sparkdeep.protocol.messages import Hello
 from sparkdeep.protocol.values import Globals, RoundWork
 from sparkdeep.protocol.wire import Connection
@@ -28,7 +28,10 @@ from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import serve
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.stages.admission import Terms
-from sparkdeep.stages.gathering import Plane, TrainOrder
+from sparkdeep.stages.arrivals import Arrivals
+from sparkdeep.stages.collector import Plane, Round
+from sparkdeep.stages.gathering import Gathering
+from sparkdeep.stages.star import Star
 from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
@@ -58,20 +61,25 @@ class ReplicaEnd:
 
     def seeds(self):
         """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
-        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False)
+        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False, collector=Star)
         start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
-        order = TrainOrder(
-            work=RoundWork(specs=[SPEC], clocks=[0], rows=[2]), start=start, ahead=None, fresh=True, held=False
+        given = Round(
+            plane=plane,
+            work=RoundWork(specs=[SPEC], clocks=[0], rows=[2]),
+            start=start,
+            ahead=None,
+            fresh=True,
+            held=False,
+            num_replicas=1,
+            check=lambda: None,
         )
         buffers = pack_tensors(BUFFERS)
-        train = frame_of("train", order.header(plane, 0, buffers), b"".join(order.bodies(plane, 0, 1, buffers)))
+        train = _order(given, Star)
         terms = Terms(quorum=1)
-        header = order.header(dataclasses.replace(plane, terms=terms), 0, buffers)
-        undoable = frame_of("train", header, b"".join(order.bodies(plane, 0, 1, buffers)))
-        windows = dataclasses.replace(plane, asynchronous=Asynchronous(1, 2))
-        longer = dataclasses.replace(order.work, specs=[dataclasses.replace(SPEC, num_steps=2)])
-        header = dataclasses.replace(order, work=longer).header(windows, 0, buffers)
-        window = frame_of("train", header, b"".join(order.bodies(windows, 0, 1, buffers)))
+        undoable = _order(dataclasses.replace(given, plane=dataclasses.replace(plane, terms=terms)), Star)
+        window = Window(rule=Asynchronous(1, 2), apply=lambda _change, _clock, _steps: None)
+        longer = dataclasses.replace(given.work, specs=[dataclasses.replace(SPEC, num_steps=2)])
+        window = _order(dataclasses.replace(given, work=longer), partial(Arrivals, window))
         fetched = frame_of("fetched", None, raw_bytes(start.parameters).tobytes())
         tensors = pack_tensors(dict(net().named_parameters()))
         answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
@@ -113,6 +121,11 @@ class ReplicaEnd:
     def load(self, data):
         """A state as it lies on an executor's disk."""
         self._build(None).load_state(data)
+
+
+def _order(given, collector):
+    header, bodies = Gathering(given, collector(given)).order(0)
+    return frame_of("train", header, b"".join(bodies))
 
 
 def _talk(sock, script):

@@ -22,9 +22,10 @@ from sparkdeep.protocol.plans import Address
 from sparkdeep.protocol.wire import TOKEN_BYTES
 from sparkdeep.replica.channel import Channel
 from sparkdeep.stages import coordinator as coordinator_module
+from sparkdeep.stages.collector import Plane
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
-from sparkdeep.stages.gathering import Plane
 from sparkdeep.stages.stage import Stage
+from sparkdeep.stages.star import Star
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.versions import versions
@@ -47,6 +48,7 @@ def stage(coordinator):
             layout=Layout.of(nn.Linear(1, 1)),
             codec=codec_named("identity"),
             wide=False,
+            collector=Star,
         ),
         stall_timeout_s=5.0,
         on_beat=lambda _replica, _rows: None,
