@@ -10,6 +10,7 @@
 - `loop.py`: the main loop
 - `planning.py`: how many rounds a stage is to run
 - `recording.py`: a round's record; recorded decisions, taken again
+- `round.py`: one round and its outer step: planned, trained, committed in the driver's memory, and put on record
 - `run.py`: what the loop works on
 - `run_state.py`: everything the next round depends on, as one value
 - `snapshots.py`: run states kept, in memory or as checkpoints

@@ -215,7 +215,7 @@ class Fit:
             asked_by: who wants it.
         """
         if self.checkpoints is not None:
-            self._run.wanted = True
+            self._run.checkpoint_asked = True
         elif not self._warned:
             self._warned = True
             _LOG.warning(

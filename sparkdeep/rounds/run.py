@@ -9,9 +9,10 @@ from typing import Any, Literal, final
 
 from sparkdeep.optim.gradient_rounds import Evaluations
 from sparkdeep.optim.outer import OuterOptimizer
+from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshots
+from sparkdeep.rounds.snapshots import Snapshot, Snapshots
 from sparkdeep.rounds.transport import Replicas
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
@@ -42,9 +43,9 @@ class Run:
     """A committed round that is not validated or kept yet."""
     epoch_ended: bool = False
     """Whether the pending round was the last of its epoch."""
-    wanted: bool = False
+    checkpoint_asked: bool = False
     """Whether a checkpoint was asked for, out of turn."""
-    told: bool = False
+    yielded: bool = False
     """Whether the pending round was yielded already, and only its checkpoint is missing."""
     ledger: FailureLedger = field(init=False)
     """What has failed."""
@@ -71,3 +72,53 @@ class Run:
         if self.overlap:
             return "global"
         return "start" if codec_named(self.local.codec).lossy else None
+
+    @property
+    def over(self) -> bool:
+        """Whether no round is left to train."""
+        return bool(self.state.stopped) or self.state.specs() is None
+
+    def latest(self) -> Snapshot | None:
+        """The newest durable state."""
+        return self.snapshots.latest() if self.snapshots is not None else None
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the pending round is to be validated."""
+        if not self.validate or self.pending is None or self.pending.metrics:
+            return False
+        return self._validates_at(self.state.committed, epoch_ended=self.epoch_ended) or self.over
+
+    @property
+    def snapshot_due(self) -> bool:
+        """Whether the pending round is to be kept."""
+        if self.snapshots is None or self.pending is None or self.pending.checkpoint_bytes:
+            return False
+        return self._snapshot_at(self.state.committed) or self.over
+
+    def owes_checkpoint(self) -> bool:
+        """Whether the round that was just yielded is to be kept, out of turn, before the next one begins."""
+        if self.pending is not None and self.pending.checkpoint_bytes:
+            self.checkpoint_asked = False
+        # With `overlap` replicas are in the next round by now: the checkpoint is of that one.
+        return self.checkpoint_asked and not self.yielded and not self.overlap
+
+    def ahead(self, spec: RoundSpec) -> RoundSpec | None:
+        """The round that replicas may begin before that of `spec` is committed: the next one, unless something is due before it."""
+        if not self.overlap:
+            return None
+        state = self.state
+        ends_epoch = state.schedule.epochs_done(spec.round, state.consumed) > state.epochs_done()
+        if self._validates_at(spec.round, epoch_ended=ends_epoch) or self._snapshot_at(spec.round):
+            return None
+        return state.schedule.next(spec.round)
+
+    def _validates_at(self, committed: int, *, epoch_ended: bool) -> bool:
+        if not self.validate:
+            return False
+        every = self.settings.validate_every
+        return epoch_ended if every == "epoch" else committed % every == 0
+
+    def _snapshot_at(self, committed: int) -> bool:
+        asked = self.checkpoint_asked or committed % self.settings.checkpoint_every == 0
+        return self.snapshots is not None and asked

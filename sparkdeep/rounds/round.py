@@ -1,0 +1,179 @@
+"""One round and its outer step: planned, trained, committed in the driver's memory, and put on record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from sparkdeep.errors import NonFiniteError
+from sparkdeep.optim.gradient_rounds import searched_too_far
+from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.refusals import not_finite
+from sparkdeep.protocol.values import RoundResult, RoundWork
+from sparkdeep.rounds.guards import check_divergence, round_deadline_s
+from sparkdeep.rounds.recording import Told, record_of, replayed
+from sparkdeep.rounds.run import Run
+from sparkdeep.rounds.transport import Opening
+from sparkdeep.tracking.records import RoundRecord
+
+__all__ = ["run_round"]
+
+
+def run_round(run: Run, opening: Opening) -> RoundRecord:
+    """One round and its outer step: afterwards it is committed in the driver's memory.
+
+    Args:
+        run: of which the next round is due.
+        opening: how its replicas became ready.
+
+    Raises:
+        NonFiniteError: more rounds in a row than `max_retries` were taken back.
+        ReplicaLostError: the round can be repeated.
+        DivergedError: the loss grew beyond `divergence_factor`.
+    """
+    specs = _specs(run)
+    began = time.perf_counter()
+    step = _Step(run, specs)
+    with contextlib.suppress(_NobodyCountsError):
+        step.take()
+    result = step.result
+    assert result is not None
+    _count_rolled_back(run, result)
+    record = record_of(
+        specs,
+        result,
+        seconds=time.perf_counter() - began,
+        told=Told(
+            opening_s=opening.seconds,
+            failures=run.ledger.take(),
+            aggregation=run.state.aggregation,
+            changed=opening.changed,
+            evaluations=[] if run.evaluations is None else run.evaluations.records,
+        ),
+    )
+    _commit(run, specs, record)
+    return record
+
+
+def _specs(run: Run) -> Sequence[RoundSpec]:
+    """What each replica does in the next round, as it is planned or as it was recorded."""
+    planned = run.state.specs()
+    assert planned is not None
+    specs = replayed(planned, run.replay.get(run.state.committed + 1))
+    if run.settings.gradient:
+        return tuple(dataclasses.replace(spec, gradient=run.settings.gradient) for spec in specs)
+    return specs
+
+
+class _NobodyCountsError(Exception):
+    """The round counts nobody, so that there is no outer step.
+
+    An optimizer of torch's calls its closure when it pleases: only an exception leaves it.
+    """
+
+
+@final
+class _Step:
+    """An outer step, and the round or rounds of replicas that it asks for.
+
+    Args:
+        run: whose step it is.
+        specs: of the round, by replica.
+    """
+
+    def __init__(self, run: Run, specs: Sequence[RoundSpec]) -> None:
+        self._run = run
+        self._specs = specs
+        state, settings = run.state, run.settings
+        known = max(0 if spec.budget_s is not None else spec.num_steps for spec in specs) if settings.schedule else 0
+        self._work = RoundWork(
+            specs=specs,
+            clocks=state.clocks(),
+            rows=[shard.rows["train"] for shard in state.generation.shards],
+            deadline_s=round_deadline_s(state.records, settings.min_round_timeout_s, known),
+        )
+        self.result: RoundResult | None = None
+        """What the replicas did last; with a line search, at the point that it chose."""
+
+    def take(self) -> None:
+        """Move the global parameters, buffers and averaged optimizer state.
+
+        Raises:
+            _NobodyCountsError: nothing was moved.
+        """
+        run, state = self._run, self._run.state
+        if run.evaluations is not None:
+            run.evaluations.begin()
+        run.outer.step(state.parameters, self._train if run.evaluations is None else self._evaluate)
+        if run.evaluations is not None:
+            self.result = run.evaluations.end(state.parameters)
+        state.stopped = state.stopped or run.outer.stopped
+        assert self.result is not None
+        if state.downlink is not None:
+            state.downlink.after_step()
+        if self._specs[0].gradient != "all":  # whose model is in eval mode; pooling would round
+            state.buffers = self.result.buffers
+        state.take_inner(self.result, run.layout.dtype)
+
+    def _train(self) -> RoundResult:
+        """Have the replicas do the round; what the outer step is given of it."""
+        run, state = self._run, self._run.state
+        self.result = result = run.replicas.train(self._work, state.starting(base=run.base), run.ahead(self._specs[0]))
+        if result.rolled_back or all(spec.skip for spec in self._specs) or self._counts_nobody(result):
+            raise _NobodyCountsError
+        if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
+            check_divergence(result.loss, state.records, run.settings, self._work.round)
+        if self._specs[0].gradient and not any(update.weight for update in result.updates):
+            # No row has a weight, and so none a gradient.
+            self.result = result = dataclasses.replace(result, mean=torch.zeros_like(result.mean))
+        if run.outer.wants_rate:
+            steps = max(update.steps for update in result.updates)
+            run.outer.inner_lr = state.rates.mean(max(self._work.clocks), steps)
+        if state.downlink is not None:
+            state.downlink.before_step()
+        return result
+
+    def _evaluate(self) -> RoundResult:
+        run = self._run
+        assert run.evaluations is not None
+        try:
+            return run.evaluations.at(run.state.parameters, self._train)
+        except NonFiniteError as error:
+            if run.evaluations.remember:
+                raise searched_too_far(error) from error
+            raise
+
+    def _counts_nobody(self, result: RoundResult) -> bool:
+        """Whether an outer step would be taken on no data: all were idle, or out of rows, or their rows have no weight."""
+        run = self._run
+        return not (run.settings.gradient or run.state.downlink or any(update.weight for update in result.updates))
+
+
+def _count_rolled_back(run: Run, result: RoundResult) -> None:
+    run.rolled_back = run.rolled_back + 1 if result.rolled_back else 0
+    if run.rolled_back > run.settings.max_retries:
+        replica = next(i for i, why in sorted(result.dropped.items()) if why == "nonfinite")
+        raise not_finite(
+            replica,
+            result.hosts[replica],
+            run.state.committed + 1,
+            f" {run.rolled_back} rounds in a row were taken back, and max_retries={run.settings.max_retries}.",
+        )
+
+
+def _commit(run: Run, specs: Sequence[RoundSpec], record: RoundRecord) -> None:
+    state = run.state
+    epochs = state.epochs_done()
+    taken = [part.steps + part.skipped_steps for part in record.replicas]
+    state.consumed = state.schedule.advanced(state.consumed, specs, taken)
+    state.committed = specs[0].round
+    run.epoch_ended = state.epochs_done() > epochs
+    state.add_record(record)
+    if state.committed > run.furthest:
+        run.furthest = state.committed
+        run.ledger.progressed()
