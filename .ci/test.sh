@@ -3,7 +3,7 @@
 # .ci/test.sh lint: the first three only; .ci/test.sh algorithms, faults, jobs: the further tiers.
 set -euo pipefail
 
-readonly budget_s=720
+readonly budget_s=480
 started_s=$SECONDS
 
 # step NAME BUDGET_S COMMAND...: runs it, prints its time beside its budget on an idle machine, and fails when it fails
@@ -50,8 +50,8 @@ step "format" 60 ruff format --check .
 step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
-    tier "tests without a JVM" 200 "${on_all_cores[@]}" -m "not spark" tests/unit tests/repository tests/benchmarks
-    tier "tests on local[2]" 300 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
-    tier "tests on two workers" 240 -m "cluster and not algorithms" tests/cluster
+    tier "tests without a JVM" 150 "${on_all_cores[@]}" -m "not spark" tests/unit tests/repository tests/benchmarks
+    tier "tests on local[2]" 200 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
+    tier "tests on two workers" 100 -m "cluster and not algorithms" tests/cluster
 fi
 printf '== gate: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"
