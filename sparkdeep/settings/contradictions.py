@@ -170,12 +170,12 @@ def _check_drift(local: LocalSettings, run: RunSettings) -> None:
     )
     clipped = [f"clip_grad_norm={local.clip_grad_norm!r}"] if local.clip_grad_norm is not None else []
     _refuse(name, clipped, "a control variate is read off what steps moved, which clipping shortens. Leave one out.")
-    travelling = [f"codec={local.codec!r}"] if local.codec != "identity" else []
-    travelling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
-    travelling += [f"weighting={run.shares!r}"] if run.fednova else []
+    traveling = [f"codec={local.codec!r}"] if local.codec != "identity" else []
+    traveling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
+    traveling += [f"weighting={run.shares!r}"] if run.fednova else []
     _refuse(
         name,
-        travelling,
+        traveling,
         "control variates travel with the parameters, whole, and are averaged by rows. Leave the others out.",
     )
 

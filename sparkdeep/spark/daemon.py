@@ -42,7 +42,7 @@ def refusal(threads: Sequence[str], *, cuda: bool) -> str:
 
     Args:
         threads: names of its threads, its own included.
-        cuda: whether CUDA was initialised in it.
+        cuda: whether CUDA was initialized in it.
     """
     remedy = "Unset spark.python.daemon.module to use Spark's own daemon"
     if len(threads) > 1:
@@ -53,7 +53,7 @@ def refusal(threads: Sequence[str], *, cuda: bool) -> str:
         )
     if cuda:
         return (
-            f"sparkdeep.spark.daemon: its imports initialised CUDA, which cannot be used after a fork. {remedy}, or remove "
+            f"sparkdeep.spark.daemon: its imports initialized CUDA, which cannot be used after a fork. {remedy}, or remove "
             "what touches CUDA at import."
         )
     return ""

@@ -91,7 +91,7 @@ def read_source(session: Any, section: DataSection, *, path: str | None = None) 
         path: read this path in place of the section's own (the held-out rows' path).
 
     Raises:
-        ConfigError: an unknown source, or one that Spark cannot find or analyse.
+        ConfigError: an unknown source, or one that Spark cannot find or analyze.
     """
     from pyspark.errors import AnalysisException
 

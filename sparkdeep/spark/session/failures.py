@@ -34,7 +34,7 @@ _LOST: Final = (
     "No space left on device",
 )
 
-# A process that ended by itself, and not because Spark or a neighbour wanted it to.
+# A process that ended by itself, and not because Spark or a neighbor wanted it to.
 _DIED: Final = ("ExecutorLostFailure", "exited unexpectedly")
 # Spark's words for hosts that were lost, decommissioned or taken away.
 _UNRELATED: Final = "unrelated to the running tasks"

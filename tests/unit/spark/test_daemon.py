@@ -64,7 +64,7 @@ def test_it_refuses_to_fork_when_an_import_has_started_a_thread():
             False,
             r"2 threads after its imports \(python, agent\).*Unset spark.python.daemon.module",
         ),
-        (["python"], True, "initialised CUDA.*Unset spark.python.daemon.module"),
+        (["python"], True, "initialized CUDA.*Unset spark.python.daemon.module"),
     ],
 )
 def test_what_it_refuses_is_said_with_the_remedy(threads, cuda, message):
