@@ -8,6 +8,7 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 import speed as benchmark
 import torch
@@ -121,3 +122,22 @@ def test_unknown_sections_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "unknown sections ['speed']; known: throughput, exchange" in capsys.readouterr().err
+
+
+def test_the_bound_of_a_median_is_an_order_statistic():
+    from against import compared, lower_bound
+
+    # P(fewer than 7 heads of 21 coins) = 0.039, and fewer than 8: 0.095: the seventh smallest.
+    assert lower_bound(list(range(21))) == 6
+    assert lower_bound(list(range(5))) == 0
+    with pytest.raises(ValueError, match="4 pairs say nothing"):
+        lower_bound([1.0, 1.0, 1.0, 1.0])
+    assert compared({"a": [1.0, 0.5, 1.0, 2.0, 1.0]})[2] == "| a | 1.000 | 0.500 | 0.50 to 2.00 |"
+
+
+def test_the_bound_of_a_median_holds_as_often_as_it_says():
+    from against import lower_bound
+
+    generator = np.random.default_rng(0)
+    above = [lower_bound(generator.lognormal(size=21)) <= 1.0 for _ in range(2000)]
+    assert 0.945 <= np.mean(above) <= 0.975
