@@ -36,7 +36,7 @@ def test_a_sound_session_is_ok_within_ten_seconds_and_left_as_it_was(warm):
     assert 0 < report.seconds <= took < 40
     assert "one of 2 task(s)" in the(report, "barrier stages").seen
     assert the(report, "slots").seen.startswith("2")
-    assert "2 task(s) dialled it" in the(report, "driver's port").seen
+    assert "2 task(s) dialed it" in the(report, "driver's port").seen
     assert "torch" in the(report, "versions").seen
     assert not warm.sparkContext.statusTracker().getActiveJobsIds()
     assert not warm.sparkContext.getJobTags()
