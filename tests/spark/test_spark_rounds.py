@@ -142,6 +142,6 @@ def test_a_job_that_is_cancelled_from_outside_ends_the_fit(spark, blobs):
         rounds.append(record.round)
         spark.sparkContext.cancelAllJobs()
 
-    with pytest.raises(SparkdeepError, match=r"cancelled from outside.*not repeated"):
+    with pytest.raises(SparkdeepError, match=r"canceled from outside.*not repeated"):
         estimator(epochs=20, sync_every=2, callbacks=[cancel], preprocess=slowly).fit(blobs)
     assert len(rounds) < 40  # of 80

@@ -3,7 +3,7 @@
 - `access.py`: what differs between classic Spark and Connect
 - `failures.py`: errors from executors, read back by name
 - `hadoop.py`: files through Spark's Hadoop file systems
-- `jobs.py`: a Spark action in a thread, cancelled by its tag
+- `jobs.py`: a Spark action in a thread, canceled by its tag
 - `parcels.py`: how bytes reach replicas through Spark
 - `placement.py`: which device a replica computes on
 - `preflight.py`: what is checked before anything runs
