@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: train test test-algorithms test-jobs test-faults test-lts test-extras lint clean help
+.PHONY: train test test-algorithms test-jobs test-faults test-lts test-extras lint docs clean help
 
 CONF ?= conf/digits.toml
 ARGS ?=
@@ -42,6 +42,14 @@ lint:  ## set up, then format, lint and types only
 	@$(SETUP)
 	bash .ci/test.sh lint
 
+docs:  ## the documentation as a site, in site/; made by an environment of its own
+	@python3 -m venv .venv-docs
+	.venv-docs/bin/python - <<'END' | xargs -d '\n' .venv-docs/bin/python -m pip install -qq --disable-pip-version-check
+	import tomllib
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+	END
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean:  ## remove what the other commands made
-	@rm -rf .venv .venv-* build dist runs spark-warehouse metastore_db derby.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-* build dist site runs spark-warehouse metastore_db derby.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

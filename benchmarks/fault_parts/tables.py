@@ -78,7 +78,7 @@ def matrix_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary_table(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Few lines for the README: what was tried, and what came of it."""
+    """Few lines for docs/results/faults.md: what was tried, and what came of it."""
     text = ["| what | result |", "|---|---|"]
     for part in parts:
         text += [f"| {what} | {result} |" for what, result in part["lines"]]

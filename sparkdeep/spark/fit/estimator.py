@@ -72,7 +72,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
             from it, so that a run with quorums, seconds or pushes gives its bits again.
         callbacks: called with each round's record; returning True ends the run, "checkpoint" has one written now. A
             `Callback`, such as `EMA(0.99)` or `SWA(start_round=30)`, hears of start and end too, and of the parameters.
-        cpus_per_worker, gpus_per_worker: of each replica's task, by a stage-level resource profile.
+        cpus_per_worker: CPUs of each replica's task, by a stage-level resource profile.
+        gpus_per_worker: GPUs of each replica's task, in the same way.
         coordinator_host: the driver's name as executors reach it; default spark.driver.host.
         coordinator_port: a port, or a range (first, last), for the coordinator; default any free one.
         tls: True encrypts the coordinator's port, with a certificate of this fit that replicas pin (extra `tls`); "auto"
