@@ -35,7 +35,7 @@ TIMEOUT_S: Final = 600.0
 
 
 def write(url: str, rows: int) -> None:
-    """In the interpreter with petastorm: rows of a 28 x 28 float32 array and of a 32 x 32 colour image as png."""
+    """In the interpreter with petastorm: rows of a 28 x 28 float32 array and of a 32 x 32 color image as png."""
     import numpy as np
     from petastorm.codecs import CompressedImageCodec, NdarrayCodec, ScalarCodec  # type: ignore[import-not-found, unused-ignore]
     from petastorm.etl.dataset_metadata import materialize_dataset  # type: ignore[import-not-found, unused-ignore]
@@ -231,7 +231,7 @@ def main() -> int:
             }
             read_natively(session, url, field, decode=False)  # the JVM compiles what it runs often
             for pair in range(arguments.pairs):
-                # Every other pair runs backwards, so that a drift of the machine favours nobody.
+                # Every other pair runs backwards, so that a drift of the machine favors nobody.
                 order = list(measures) if pair % 2 == 0 else list(reversed(measures))
                 for name in order:
                     found = measures[name]()

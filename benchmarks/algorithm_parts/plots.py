@@ -35,11 +35,11 @@ def plot(parts: Mapping[str, Sequence[Run]], path: Path) -> bool:
     figure = Figure(figsize=(13, 3.4 * len(parts)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(parts), len(_AXES), squeeze=False, sharey="row")
-    colours = colormaps["tab10"].colors
+    colors = colormaps["tab10"].colors
     for row, (part, runs) in zip(grid, parts.items(), strict=True):
         for axes, axis in zip(row, _AXES, strict=True):
             for number, (name, own) in enumerate(by_name(runs).items()):
-                style = {"color": colours[number % 10], "linestyle": _STYLES[number // 10 % 3]}
+                style = {"color": colors[number % 10], "linestyle": _STYLES[number // 10 % 3]}
                 axes.plot(*mean_curve(own, axis), label=name, linewidth=1.2, **style)
             _dress(axes, axis)
         row[0].set_ylabel(f"{TITLES[part]}: held-out loss")

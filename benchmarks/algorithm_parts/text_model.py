@@ -12,7 +12,7 @@ __all__ = ["GPT", "next_token_loss"]
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each on a normalised copy of the stream and added to it."""
+    """Attention and a perceptron, each on a normalized copy of the stream and added to it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

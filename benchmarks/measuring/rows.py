@@ -12,7 +12,7 @@ __all__ = ["interleaved", "median_of", "over", "row"]
 def interleaved(measures: Mapping[str, Callable[[], float]], pairs: int) -> dict[str, list[float]]:
     """Take every measurement once a pair, `pairs` times; gives the values by name, in order.
 
-    Every other pair runs backwards, so that a drift of the machine favours nobody.
+    Every other pair runs backwards, so that a drift of the machine favors nobody.
     """
     values: dict[str, list[float]] = {name: [] for name in measures}
     for pair in range(pairs):

@@ -19,7 +19,7 @@ _TEST_SHARE: Final = 0.2
 @final
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Square grey images, shuffled once, with a held-out fifth at the end."""
+    """Square gray images, shuffled once, with a held-out fifth at the end."""
 
     name: str
     pixels: np.ndarray

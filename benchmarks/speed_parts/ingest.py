@@ -186,7 +186,7 @@ def _rates(spark: Any, frame: Any, schema: Any, rows: int, pairs: int) -> dict[s
         measures[f"ingest, {deal}"] = partial(ingest, frame, schema, deal)
     rates: dict[str, list[float]] = {name: [] for name in measures}
     for pair in range(pairs + 1):
-        # Every other pair runs backwards, so that a drift of the machine favours nobody; the first only warms up.
+        # Every other pair runs backwards, so that a drift of the machine favors nobody; the first only warms up.
         for name in list(measures) if pair % 2 == 0 else reversed(list(measures)):
             began = time.perf_counter()
             found = measures[name]()

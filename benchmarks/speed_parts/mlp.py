@@ -85,7 +85,7 @@ def alone(replica: int, barrier: Any, folder: str, rows: int, steps: int) -> tup
 
 
 def ddp(replica: int, size: int, store: str, folder: str, rows: int, steps: int) -> tuple[float, float]:
-    """One of the processes of gloo's DistributedDataParallel, which synchronises every step."""
+    """One of the processes of gloo's DistributedDataParallel, which synchronizes every step."""
     with in_gloo(replica, size, store):
         model = nn.parallel.DistributedDataParallel(network())
         found = plain_loop(model, folder, rows, replica, steps, dist.barrier)

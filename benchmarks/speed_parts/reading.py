@@ -105,7 +105,7 @@ def _sequential(folder: Path) -> float:
 def _interleaved(pairs: int, first: Callable[[int], float], second: Callable[[int], float]) -> list[list[float]]:
     values: list[list[float]] = [[], []]
     for pair in range(pairs):
-        # Every other pair runs backwards, so that a drift of the machine favours nobody.
+        # Every other pair runs backwards, so that a drift of the machine favors nobody.
         for i in (0, 1) if pair % 2 == 0 else (1, 0):
             values[i].append((first, second)[i](pair + 1))
     return values

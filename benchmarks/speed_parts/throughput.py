@@ -53,7 +53,7 @@ class _Bench:
         return float(sum(rate for rate, _ in found))
 
     def ddp(self, steps: int) -> float:
-        """Rows a second of plain processes that synchronise every step."""
+        """Rows a second of plain processes that synchronize every step."""
         with tempfile.TemporaryDirectory(prefix="sparkdeep-gloo-") as store:
             found = together(mlp.ddp, REPLICAS, REPLICAS, f"{store}/store", self.folder, self.rows, steps)
         self.keep(DDP, statistics.mean(loss for _, loss in found))

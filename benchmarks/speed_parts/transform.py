@@ -147,7 +147,7 @@ def measure(spark: Any, *, pairs: int, quick: bool, rows: int = 0) -> dict[str, 
             _refuse_other_numbers(given)
             rates: dict[str, list[float]] = {name: [] for name in given}
             for pair in range(pairs):
-                # Every other pair runs backwards, so that a drift of the machine favours nobody.
+                # Every other pair runs backwards, so that a drift of the machine favors nobody.
                 for name in list(given) if pair % 2 == 0 else reversed(list(given)):
                     number, make = given[name]
                     began = time.perf_counter()

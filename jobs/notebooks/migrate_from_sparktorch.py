@@ -1,7 +1,7 @@
 # Databricks notebook source
 # MAGIC %md
 # MAGIC # From SparkTorch
-# MAGIC No serialised torch object: the network, the loss and the optimizer are arguments of the estimator. Every replica starts
+# MAGIC No serialized torch object: the network, the loss and the optimizer are arguments of the estimator. Every replica starts
 # MAGIC from the same parameters, and they are averaged by rows every `sync_every` steps.
 # MAGIC
 # MAGIC | `sparktorch.SparkTorch` | `sparkdeep.TorchEstimator` |

@@ -21,7 +21,7 @@
 # MAGIC | `torch.save` on rank 0 | `model.save(path)`, or `checkpoint_dir` |
 # MAGIC
 # MAGIC Stay with TorchDistributor for a model that does not fit one GPU (FSDP, DeepSpeed), and for dense training where every
-# MAGIC step must be synchronised over a fast network.
+# MAGIC step must be synchronized over a fast network.
 
 # COMMAND ----------
 

@@ -177,7 +177,7 @@ def claim(local_dirs: Sequence[str], run_id: str) -> Path:
             "shard_dir="
         )
     owner = owner_of_this_process()
-    # A second name for the executor whose neighbour, with the same local directory, came first.
+    # A second name for the executor whose neighbor, with the same local directory, came first.
     names = [f"{_PREFIX}{run_id}", f"{_PREFIX}{run_id}-{owner.pid}-{owner.start}"]
     for root, name in itertools.product(roots, names):
         if _read_owner(root / name) == owner:

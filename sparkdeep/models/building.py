@@ -86,7 +86,7 @@ def own_parts(
     """(training_step, optimizer) for a built module: what was given, else what the module brings along.
 
     Raises:
-        ConfigError: it was not given and the module has none, or has one that cannot be honoured.
+        ConfigError: it was not given and the module has none, or has one that cannot be honored.
     """
     if loss is None and training_step is None:
         if is_lightning(module):
@@ -112,7 +112,7 @@ def ready(program: Program, *, epochs: int, steps_per_epoch: int, batches_per_st
     """The program once its rows are counted: Lightning's step, optimizer and scheduler get to know the clock.
 
     Raises:
-        ConfigError: what `configure_optimizers` gives cannot be honoured.
+        ConfigError: what `configure_optimizers` gives cannot be honored.
     """
     clock = Clock(
         epochs=epochs,

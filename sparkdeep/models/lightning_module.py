@@ -1,4 +1,4 @@
-"""A Lightning module's own training_step without a Trainer: what cannot be honoured is refused by name."""
+"""A Lightning module's own training_step without a Trainer: what cannot be honored is refused by name."""
 
 from __future__ import annotations
 

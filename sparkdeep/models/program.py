@@ -181,7 +181,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def pack_program(program: Program) -> bytes:
-    """Serialise `program` for the task closure.
+    """Serialize `program` for the task closure.
 
     Raises:
         PreflightError: a part cannot be pickled; the message names the attribute.

@@ -62,7 +62,7 @@ def write_model(
 
     Args:
         store: the folder.
-        module: its state dict is stored with its dtypes; every entry must be a dense, initialised tensor.
+        module: its state dict is stored with its dtypes; every entry must be a dense, initialized tensor.
         reference: how the module can be built again, or None.
         meta: the caller's own JSON values, handed back by `read_model`.
         pickled: cloudpickle bytes of the module, or of a factory of it, for modules without a reference.
@@ -253,7 +253,7 @@ def _check_storable(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         what = f"a {type(value).__name__}, not a tensor"
     elif is_lazy(value):
-        what = "not initialised yet (run a batch through the lazy module first)"
+        what = "not initialized yet (run a batch through the lazy module first)"
     elif value.is_meta or value.layout != torch.strided or value.is_quantized or value.dtype not in _DTYPES:
         what = f"a {value.layout} {value.dtype} tensor on {value.device}, which the format does not hold"
     else:

@@ -259,7 +259,7 @@ def searched_too_far(error: NonFiniteError) -> NonFiniteError:
     """The error of a line search whose step led out of what numbers can say; clipping and the replicas' rate have no part in it."""
     return NonFiniteError(
         f"round {error.round}: the loss or the gradient became NaN or infinite at parameters that the line search tried; those of "
-        "the round before stay. Start it with a smaller step (lr= of LBFGS), scale the features, train in float64, or regularise.",
+        "the round before stay. Start it with a smaller step (lr= of LBFGS), scale the features, train in float64, or regularize.",
         round_number=error.round,
         replica=error.replica,
     )

@@ -1,7 +1,7 @@
 """The outer step, on the driver: assign the mean, or drive any torch optimizer with minus the mean delta.
 
 This is the one file that negates: `grad = start - mean`, the pseudo-gradient of Reddi et al. (2021, "Adaptive
-Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minimiser moves towards the mean.
+Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minimizer moves towards the mean.
 """
 
 from __future__ import annotations

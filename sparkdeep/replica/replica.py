@@ -289,7 +289,7 @@ class Replica:
             self._own_buffers = self.layout.read_buffers(self.model)
             vector = self.exchange.end()
         if progress.weight > 0:
-            sections, state = self._travelling()
+            sections, state = self._traveling()
             if sections:
                 vector = self.exchange.end(len(sections))
                 for i, tensors in enumerate(state):
@@ -316,7 +316,7 @@ class Replica:
         )
         return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange, replica=self.number)
 
-    def _travelling(self) -> tuple[list[str], list[list[Tensor]]]:
+    def _traveling(self) -> tuple[list[str], list[list[Tensor]]]:
         """State that travels with the parameters, by name, one tensor a parameter."""
         if (own := self._drift.end()) is not None:
             return [CONTROL], [own]

@@ -150,12 +150,12 @@ def _check_drift(local: LocalSettings, run: RunSettings) -> None:
     )
     clipped = changed(local, "clip_grad_norm")
     _refuse(name, clipped, "a control variate is read off what steps moved, which clipping shortens. Leave one out.")
-    travelling = changed(local, "codec")
-    travelling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
-    travelling += [f"weighting={run.shares!r}"] if run.fednova else []
+    traveling = changed(local, "codec")
+    traveling += [f"inner_state={local.inner_state!r}"] if local.inner_state == "average" else []
+    traveling += [f"weighting={run.shares!r}"] if run.fednova else []
     _refuse(
         name,
-        travelling,
+        traveling,
         "control variates travel with the parameters, whole, and are averaged by rows. Leave the others out.",
     )
 

@@ -120,14 +120,14 @@ class Layout:
         """Read the layout off `module`.
 
         Raises:
-            ConfigError: no trainable parameter, an uninitialised lazy one, or a dtype that cannot be averaged.
+            ConfigError: no trainable parameter, an uninitialized lazy one, or a dtype that cannot be averaged.
         """
         entries: list[Entry] = []
         offset = 0
         for name, parameter in module.named_parameters():
             if is_lazy(parameter):
                 raise ConfigError(
-                    f"parameter {name!r} is not initialised yet: run one batch through the lazy module first."
+                    f"parameter {name!r} is not initialized yet: run one batch through the lazy module first."
                 )
             if not parameter.requires_grad:
                 continue
@@ -163,7 +163,7 @@ class Layout:
         return self.numel * self.dtype.itemsize
 
     def empty(self, sections: int = 1) -> Tensor:
-        """An uninitialised vector, shape (sections * numel,), on the CPU."""
+        """An uninitialized vector, shape (sections * numel,), on the CPU."""
         return torch.empty(sections * self.numel, dtype=self.dtype)
 
     def views(self, vector: Tensor) -> list[Tensor]:

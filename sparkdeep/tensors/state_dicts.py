@@ -18,7 +18,7 @@ _TREE: Final = "__tree__"
 
 
 def pack(tree: Any) -> bytes:
-    """Serialise a tree of dicts, lists, tuples, numbers, strings, None and tensors.
+    """Serialize a tree of dicts, lists, tuples, numbers, strings, None and tensors.
 
     Raises:
         TypeError: a value of another type, named by its path.

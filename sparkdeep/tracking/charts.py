@@ -29,7 +29,7 @@ class Line:
 
     name: str
     color: str
-    """CSS class that holds its colour."""
+    """CSS class that holds its color."""
     points: Sequence[Point]
     """(round, value), rounds ascending."""
 
@@ -44,13 +44,13 @@ class Chart:
     x_ticks: Sequence[tuple[float, str]] = ()
     y_ticks: Sequence[tuple[float, str]] = ()
     legend: Sequence[tuple[str, str]] = ()
-    """(colour, name)"""
+    """(color, name)"""
     paths: Sequence[tuple[str, str]] = ()
-    """(colour, SVG path) of lines."""
+    """(color, SVG path) of lines."""
     dots: Sequence[tuple[str, str]] = ()
-    """(colour, SVG path) of zero-length lines, whose round ends are dots."""
+    """(color, SVG path) of zero-length lines, whose round ends are dots."""
     bars: Sequence[tuple[str, float, float, float, float]] = ()
-    """(colour, x, y, width, height)"""
+    """(color, x, y, width, height)"""
     hints: Sequence[tuple[float, float, str]] = ()
     """(x, width, text) of what is told where the pointer rests."""
     notes: Sequence[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ def stacked_bars(
     Args:
         title: of the chart.
         rounds: one or more.
-        parts: (colour, name, seconds in each round), from below.
+        parts: (color, name, seconds in each round), from below.
         label: the chart in words.
     """
     size = math.ceil(len(rounds) / _MOST_BARS)

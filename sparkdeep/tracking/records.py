@@ -38,7 +38,7 @@ class ReplicaRecord:
     rows: int
     """Rows trained on."""
     weight: float
-    """Its weight in the mean, before normalisation: rows, or their summed weights."""
+    """Its weight in the mean, before normalization: rows, or their summed weights."""
     steps: int
     """Local steps."""
     compute_seconds: float

@@ -69,7 +69,7 @@ def test_a_bound_on_the_loss_has_no_meaning_beside_a_line_search(tmp_path):
 # -- against scipy ---------------------------------------------------------------------------------------------------
 
 
-class Regularised(nn.Module):
+class Regularized(nn.Module):
     """Logistic regression whose penalty is part of the loss."""
 
     def __init__(self, width):
@@ -85,7 +85,7 @@ class Regularised(nn.Module):
 PENALTY = 0.05
 
 
-def regularised(model, batch):
+def regularized(model, batch):
     return (
         nn.functional.binary_cross_entropy_with_logits(model(batch.features), batch.labels)
         + PENALTY / 2 * model.linear.weight.square().sum()
@@ -93,7 +93,7 @@ def regularised(model, batch):
 
 
 @pytest.mark.identity(10)
-def test_regularised_logistic_regression_equals_scipy(tmp_path):
+def test_regularized_logistic_regression_equals_scipy(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 10))
     y = (x @ rng.normal(size=10) + rng.normal(size=300) > 0).astype(np.float64)
@@ -106,7 +106,7 @@ def test_regularised_logistic_regression_equals_scipy(tmp_path):
 
     best = minimize(objective, np.zeros(11), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10})
     preset = dict(lbfgs(iterations=100).settings) | {"portions": None}
-    started = program(Regularised(10), training_step=regularised)
+    started = program(Regularized(10), training_step=regularized)
     trained, records, fit = run(tmp_path, started, deal(x, y, [120, 100, 80]), schema_of(x, y), batch_size=32, **preset)
     np.testing.assert_allclose(flat(trained).numpy(), best.x, atol=1e-5)
     assert abs(records[-1].loss - best.fun) < 1e-10
@@ -255,7 +255,7 @@ def test_one_iteration_a_round_is_one_call_to_the_last_bit_at_no_further_evaluat
 
 @pytest.mark.identity(10)
 @pytest.mark.parametrize("n", [5, 10, 20, 50])
-def test_a_quadratic_is_minimised_within_three_evaluations_a_dimension(n):
+def test_a_quadratic_is_minimized_within_three_evaluations_a_dimension(n):
     function, best, start = quadratic(n)
     going = Run(function, start)
     going.rounds(3 * n)

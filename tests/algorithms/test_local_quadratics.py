@@ -28,8 +28,8 @@ class Point(nn.Module):
 def quadratic(model, batch):
     """Each row is a quadratic: its Hessian, then the place of its least value."""
     rows = batch.features
-    hessians, centres = rows[:, : SIZE * SIZE].view(-1, SIZE, SIZE), rows[:, SIZE * SIZE :]
-    away = model.at - centres
+    hessians, centers = rows[:, : SIZE * SIZE].view(-1, SIZE, SIZE), rows[:, SIZE * SIZE :]
+    away = model.at - centers
     return (0.5 * torch.einsum("bi,bij,bj->b", away, hessians, away)).mean()
 
 
@@ -42,9 +42,9 @@ def problem(alike=False):
     return hessians, rng.normal(size=(REPLICAS, SIZE)) * 3
 
 
-def trained(tmp_path, hessians, centres, rounds, optimizer=None, **options):
+def trained(tmp_path, hessians, centers, rounds, optimizer=None, **options):
     """One row a replica, so that a local step is one step on its quadratic."""
-    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centres], axis=1)
+    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centers], axis=1)
     model = Point()
     optimizer = optimizer or partial(SGD, lr=RATE)
     own = Program(model=model, loss=None, training_step=quadratic, optimizer=optimizer)
@@ -59,87 +59,87 @@ def start():
     return flat(Point()).numpy()
 
 
-def after_steps(at, hessian, centre):
-    """`centre + (I - rate A)^H (at - centre)`."""
-    return centre + np.linalg.matrix_power(np.eye(SIZE) - RATE * hessian, STEPS) @ (at - centre)
+def after_steps(at, hessian, center):
+    """`center + (I - rate A)^H (at - center)`."""
+    return center + np.linalg.matrix_power(np.eye(SIZE) - RATE * hessian, STEPS) @ (at - center)
 
 
-def optimum(hessians, centres):
-    return np.linalg.solve(hessians.sum(0), np.einsum("nij,nj->i", hessians, centres))
+def optimum(hessians, centers):
+    return np.linalg.solve(hessians.sum(0), np.einsum("nij,nj->i", hessians, centers))
 
 
-def averaged_fixed_point(hessians, centres):
+def averaged_fixed_point(hessians, centers):
     gone = np.array([np.eye(SIZE) - np.linalg.matrix_power(np.eye(SIZE) - RATE * a, STEPS) for a in hessians])
-    return np.linalg.solve(gone.sum(0), np.einsum("nij,nj->i", gone, centres))
+    return np.linalg.solve(gone.sum(0), np.einsum("nij,nj->i", gone, centers))
 
 
 @pytest.mark.identity(6)
 def test_a_shared_hessian_makes_averaging_the_steps_of_one_machine(tmp_path):
-    hessians, centres = problem(alike=True)
+    hessians, centers = problem(alike=True)
     expected = start()
     for _ in range(3 * STEPS):  # gradient descent on the mean of the quadratics
-        expected = expected - RATE * hessians[0] @ (expected - centres.mean(0))
-    got = trained(tmp_path, hessians, centres, 3)
+        expected = expected - RATE * hessians[0] @ (expected - centers.mean(0))
+    got = trained(tmp_path, hessians, centers, 3)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
     unlike, _ = problem()
-    other = trained(tmp_path, unlike, centres, 3)
+    other = trained(tmp_path, unlike, centers, 3)
     descent = start()
     for _ in range(3 * STEPS):
-        descent = descent - RATE * np.einsum("nij,nj->i", unlike, descent - centres) / REPLICAS
+        descent = descent - RATE * np.einsum("nij,nj->i", unlike, descent - centers) / REPLICAS
     assert np.abs(other - descent).max() > 1e-3, "with unlike Hessians averaging is another method"
 
 
 @pytest.mark.identity(6)
 def test_a_round_is_the_mean_of_closed_forms(tmp_path):
-    hessians, centres = problem()
+    hessians, centers = problem()
     expected = start()
     for _ in range(2):
-        expected = np.mean([after_steps(expected, a, b) for a, b in zip(hessians, centres, strict=True)], axis=0)
-    np.testing.assert_allclose(trained(tmp_path, hessians, centres, 2), expected, rtol=0, atol=1e-13)
+        expected = np.mean([after_steps(expected, a, b) for a, b in zip(hessians, centers, strict=True)], axis=0)
+    np.testing.assert_allclose(trained(tmp_path, hessians, centers, 2), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.identity(7)
 def test_averaging_goes_to_its_own_fixed_point_and_scaffold_to_the_optimum(tmp_path):
-    hessians, centres = problem()
-    fixed, best = averaged_fixed_point(hessians, centres), optimum(hessians, centres)
-    plain = trained(tmp_path, hessians, centres, 60)
+    hessians, centers = problem()
+    fixed, best = averaged_fixed_point(hessians, centers), optimum(hessians, centers)
+    plain = trained(tmp_path, hessians, centers, 60)
     np.testing.assert_allclose(plain, fixed, rtol=0, atol=1e-10)
     assert np.abs(plain - best).max() > 0.02
-    corrected = trained(tmp_path, hessians, centres, 60, drift_correction=Scaffold())
+    corrected = trained(tmp_path, hessians, centers, 60, drift_correction=Scaffold())
     np.testing.assert_allclose(corrected, best, rtol=0, atol=1e-9)
 
 
 @pytest.mark.identity(7)
 def test_scaffold_is_the_papers_recurrence(tmp_path):
-    hessians, centres = problem()
+    hessians, centers = problem()
     at, common, own = start(), np.zeros(SIZE), np.zeros((REPLICAS, SIZE))
     for _ in range(4):
         ends, kept = [], []
         for i in range(REPLICAS):
             x = at.copy()
             for _ in range(STEPS):
-                x = x - RATE * (hessians[i] @ (x - centres[i]) - own[i] + common)
+                x = x - RATE * (hessians[i] @ (x - centers[i]) - own[i] + common)
             ends.append(x)
             kept.append(own[i] - common + (at - x) / (STEPS * RATE))
         common, own = common + np.mean(np.array(kept) - own, axis=0), np.array(kept)
         at = np.mean(ends, axis=0)
-    got = trained(tmp_path, hessians, centres, 4, drift_correction=Scaffold())
+    got = trained(tmp_path, hessians, centers, 4, drift_correction=Scaffold())
     np.testing.assert_allclose(got, at, rtol=0, atol=1e-13)
-    assert np.abs(got - trained(tmp_path, hessians, centres, 4)).max() > 1e-3
+    assert np.abs(got - trained(tmp_path, hessians, centers, 4)).max() > 1e-3
 
 
 @pytest.mark.identity(7)
 def test_the_fixed_point_of_fedprox_comes_nearer_to_the_optimum_with_mu(tmp_path):
-    hessians, centres = problem()
-    best = optimum(hessians, centres)
+    hessians, centers = problem()
+    best = optimum(hessians, centers)
     away = []
     for mu in (0.0, 1.0, 4.0):
         options = {"drift_correction": FedProx(mu)} if mu else {}
-        got = trained(tmp_path, hessians, centres, 20, **options)
+        got = trained(tmp_path, hessians, centers, 20, **options)
         expected = start()
         for _ in range(20):
             ends = []
-            for a, b in zip(hessians, centres, strict=True):
+            for a, b in zip(hessians, centers, strict=True):
                 x = expected.copy()
                 for _ in range(STEPS):
                     x = x - RATE * (a @ (x - b) + mu * (x - expected))
@@ -179,15 +179,15 @@ def test_scaffold_moves_what_only_one_replica_has_a_gradient_of(tmp_path):
 
 @pytest.mark.parametrize("options", [{"rounds_per_stage": 1}, {"replica_state": "durable", "checkpoint_every": 1}])
 def test_control_variates_outlive_a_stage(tmp_path, options):
-    hessians, centres = problem()
-    one = trained(tmp_path, hessians, centres, 5, drift_correction=Scaffold())
-    assert np.array_equal(trained(tmp_path, hessians, centres, 5, drift_correction=Scaffold(), **options), one)
+    hessians, centers = problem()
+    one = trained(tmp_path, hessians, centers, 5, drift_correction=Scaffold())
+    assert np.array_equal(trained(tmp_path, hessians, centers, 5, drift_correction=Scaffold(), **options), one)
 
 
 def test_a_round_without_a_replica_does_not_pull_from_the_optimum(tmp_path):
     """Replica 0 has two rows and the others one, so that every other round is its alone."""
-    hessians, centres = problem()
-    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centres], axis=1)
+    hessians, centers = problem()
+    rows = np.concatenate([hessians.reshape(REPLICAS, -1), centers], axis=1)
     rows = np.concatenate([rows[:1], rows])
     weights = np.array([0.5, 0.5, 1.0, 1.0, 1.0])
     model = Point()

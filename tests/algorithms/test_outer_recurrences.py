@@ -103,15 +103,15 @@ def test_lookahead_goes_half_the_way():
 
 
 @pytest.mark.identity(9)
-def test_the_centre_of_elastic_averaging_is_sgd_on_the_mean_change():
+def test_the_center_of_elastic_averaging_is_sgd_on_the_mean_change():
     workers, alpha = 4, 0.9 / 4
-    got, centre = drive(partial(SGD, lr=workers * alpha))
-    for target in targets(len(centre)):
-        mean = mean_after(centre, target)
-        spread = np.random.default_rng(0).normal(size=(workers, len(centre)))
+    got, center = drive(partial(SGD, lr=workers * alpha))
+    for target in targets(len(center)):
+        mean = mean_after(center, target)
+        spread = np.random.default_rng(0).normal(size=(workers, len(center)))
         replicas = mean + spread - spread.mean(axis=0)
-        centre = centre + alpha * (replicas - centre).sum(axis=0)
-    np.testing.assert_allclose(got, centre, rtol=1e-12, atol=1e-13)
+        center = center + alpha * (replicas - center).sum(axis=0)
+    np.testing.assert_allclose(got, center, rtol=1e-12, atol=1e-13)
 
 
 # -- slow momentum ---------------------------------------------------------------------------------------------------

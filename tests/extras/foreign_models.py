@@ -74,9 +74,9 @@ def last_words(output):
 def blobs(rows, *, seed=0):
     """Three separable classes in 8 numbers."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).normal(size=(3, 8)) * 2
+    centers = np.random.default_rng(7).normal(size=(3, 8)) * 2
     label = rng.integers(0, 3, rows)
-    return (centres[label] + rng.normal(size=(rows, 8)) * 0.5).astype(np.float32), label
+    return (centers[label] + rng.normal(size=(rows, 8)) * 0.5).astype(np.float32), label
 
 
 class LitNet(lightning.LightningModule):

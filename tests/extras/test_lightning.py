@@ -155,7 +155,7 @@ def test_what_the_module_logs_is_a_mean_over_rows_of_all_replicas(tmp_path):
         (LitBuildsLate, "overrides configure_model"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, cls, said):
+def test_what_cannot_be_honored_is_refused_by_name(tmp_path, cls, said):
     x, y = blobs(20)
     facts = facts_of(write_shards(tmp_path, deal(x, y, [20]), schema_of(x, y)))
     with pytest.raises(ConfigError, match=said):

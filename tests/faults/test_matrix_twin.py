@@ -47,9 +47,9 @@ def injector_of(folder):
 def test_a_late_exception_of_one_replica_ends_the_fit_and_leaves_a_checkpoint_to_go_on_from(
     tmp_path, undisturbed, round_number, replica
 ):
-    injector = injector_of(tmp_path).fail_at("step", round_number, replica, error=KeyError("no such colour"))
+    injector = injector_of(tmp_path).fail_at("step", round_number, replica, error=KeyError("no such color"))
     plan = Plan()
-    with injector.installed(), pytest.raises(UserCodeError, match=r"(?s)^Traceback.*no such colour") as caught:
+    with injector.installed(), pytest.raises(UserCodeError, match=r"(?s)^Traceback.*no such color") as caught:
         train(tmp_path, plan=plan, injector=injector, **kept(tmp_path))
     assert caught.value.replica == replica
     assert caught.value.host

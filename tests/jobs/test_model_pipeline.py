@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 @register
-def centred(features):
+def centered(features):
     return features - 1.0
 
 
@@ -61,7 +61,7 @@ def stages():
         optimizer=partial(torch.optim.Adam, lr=0.01),
         featuresCol="features",
         labelCol="label",
-        preprocess=centred,
+        preprocess=centered,
         probability_col="probability",
         raw_prediction_col="rawPrediction",
         num_workers=2,

@@ -82,9 +82,9 @@ def estimator(**options):
 def blob_rows(count, *, seed=0):
     """(id, pixels, label): three separable classes of 8 numbers."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).normal(size=(3, 8)) * 2
+    centers = np.random.default_rng(7).normal(size=(3, 8)) * 2
     labels = rng.integers(0, 3, count)
-    points = centres[labels] + rng.normal(size=(count, 8)) * 0.5
+    points = centers[labels] + rng.normal(size=(count, 8)) * 0.5
     return [(i, p.tolist(), int(c)) for i, (p, c) in enumerate(zip(points, labels, strict=True))]
 
 

@@ -178,9 +178,9 @@ def slowly(x):
 
 def blob_rows(count, *, seed=0):
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).normal(size=(3, 8)) * 2
+    centers = np.random.default_rng(7).normal(size=(3, 8)) * 2
     labels = rng.integers(0, 3, count)
-    points = centres[labels] + rng.normal(size=(count, 8)) * 0.5
+    points = centers[labels] + rng.normal(size=(count, 8)) * 0.5
     return [(i, p.tolist(), int(c)) for i, (p, c) in enumerate(zip(points, labels, strict=True))]
 
 

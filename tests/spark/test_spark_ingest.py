@@ -160,7 +160,7 @@ def test_doubles_stay_doubles_for_a_float64_model(spark):
     assert [row["prediction"] for row in model.transform(frame).collect()] == [2.0**-40, 2.0**-40]
 
 
-def test_row_weights_decide_what_is_learnt(spark):
+def test_row_weights_decide_what_is_learned(spark):
     rows = [(1.0, 0.0 if i % 2 else 10.0, 0.0 if i % 2 else 1.0) for i in range(32)]
     frame = spark.createDataFrame(
         [(*row, float(i)) for i, row in enumerate(rows)], "x float, y float, w float, id float"

@@ -189,7 +189,7 @@ def test_collate_is_for_flat_arrays():
 
 
 @pytest.mark.fault(rows=[28], phases="LD")
-def test_nulls_and_nans_are_totalled_over_batches_and_named():
+def test_nulls_and_nans_are_totaled_over_batches_and_named():
     faults = Faults()
     columns = {"x": [1.0, None, float("nan")], "y": pa.array([None, 1, 2], pa.int32()), "w": [1.0, 1.0, float("nan")]}
     for _ in range(2):

@@ -179,7 +179,7 @@ def test_what_a_name_and_scalars_can_say_has_a_reference(model, args, expected):
     assert ModelReference.from_json(reference.to_json()) == expected
 
 
-class Colour(enum.StrEnum):
+class Color(enum.StrEnum):
     RED = "red"
 
 
@@ -195,7 +195,7 @@ def local_class():
     [
         (Net, {"hidden": np.int64(4)}),
         (Net, {"hidden": np.float64(4)}),
-        (Net, {"act": Colour.RED}),
+        (Net, {"act": Color.RED}),
         (Net, {"act": nn.ReLU()}),
         (Net, {"hidden": [4]}),
         (functools.partial(Net, [4]), None),

@@ -178,16 +178,16 @@ def test_optimizer_and_scheduler_are_tried_on_a_copy():
     assert model.weight.grad is None
 
 
-class Centres(nn.Module):
+class Centers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.centres = nn.Parameter(torch.zeros(1))
+        self.centers = nn.Parameter(torch.zeros(1))
 
     def forward(self, output, label):
-        return (output - label - self.centres).square().mean()
+        return (output - label - self.centers).square().mean()
 
 
-class Penalised(nn.Module):
+class Penalized(nn.Module):
     """A loss that holds the model: its parameters are trained."""
 
     def __init__(self, model):
@@ -200,12 +200,12 @@ class Penalised(nn.Module):
 
 def test_a_loss_with_parameters_of_its_own_is_refused_by_name():
     with pytest.raises(
-        ConfigError, match=r"loss \(Centres\) has the trainable parameter 'centres', which would not be"
+        ConfigError, match=r"loss \(Centers\) has the trainable parameter 'centers', which would not be"
     ):
-        rehearsed(nn.Linear(3, 1), Centres(), X, COLUMN)
-    rehearsed(nn.Linear(3, 1), Centres().requires_grad_(False), X, COLUMN)
+        rehearsed(nn.Linear(3, 1), Centers(), X, COLUMN)
+    rehearsed(nn.Linear(3, 1), Centers().requires_grad_(False), X, COLUMN)
     model = nn.Linear(3, 1)
-    rehearsed(model, Penalised(model), X, COLUMN)
+    rehearsed(model, Penalized(model), X, COLUMN)
 
 
 def test_a_loss_a_row_or_one_without_gradient_is_refused():

@@ -238,7 +238,7 @@ def test_a_factory_may_build_lazy_modules(store, dtype):
     assert_same_state(loaded, module)
     x = torch.randn(5, 3, dtype=dtype)
     assert torch.equal(loaded(x), module.eval()(x))
-    assert_same_state(loaded, module)  # the first forward initialised nothing anew
+    assert_same_state(loaded, module)  # the first forward initialized nothing anew
 
 
 def test_frozen_parameters_are_saved_as_well(store):
@@ -274,7 +274,7 @@ def test_what_the_format_does_not_hold_is_refused_by_name(store):
     assert_refused_unwritten(
         store, outer, r"'part\._extra_state' is a dict, not a tensor; .* let get_extra_state return"
     )
-    assert_refused_unwritten(store, LazyNet(), r"'layers\.0\.weight' is not initialised yet \(run a batch")
+    assert_refused_unwritten(store, LazyNet(), r"'layers\.0\.weight' is not initialized yet \(run a batch")
     assert_refused_unwritten(store, nn.Linear(2, 2, device="meta"), r"'weight' is a torch\.strided .* on meta")
     assert_refused_unwritten(store, nn.Linear(2, 2, dtype=torch.complex128), "torch.complex128")
     sparse = nn.Module()

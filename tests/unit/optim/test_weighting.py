@@ -71,8 +71,8 @@ class Point(nn.Module):
 
 
 def targets():
-    centres = np.array([[4.0, 0.0], [0.0, -2.0], [-1.0, 1.0]])
-    return np.repeat(centres, ROWS, axis=0), centres
+    centers = np.array([[4.0, 0.0], [0.0, -2.0], [-1.0, 1.0]])
+    return np.repeat(centers, ROWS, axis=0), centers
 
 
 def trained(tmp_path, weighting, lr, rounds=1, codec="identity"):
@@ -89,14 +89,14 @@ def trained(tmp_path, weighting, lr, rounds=1, codec="identity"):
 
 def recurrence(weighting, lr, rounds):
     """Written out: each replica takes as many gradient steps on its own quadratic as it has rows."""
-    _, centres = targets()
+    _, centers = targets()
     p, at = np.array(ROWS) / sum(ROWS), np.zeros(2)
     for _ in range(rounds):
         ends = []
-        for centre, steps in zip(centres, ROWS, strict=True):
+        for center, steps in zip(centers, ROWS, strict=True):
             own = at.copy()
             for _ in range(steps):
-                own -= lr * (own - centre)
+                own -= lr * (own - center)
             ends.append(own)
         if weighting == "rows":
             at = p @ np.array(ends)
@@ -117,8 +117,8 @@ def test_replicas_with_unequal_steps_follow_the_recurrence(tmp_path, weighting):
 
 @pytest.mark.identity(8)
 def test_the_bias_of_the_corrected_mean_vanishes_with_the_rate_and_the_plain_ones_stays():
-    _, centres = targets()
-    optimum = np.array(ROWS) / sum(ROWS) @ centres
+    _, centers = targets()
+    optimum = np.array(ROWS) / sum(ROWS) @ centers
     error = {
         (w, lr): np.linalg.norm(recurrence(w, lr, int(400 / lr / 20)) - optimum)
         for w in ("rows", "fednova")

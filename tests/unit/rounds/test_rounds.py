@@ -226,12 +226,12 @@ def test_every_replica_lost_in_turn_is_still_the_same_run(tmp_path, undisturbed)
 @pytest.mark.fault(rows=[1, 2], phases="TR")
 def test_the_users_own_exception_ends_the_fit_at_once_traceback_first(tmp_path):
     plan = Plan()
-    plan.when[1, 2] = raises(KeyError("no such colour"))
+    plan.when[1, 2] = raises(KeyError("no such color"))
     with pytest.raises(UserCodeError) as caught:
         train(tmp_path, plan)
     text = str(caught.value)
     assert text.startswith("Traceback (most recent call last)")
-    assert "no such colour" in text
+    assert "no such color" in text
     assert "replica 1 on " in text
     assert "not retried" in text
     assert caught.value.replica == 1
@@ -240,7 +240,7 @@ def test_the_users_own_exception_ends_the_fit_at_once_traceback_first(tmp_path):
 
 
 def open_a_file_that_is_not_there(_features):
-    open("no such colour.json")  # noqa: SIM115 (as a user's code would)
+    open("no such color.json")  # noqa: SIM115 (as a user's code would)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_an_os_error_of_the_users_metric_is_the_users(tmp_path):
     plan = Plan()
     plan.meet_metric = lambda output, _label: open_a_file_that_is_not_there(output)
     parts = {"metrics": {"m": Metric(plan.key)}}
-    with pytest.raises(UserCodeError, match=r"no such colour\.json"):
+    with pytest.raises(UserCodeError, match=r"no such color\.json"):
         train(tmp_path, plan, validation=validation_rows(), parts=parts, validate_every=1)
     assert plan.launches == 1
 
@@ -431,7 +431,7 @@ def test_early_stopping_gives_back_the_best_rounds_parameters(tmp_path):
     assert "best was round 3" in fit.state.stopped
 
 
-def test_early_stopping_can_maximise_and_needs_a_least_change(tmp_path):
+def test_early_stopping_can_maximize_and_needs_a_least_change(tmp_path):
     model, records, _ = counter(tmp_path, early_stopping=EarlyStopping(monitor="miss", patience=1, mode="max"))
     assert (len(records), model.weight.item()) == (2, 1.0)
     rule = EarlyStopping(monitor="miss", patience=1, min_delta=2.0)

@@ -180,7 +180,7 @@ def test_an_override_sets_a_typed_value(text, path, value):
     assert type(node) is type(value)
 
 
-def test_an_override_keeps_its_neighbours_and_the_document():
+def test_an_override_keeps_its_neighbors_and_the_document():
     original = document()
     changed = with_overrides(original, ["fit.epochs=3", "fit.epochs=4"])
     assert changed["fit"] == {"feature_cols": ["x"], "label_cols": "label", "epochs": 4}

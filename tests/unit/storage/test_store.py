@@ -254,7 +254,7 @@ def test_where_folders_cannot_be_synced_a_write_still_succeeds(tmp_path, monkeyp
     "uri",
     ["{path}/a b", "file:{path}/a b", "file://{path}/a%20b", "file://localhost{path}/a b", "FILE:///{path}/a b"],
 )
-def test_local_folders_are_opened_however_they_are_spelt(tmp_path, uri):
+def test_local_folders_are_opened_however_they_are_spelled(tmp_path, uri):
     store = open_store(uri.format(path=tmp_path))
     assert isinstance(store, LocalStore)
     store.write("x", b"1")

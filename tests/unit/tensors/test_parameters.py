@@ -109,7 +109,7 @@ def test_buffers_are_copied_out_and_in():
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [
-        (nn.LazyLinear(3), r"'weight' is not initialised yet: run one batch"),
+        (nn.LazyLinear(3), r"'weight' is not initialized yet: run one batch"),
         (nn.ReLU(), r"ReLU has no trainable parameter; set requires_grad=True"),
         (nn.Linear(2, 2).requires_grad_(False), r"Linear has no trainable parameter"),
         (nn.Linear(2, 2, dtype=torch.complex64), r"'weight' has dtype torch.complex64; only real floating-point"),
