@@ -110,7 +110,7 @@ def misfit(cls: type, values: object, *, defaults: bool = False, nan: bool = Fal
 
     Args:
         cls: a dataclass of plain types, lists, tuples and dicts of them, and further dataclasses.
-        values: name to value, as JSON or `trees.unpack` gives them.
+        values: name to value, as JSON or `state_dicts.unpack` gives them.
         defaults: whether a field with a default may be left out.
         nan: whether a number may be NaN.
     """

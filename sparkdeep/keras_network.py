@@ -1,4 +1,4 @@
-"""The module that pickles of Keras networks name which the first version wrote."""
+"""The module that pickles of Keras networks name."""
 
 from sparkdeep.models.keras import _rebuilt
 

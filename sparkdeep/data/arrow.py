@@ -43,12 +43,12 @@ FieldValues = Array | Ragged
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the values of one column come from and where their faults go."""
+    """Where one column's values come from and where its faults are counted."""
 
     column: str
     """Name in the DataFrame, for messages and counts."""
     faults: Faults
-    """Counts of the reader; they also hold the row shape met first."""
+    """The reader's counts, which also hold the first row shape that it met."""
     shape: tuple[int, ...] | None
     """Row shape fixed earlier; None where the column's first rows fix it."""
 
@@ -64,7 +64,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def read_elements(array: pa.Array, source: Source) -> Array:
-    """Return numbers or booleans as (n,) in Arrow's own dtype, without a copy where there is nothing to mend.
+    """Return numbers or booleans as (n,) in Arrow's own dtype, without a copy where there is nothing to replace.
 
     Raises:
         DataError: the column holds something else.
@@ -85,7 +85,7 @@ def without_nans(values: Array, source: Source) -> Array:
     """Return the values with NaN counted and replaced by zero; without NaN the same array."""
     if values.dtype.kind != "f":
         return values
-    # One pass that allocates nothing; a sum of infinities may be NaN too, so only the count below decides.
+    # One pass that allocates nothing. As a sum of infinities may be NaN too, only the count below decides.
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isnan(np.sum(values)):
             return values
@@ -119,8 +119,8 @@ def shaped(values: Array, source: Source, rows: int, met: tuple[int, ...], *, us
         values: all elements of all rows, end to end.
         source: knows the row shape met first.
         rows: number of rows, nulls included.
-        met: row shape met here; -1 where no row tells it.
-        usable: whether every row is there and has that shape.
+        met: row shape met here; -1 for a dimension that no row fixes.
+        usable: whether every row is present and has that shape.
 
     Raises:
         DataError: the number of dimensions differs from that of the rows seen first.

@@ -71,7 +71,7 @@ def make_batch(
         fields: those of the schema; label and weight fields may be left out, as they are when predicting.
         schema: says which field is what.
         float_dtype: for floating-point features and labels; integers and booleans stay what they are.
-        collate: for ragged fields, a list of 1-d tensors to a tensor: one callable, or one a column.
+        collate: for ragged fields, a list of 1-d tensors to a tensor: one callable, or one per column.
         place: the batch's epoch and its number there.
 
     Raises:
@@ -85,7 +85,7 @@ def make_batch(
             parts[field.role][field.argument] = _collated(value, field, float_dtype, collate)
         elif value is not None:
             tensor = _as_tensor(value)
-            # (a weight stays what it is, and `to` costs more than the look at the dtype)
+            # (weights keep their dtype, and calling `to` costs more than looking at the dtype)
             if tensor.dtype is not float_dtype and tensor.is_floating_point() and field.role != "weight":
                 tensor = tensor.to(float_dtype)
             parts[field.role][field.argument] = tensor
@@ -125,7 +125,7 @@ def _as_tensor(array: Array) -> Tensor:
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Change every tensor in a dict, tuple or list, or whatever else can move."""
+    """Apply `change` to every tensor in a dict, tuple or list, and to whatever else has a `to`."""
     if isinstance(value, dict):
         return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and type(value) is tuple:

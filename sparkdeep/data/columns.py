@@ -58,7 +58,7 @@ def read_fields(
         batch: the columns of `schema.columns()`, among others; 0 rows are fine.
         schema: the fields to make.
         faults: one object for all batches of a reader; it also remembers the row shapes met first.
-        decode: for binary columns, bytes to array: one callable, or one a column.
+        decode: for binary columns, bytes to array: one callable, or one per column.
 
     Returns:
         Field name to (rows, *shape) in the field's dtype, or Ragged. Arrays may be read-only views of the batch.

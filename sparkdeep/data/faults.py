@@ -15,19 +15,19 @@ __all__ = ["Faults"]
 class Faults:
     """Counts gathered over batches and partitions; `raise_if_any` turns them into one message.
 
-    A reader goes on after a fault with zeros in its place, so that the totals are complete. What it returns from then
+    After a fault a reader goes on with zeros in its place, so that the totals are complete. What it returns from then
     on is not data: stop writing once `found` is true, and go on reading only to count.
     """
 
     nulls: dict[str, int] = field(default_factory=dict)
-    """Column to number of nulls, missing rows and missing elements alike."""
+    """Column to number of nulls, whether rows or elements are missing."""
     nans: dict[str, int] = field(default_factory=dict)
     """Column to number of NaN values."""
     lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Array column to its least and greatest length; a fault where these differ. `x[*]` is the level inside `x`.
     Equal lengths are kept too, so that two partitions that disagree are found by `merge`."""
     first: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """Array column to the row shape this reader met first; stays with the reader."""
+    """Array column to the first row shape that this reader met; it is not sent on."""
 
     @property
     def found(self) -> bool:

@@ -76,7 +76,7 @@ class Feed:
         return self._order[1]
 
     def _read_ahead(self, epoch: int, order: EpochOrder, position: int) -> None:
-        """Have what lies one window beyond `position` read, and whatever comes before that and was not asked for."""
+        """Ask the system to read up to one window beyond `position`, from where it was last asked to."""
         within = position // order.block_rows
         asked = self._asked[1] if self._asked[0] == epoch else within - within % order.window_blocks
         upto = min(within + 1 + order.window_blocks, order.num_blocks)

@@ -88,7 +88,7 @@ class EpochOrder:
         self.num_blocks = -(-rows // self.block_rows) if rows else 0
         self.num_windows = -(-self.num_blocks // self.window_blocks)
         self._blocks: Indices = self._generator("blocks", 0).permutation(self.num_blocks)  # (blocks,) int64
-        # Only the block that is last on disk may be short; every window that comes after it starts so much earlier.
+        # Only the last block on disk may be short; every window that comes after it starts that much earlier.
         self._missing = self.num_blocks * self.block_rows - rows
         self._short_at = int(np.argmax(self._blocks)) if rows else 0
         self._cached = -1
@@ -103,7 +103,9 @@ class EpochOrder:
         """
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"positions {start} to {stop} reach outside an epoch of {self.rows} rows")
-        if self._cached_from <= start and stop <= self._cached_to:  # nearly always: within the window of the last call
+        if (
+            self._cached_from <= start and stop <= self._cached_to
+        ):  # nearly always true: the range lies within the window of the last call
             return self._window[start - self._cached_from : stop - self._cached_from]
         pieces: list[Indices] = []
         # Windows are never longer than this, so this one starts no later than `start`.
@@ -143,5 +145,5 @@ class EpochOrder:
 
 
 def steps_per_epoch(rows: int, *, batch_size: int, accumulate_batches: int) -> int:
-    """Local steps that `rows` training rows make in one epoch."""
+    """How many local steps an epoch over `rows` training rows has."""
     return -(-num_batches(rows, batch_size) // accumulate_batches)

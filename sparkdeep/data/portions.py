@@ -1,4 +1,4 @@
-"""A portion of the rows as bytes that Spark keeps and moves, and back as files: any host can be given any portion."""
+"""A portion of the rows as bytes that Spark keeps and moves, and as files again: any host can be given any portion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIECE_BYTES: Final = 4 << 20
 
 
 def pieces_of(directory: Path) -> Iterator[bytes]:
-    """A shard's files one after the other in pieces of a few megabytes, after one that names them with their sizes."""
+    """A shard's files, one after the other, in pieces of a few megabytes; the first piece names them with their sizes."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     yield json.dumps({path.name: path.stat().st_size for path in files}).encode()
     for path in files:
@@ -29,7 +29,7 @@ def pieces_of(directory: Path) -> Iterator[bytes]:
 
 
 def unpack(pieces: Sequence[bytes | memoryview], directory: Path) -> None:
-    """Make the folder that `pieces_of` was given, private to the user; it appears whole, or was there already.
+    """Make the folder that `pieces_of` was given, private to the user; it appears complete, or was there already.
 
     Raises:
         ReplicaLostError: pieces are missing.
@@ -40,7 +40,7 @@ def unpack(pieces: Sequence[bytes | memoryview], directory: Path) -> None:
     names = _names(pieces[0]) if pieces else {}
     if not names or sum(names.values()) != sum(memoryview(piece).nbytes for piece in pieces[1:]):
         raise ReplicaLostError(f"a portion came without some of its {len(pieces)} pieces; its block is damaged.")
-    # Of two tasks that unpack the same portion here, the second one's rename fails on a folder that is not empty.
+    # If two tasks unpack the same portion here, the second one's rename fails, as the folder is not empty.
     temporary = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     temporary.mkdir(mode=0o700)
     try:
@@ -61,7 +61,7 @@ def unpack(pieces: Sequence[bytes | memoryview], directory: Path) -> None:
 
 
 def _names(piece: bytes | memoryview) -> dict[str, int]:
-    """The first piece as names and sizes; empty where it is something else."""
+    """The names and sizes in the first piece; empty if it is something else."""
     try:
         names: dict[str, int] = json.loads(bytes(piece))
     except ValueError:

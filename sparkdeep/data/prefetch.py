@@ -1,4 +1,4 @@
-"""Items of an iterator, made by a thread ahead of when they are asked for."""
+"""Items of an iterator, made by a thread before they are asked for."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def prefetch_count(prefetch: int | Literal["auto"], device: torch.device) -> int
 def prefetched(items: Iterator[_T], count: int) -> Iterator[Iterator[_T]]:
     """Iterate over `items`, of which up to `count` are made while the block works on those before.
 
-    Items come in their order, and what making one raises is raised where that item is asked for, with its traceback.
-    No thread is left when the block ends, however it ends: it finishes the item that it is at, and no other.
+    Items come in their order. An exception raised while making one is raised where that item is asked for, with its
+    traceback. No thread is left when the block ends, however it ends: the thread finishes the item that it is making,
+    and no other.
 
     Args:
-        items: touched by nobody else until the block ends.
+        items: not to be used by anybody else until the block ends.
         count: items that may wait; with 0 there is no thread, and each is made when it is asked for.
 
     Raises:
-        TimeoutError: the item that the thread is at when the block ends takes longer than a minute.
+        TimeoutError: the item that is being made when the block ends takes longer than a minute.
     """
     if count == 0:
         yield items
@@ -60,11 +61,11 @@ def prefetched(items: Iterator[_T], count: int) -> Iterator[Iterator[_T]]:
 
 @final
 class _Prefetch(Generic[_T]):
-    """The thread and what waits."""
+    """The thread, and the items that wait."""
 
     def __init__(self, items: Iterator[_T], ahead: int) -> None:
         self._items = items
-        # An item, or why there is none: what making it raised, or the end.
+        # An item, or why there is none: the exception that making it raised, or the end.
         self._waiting: queue.Queue[tuple[_T] | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._over = False
@@ -77,7 +78,7 @@ class _Prefetch(Generic[_T]):
     def __next__(self) -> _T:
         if self._over:
             raise StopIteration
-        # Not longer than making the item takes: the thread hands over each, its failure or its end.
+        # This lasts no longer than making the item does: the thread hands over each item, its failure or the end.
         given = self._waiting.get()
         if isinstance(given, tuple):
             return given[0]
@@ -105,7 +106,7 @@ class _Prefetch(Generic[_T]):
 
     def close(self) -> None:
         self._closed.set()
-        while not self._waiting.empty():  # makes room, so that a thread which waits for it ends at once
+        while not self._waiting.empty():  # makes room, so that a waiting thread ends at once
             self._waiting.get_nowait()
         self._thread.join(timeout=_LAST_ITEM_S)
         if self._thread.is_alive():
@@ -121,9 +122,9 @@ def pumped(produce: Callable[[Callable[[], None]], Iterator[_T]], timeout_s: flo
     it moves again after the deadline.
 
     Args:
-        produce: called in the thread with a function that says that there is progress without an item.
-        timeout_s: the longest time without an item or such a sign.
-        silence: message of the error after it.
+        produce: called in the thread with a function by which it signals progress without an item.
+        timeout_s: the longest time without an item or such a signal.
+        silence: message of the error after that time.
 
     Raises:
         DataError: `silence`; and whatever `produce` or its iterator raises.
@@ -142,7 +143,7 @@ def pumped(produce: Callable[[Callable[[], None]], Iterator[_T]], timeout_s: flo
                 items.put((kind, value), timeout=_POLL_S)
                 return True
             except queue.Full:
-                beat()  # it is the reader of the items who takes time
+                beat()  # it is the consumer who is slow
         return False
 
     def run() -> None:

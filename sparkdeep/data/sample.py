@@ -14,7 +14,7 @@ from sparkdeep.errors import DataError
 
 __all__ = ["decode_rows", "encode_rows"]
 
-# Cannot stand in a field's name, which is made of identifiers and dots.
+# Cannot occur in a field's name, which is made of identifiers and dots.
 _VALUES, _LENGTHS = "#values", "#lengths"
 
 
@@ -52,14 +52,14 @@ def decode_rows(data: bytes) -> dict[str, FieldValues]:
 
 
 def _check_rows(fields: Mapping[str, FieldValues]) -> None:
-    """Refuse fields that are no rows, or not the same number of them."""
+    """Refuse fields that do not hold rows, or that hold different numbers of rows."""
     counts = set()
     for name, value in fields.items():
         if isinstance(value, Ragged):
             values, lengths = value
             if values.ndim != 1 or lengths.ndim != 1 or lengths.dtype.kind not in "iu":
                 raise ValueError(f"{name} is not made of rows")
-            # As Python numbers: a sum of damaged ones may overflow, and then look right.
+            # As Python integers: a sum of damaged lengths may overflow, and then look right.
             if min(lengths.tolist(), default=0) < 0 or sum(lengths.tolist()) != len(values):
                 raise ValueError(f"the lengths of {name} do not add up to its {len(values)} values")
         elif value.ndim == 0:

@@ -38,7 +38,7 @@ class ColumnType:
     kind: ColumnKind
     """A number or boolean a row, an array (of arrays) of them, a Spark ML vector, or bytes."""
     dtype: str
-    """numpy dtype of the element as Spark has it: int8 to int64, float32, float64, bool; "bytes" for binary."""
+    """numpy dtype of the element's Spark type: int8 to int64, float32, float64, bool; "bytes" for binary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Field:
     columns: tuple[str, ...]
     """DataFrame columns in the order in which they are laid side by side."""
     stacked: bool
-    """True for the list form, (B, k); False for the column's natural shape, where a scalar is (B,)."""
+    """True for the list form, (B, k); False for the column's natural shape, in which scalars are (B,)."""
     dtype: str
-    """numpy dtype stored; "decoded" until the first row of a binary column was seen."""
+    """numpy dtype stored; "decoded" until the first row of a binary column has been seen."""
     ragged: bool
     """Rows differ in length, and `collate` makes the tensor."""
     shape: tuple[int, ...] | None = None
@@ -102,7 +102,7 @@ class Schema:
         """Make the schema that `to_json` described.
 
         Raises:
-            DataError: it is none, or has a field that no column makes.
+            DataError: it is not a schema, or has a field without columns.
         """
         if complaint := misfit(_StoredSchema, value):
             raise DataError(f"a stored schema is damaged: {complaint}")
@@ -124,7 +124,7 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class _StoredSchema:
-    """What `Schema.to_json` gives."""
+    """The form of what `Schema.to_json` returns."""
 
     fields: list[dict[str, Any]]
     float_dtype: Literal["float32", "float64"]
@@ -135,9 +135,9 @@ _LONGEST_NAME: Final = 200  # of a file is 255
 
 
 def _plain(field: Field) -> Field:
-    """Return a stored field if its name can be a file's, and its dtype and shape an array's."""
+    """Return a stored field if its name can name a file, and its dtype and shape can be an array's."""
     named = all(part.isidentifier() for part in field.name.split(".")) and len(field.name.encode()) <= _LONGEST_NAME
-    # A row of more bytes than a disk holds is none; so that sizes are computed without overflow.
+    # No row has more bytes than a disk holds; this keeps the sizes that are computed from overflowing.
     shaped = all(size >= 0 for size in field.shape or ()) and math.prod(field.shape or ()) < 1 << 48
     if not named or not shaped or not _NUMPY.fullmatch(field.dtype) or len(field.shape or ()) > 32:
         raise DataError(
@@ -177,7 +177,7 @@ def build_schema(
         label_cols: the same forms, or None.
         weight_col: a numeric column of row weights, or None.
         float_dtype: "float32" or "float64", for fields with any floating-point column.
-        decode: for binary columns, bytes to array: one callable, or one a column.
+        decode: for binary columns, bytes to array: one callable, or one per column.
         collate: for array columns whose rows differ in length, list of 1-d tensors to tensor: one callable, or one
             a column.
 
@@ -208,7 +208,7 @@ def build_schema(
 
 
 def callable_for(column: str, given: Callables) -> Callable[..., Any] | None:
-    """Return the callable for a column from a setting that is one callable, one a column, or None."""
+    """Return the callable for a column from a setting that is one callable, one per column, or None."""
     return given.get(column) if isinstance(given, Mapping) else given
 
 
@@ -222,7 +222,7 @@ def names_in(columns: ColumnNames | None) -> list[str]:
     return [name for value in values for name in ([value] if isinstance(value, str) else value)]
 
 
-# What a field has before the types of its columns are looked at.
+# A field's values before the types of its columns are known.
 _UNKNOWN: dict[str, Any] = {"stacked": False, "dtype": "decoded", "ragged": False}
 
 

@@ -25,10 +25,10 @@ _PROC: Final = Path("/proc")
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A process, told apart from every other that ever has its number."""
+    """A process, distinguished from every other that ever has the same number."""
 
     pid: int | None
-    """Process number in its namespace; None where there is no /proc to ask."""
+    """Process number in its namespace; None where there is no /proc."""
     start: int | None
     """Clock ticks from boot to the process's start."""
     boot_id: str | None
@@ -36,7 +36,7 @@ class Owner:
     pid_namespace: str | None
     """Where `pid` is valid: containers on one machine each count from 1."""
     hostname: str
-    """The machine's, or in a container the container's, name."""
+    """The name of the machine, or of the container."""
     uid: int
     """The user."""
 
@@ -49,7 +49,7 @@ class Owner:
         """Make the owner that `to_json` described.
 
         Raises:
-            TypeError: other keys, or a number that is none.
+            TypeError: the keys are others, or a number is not one.
         """
         if complaint := misfit(cls, value):
             raise TypeError(complaint)
@@ -70,7 +70,7 @@ def owner_of_this_process() -> Owner:
         try:
             stat = _stat(pid)
         except PermissionError:
-            break  # another user's process, and /proc hides those: no executor of ours
+            break  # another user's process, which /proc hides: not an executor of ours
         if stat is None:
             break
         if stat.command == "java":
@@ -145,8 +145,8 @@ def _pid_namespace() -> str | None:
 
 _PREFIX: Final = "sparkdeep-"
 _OWNER: Final = "owner.json"
-_MAX_FOLDERS: Final = 2000  # a root shared with others may hold any number; looking must stay a matter of milliseconds
-_MAX_ENTRIES: Final = 10_000  # of one folder
+_MAX_FOLDERS: Final = 2000  # a root shared with others may hold any number; looking must take only milliseconds
+_MAX_ENTRIES: Final = 10_000  # per folder
 _LEVELS: Final = 3  # from <root>/spark-*/executor-*/blockmgr-* up to <root>
 
 # Below a root, Spark's block managers lie at these depths; see `_folders`.
@@ -260,7 +260,7 @@ def _read_owner(path: Path) -> Owner | None:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a folder, its owner's record last: what a kill in between leaves can still be judged."""
+    """Remove a folder, its owner's record last, so that whatever a kill in between leaves can still be judged."""
     try:
         for name in _children(path, ""):
             if name == _OWNER:
@@ -303,7 +303,7 @@ def _below(root: Path, layout: Sequence[str]) -> Iterator[Path]:
 
 
 def _children(folder: Path, prefix: str) -> list[str]:
-    """Return the names in a folder that begin with a prefix; none where it is gone or closed to us."""
+    """Return the names in a folder that begin with a prefix; none if it is gone or we may not read it."""
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in itertools.islice(entries, _MAX_ENTRIES) if entry.name.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""The column files of a shard as memory maps: what a manifest says of them is checked before they are touched."""
+"""The column files of a shard as memory maps: the manifest's account of them is checked before they are touched."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["SPLITS", "StoredShard", "open_field", "own_files", "will_need"]
 
 SPLITS: Final = ("train", "validation")
 _PIECE: Final = 1 << 20
-# More than numpy gives a shape to, also where one of its sizes is 0.
+# More than numpy allows in a shape, even where one of its sizes is 0.
 _MOST_ELEMENTS: Final = 1 << 56
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredShard:
-    """What a shard's manifest says."""
+    """The contents of a shard's manifest."""
 
     format: int
     info: dict[str, Any]
@@ -46,7 +46,7 @@ def open_field(directory: Path, split: str, field: Field, rows: int, sizes: Mapp
     """Map a field's column of a split; of a ragged field the values and the offsets, (rows + 1,).
 
     Raises:
-        DataError: its files have other sizes than its rows need, or rows that do not follow each other.
+        DataError: its files do not have the sizes that its rows need, or its offsets are not ascending.
     """
     dtype = np.dtype("float32" if field.dtype == "decoded" else field.dtype).newbyteorder("<")
     stem = f"{split}.{field.name}"
@@ -82,7 +82,7 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: Mappin
 
 
 def will_need(array: Array, start: int, stop: int) -> None:
-    """Have the system read rows [start, stop) of a mapped array before they are asked for."""
+    """Ask the system to read rows [start, stop) of a mapped array before they are used."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base

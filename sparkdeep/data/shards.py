@@ -33,7 +33,7 @@ class ShardInfo:
     rows: dict[str, int]
     """Rows of each split."""
     digest: str
-    """Over every value in row order, with names, dtypes and shapes; not on how the rows came in batches."""
+    """Over every value in row order, with names, dtypes and shapes; it does not depend on how the rows were batched."""
     seen: dict[str, tuple[str, tuple[int, ...]]]
     """Field to (numpy dtype, row shape); a field that no row has fixed is left out."""
     num_bytes: int
@@ -70,8 +70,8 @@ class _Column:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         self.file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=1 << 20)
         self.name = path.name
-        # The fastest of the strong ones where the processor has instructions for it, as all do since about 2020: half of
-        # blake2b's time. Of what a shard costs to write, it is the most.
+        # The fastest strong hash where the processor has instructions for it, as all have since about 2020: it takes
+        # half of blake2b's time, and still it is most of what writing a shard costs.
         self.hash = hashlib.sha256()
         self.num_bytes = 0
 
@@ -112,7 +112,7 @@ class ShardWriter:
                 column.file.close()
             except OSError:
                 if kind is None:
-                    raise  # else the disk that is full already ended the shard
+                    raise  # otherwise a full disk has ended the shard already
 
     def append(self, split: str, fields: Mapping[str, FieldValues]) -> None:
         """Add rows at the end of a split.
@@ -254,7 +254,7 @@ class Shard:
             IndexError: an index lies outside the split.
         """
         rows = self.info.rows[split]
-        # As unsigned numbers negative ones are the largest, so that one look finds both ends.
+        # As unsigned numbers the negative ones are the largest, so that one comparison checks both ends.
         if len(indices) and int(indices.astype(np.uint64).max()) >= rows:
             raise IndexError(
                 f"indices from {indices.min()} to {indices.max()} reach outside the {rows} rows of {split}"
@@ -262,7 +262,7 @@ class Shard:
         return self.gather(split, indices, _as_run(indices))
 
     def gather(self, split: str, indices: Array, run: slice | None = None) -> dict[str, FieldValues]:
-        """Do as `take` for indices that are known to lie in the split: a look at them costs half of a small gather.
+        """Like `take`, without checking the indices: for a small gather the check costs half as much as the gather.
 
         Args:
             split: one of SPLITS.
@@ -277,7 +277,8 @@ class Shard:
             if isinstance(column, Ragged):
                 out[name] = _take_ragged(column, indices, run)
             else:
-                # Of a slice a copy must be asked for; `take` gathers rows in two thirds of the time of an index array.
+                # A slice must be copied explicitly; `take` gathers rows in two thirds of the time that indexing with an
+                # array needs.
                 out[name] = column[run].copy() if run is not None else column.take(indices, 0)
         return out
 
@@ -286,7 +287,7 @@ class Shard:
         return self.take("train", np.arange(min(n, self.info.rows["train"])))
 
     def will_need(self, split: str, start: int, stop: int) -> None:
-        """Have the system read rows [start, stop) from disk before they are asked for; returns before it has."""
+        """Ask the system to read rows [start, stop) from disk before they are used; returns before it has done so."""
         for _, column in self._columns[split]:
             if not isinstance(column, Ragged):
                 will_need(column, start, stop)

@@ -1,6 +1,6 @@
 """Models of other origin, and what they bring along: transformers' own loss, Lightning's step and optimizer, Keras layers.
 
-Nothing of these packages is imported here: what a model is, its class says.
+None of these packages is imported here: a model's class tells what it is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NO_OPTIMIZER = "give optimizer=, such as partial(torch.optim.SGD, lr=0.1)."
 @final
 @dataclass(frozen=True)
 class OwnLoss:
-    """A training step with the loss that the model computes itself, as transformers' models do when they get `labels`."""
+    """A training step with the loss that the model computes itself, as transformers' models do for `labels`."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """`model(**features, labels=label).loss`; named labels go by their names."""
@@ -48,7 +48,7 @@ class OwnLoss:
 
 
 def adopt(module: Any) -> Any:
-    """The module to train for what the user gave: a Keras model in its wrapper, everything else itself.
+    """The module to train, from what the user gave: a Keras model in its wrapper, anything else as it is.
 
     Raises:
         ConfigError: a Keras model that cannot be trained here, or a Keras layer inside a torch module.
@@ -71,7 +71,7 @@ def may_bring_loss(model: Any) -> bool:
 
 
 def may_bring_optimizer(model: Any) -> bool:
-    """As `may_bring_loss`, of an optimizer."""
+    """Like `may_bring_loss`, for an optimizer."""
     return _unbuilt(model) or is_lightning(model)
 
 
@@ -83,10 +83,10 @@ def own_parts(
     optimizer: Callable[..., Any] | None,
     weighted: bool,
 ) -> tuple[Callable[..., Any] | None, Callable[..., Any]]:
-    """(training_step, optimizer) for a built module: what was given, else what the module brings along.
+    """(training_step, optimizer) for a built module: those that were given, else those that the module brings along.
 
     Raises:
-        ConfigError: it was not given and the module has none, or has one that cannot be honored.
+        ConfigError: one was not given and the module has none, or has one that cannot be used here.
     """
     if loss is None and training_step is None:
         if is_lightning(module):
@@ -109,10 +109,10 @@ def own_parts(
 
 
 def ready(program: Program, *, epochs: int, steps_per_epoch: int, batches_per_step: int) -> Program:
-    """The program once its rows are counted: Lightning's step, optimizer and scheduler get to know the clock.
+    """The program once its rows are counted: Lightning's step, optimizer and scheduler are given the clock.
 
     Raises:
-        ConfigError: what `configure_optimizers` gives cannot be honored.
+        ConfigError: what `configure_optimizers` returns cannot be used here.
     """
     clock = Clock(
         epochs=epochs,
@@ -186,7 +186,7 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy, also where `copy.deepcopy` alone refuses.
+    """A deep copy, even where `copy.deepcopy` alone refuses.
 
     It refuses lazy buffers, and tensors that were computed from parameters: `torch.nn.utils.weight_norm` keeps one as
     an attribute and computes it anew in every forward pass.

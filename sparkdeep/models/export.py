@@ -48,7 +48,7 @@ def exported(
         program: with the model on the CPU.
         features: of a batch of at least two rows, whose values do not matter.
         format: "torch" for what `torch.export.load` reads, "onnx" for ONNX.
-        ragged: the named tensors, or None for the only one, whose further dimensions may be of any size too.
+        ragged: names of the tensors (None for an unnamed one) whose further dimensions may have any size too.
 
     Raises:
         ConfigError: an unknown format, a package that is not installed, or what torch cannot export, with its reason.
@@ -104,7 +104,7 @@ def _check_onnx() -> None:
 def _named(format: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of its own parts
+            warnings.simplefilter("ignore")  # torch's own warnings about its own parts
             yield
     except Exception as error:
         raise ConfigError(

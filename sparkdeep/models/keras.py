@@ -1,4 +1,4 @@
-"""A Keras 3 model on the torch backend as a torch module: stable names, Keras' own state as buffers, train and eval."""
+"""A Keras 3 model on the torch backend as a torch module: stable names, Keras's own state as buffers, train and eval."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class KerasNetwork(nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        # Held where torch does not look: as a child its variables would be found a second time, under Keras' names.
+        # Held where torch does not look: as a child, its variables would be found a second time, under Keras's names.
         self.__dict__["network"] = network
         self.__dict__["_variables"] = _named_variables(network)
         for name, variable in self._variables.items():
@@ -70,7 +70,7 @@ class KerasNetwork(nn.Module):
         return cls(network)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's output, dropout and moving averages as `train()` or `eval()` said; named inputs by name."""
+        """The network's output; dropout and moving averages follow `train()` or `eval()`; named inputs by name."""
         if not kwargs:
             return self.network(*args, training=self.training)
         tensors = getattr(self.network, "inputs", None)
@@ -85,7 +85,7 @@ class KerasNetwork(nn.Module):
         return self.network(inputs, training=self.training)
 
     def variance_of(self) -> dict[str, str]:
-        """Names of moving variances -> the moving mean they belong to, for their exact pooling."""
+        """Names of moving variances -> the moving mean that each belongs to, so that they can be pooled exactly."""
         names = {variable.path: name for name, variable in self._variables.items()}
         ending = "/moving_variance"
         return {
@@ -108,7 +108,8 @@ class KerasNetwork(nn.Module):
         config = import_module("keras").saving.serialize_keras_object(self.network)
         config.pop("compile_config", None)
         trained = [name for name, _ in self.named_parameters()]
-        return _rebuilt, (config, _own_classes(self.network), trained, self.training)
+        named = import_module("sparkdeep.keras_network")  # by the name that pickles hold
+        return named._rebuilt, (config, _own_classes(self.network), trained, self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KerasNetwork:
         build, arguments = self.__reduce__()
@@ -147,7 +148,7 @@ def _rebuilt(config: Any, classes: dict[str, type], trained: list[str], training
 
 
 def choose_keras_backend(backend: str) -> None:
-    """Have Keras use `backend` in this process, which it decides when it is first imported.
+    """Have Keras use `backend` in this process; Keras decides that when it is first imported.
 
     Raises:
         ConfigError: it was imported already, with another one.
@@ -161,3 +162,6 @@ def choose_keras_backend(backend: str) -> None:
             f"Keras was imported with the backend {given!r} in this process, and the model needs {backend!r}: set "
             f"KERAS_BACKEND={backend} before keras is imported, on executors by spark.executorEnv.KERAS_BACKEND={backend}."
         )
+
+
+_rebuilt.__module__ = "sparkdeep.keras_network"

@@ -1,4 +1,4 @@
-"""A Lightning module's own training_step without a Trainer: what cannot be honored is refused by name."""
+"""A Lightning module's own training_step without a Trainer: what cannot be done without one is refused by name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _base(model: Any) -> type | None:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """How long a run is, for those who ask a Trainer."""
+    """How long a run is, as a module would ask a Trainer."""
 
     epochs: int
     steps_per_epoch: int
@@ -70,7 +70,7 @@ class Clock:
 
 @final
 class ReplicaTrainer:
-    """What a module may ask of `self.trainer` on a replica."""
+    """What a module can read from `self.trainer` on a replica."""
 
     def __init__(self, owner: str, clock: Clock | None, epoch: int = 0, index: int = 0) -> None:
         self._owner = owner
@@ -103,7 +103,7 @@ class ModuleLog:
         self.rows = 0
 
     def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
-        """As `LightningModule.log`; what else it takes says where a Trainer would show the value."""
+        """Like `LightningModule.log`; arguments that say where a Trainer would show the value are ignored."""
         if hasattr(value, "_forward_cache"):  # a torchmetrics Metric: its value for this batch
             metric, value = value, value._forward_cache
             value = metric.compute() if value is None else value
@@ -116,7 +116,7 @@ class ModuleLog:
         self._sums[name] = (total + value * self.rows, rows + self.rows)
 
     def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        """As `LightningModule.log_dict`."""
+        """Like `LightningModule.log_dict`."""
         for name, value in dictionary.items():
             self.log(name, value)
 
@@ -132,7 +132,7 @@ class ModuleLog:
 class LightningStep:
     """`training_step(model, batch)` for a LightningModule: its own training_step(batch, batch_idx).
 
-    Where no gradient is wanted (validation), it is its validation_step, if it has one; if that returns no loss, its
+    Where no gradient is needed (validation), it is its validation_step, if it has one; if that returns no loss, its
     training_step gives the validation loss.
     """
 
@@ -174,7 +174,7 @@ class LightningStep:
         """The scalar loss.
 
         Raises:
-            ConfigError: the step gives no loss, or asks a Trainer for what a replica does not know.
+            ConfigError: the step returns no loss, or asks the Trainer for something that a replica does not know.
         """
         if torch.is_grad_enabled():
             return self._loss(model, batch, self._logs[True])
@@ -228,7 +228,7 @@ def _loss_in(result: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def attached(model: nn.Module, trainer: ReplicaTrainer, log: ModuleLog) -> Iterator[None]:
-    """For the time of one call: `self.trainer` answers, and `self.log` is heard."""
+    """For the duration of one call, `self.trainer` answers and `self.log` is recorded."""
     parts = [part for part in model.modules() if is_lightning(part)]
     for part in parts:
         part.__dict__.update(log=log.log, log_dict=log.log_dict, _trainer=trainer)

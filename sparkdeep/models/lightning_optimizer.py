@@ -47,7 +47,7 @@ class LightningOptimizer:
         """Whether configure_optimizers gives a scheduler too.
 
         Raises:
-            ConfigError: what it gives cannot be honored.
+            ConfigError: what it returns cannot be used here.
         """
         return self._configured()[1] is not None
 

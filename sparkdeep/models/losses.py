@@ -1,4 +1,4 @@
-"""One batch through the model and the loss, with row weights and label shapes as a user expects."""
+"""One batch through the model and the loss, with row weights and label shapes as a user expects them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ def forward(model: nn.Module, features: Tensor | dict[str, Tensor]) -> Any:
 class LossFunction:
     """The training loss of a batch, and its output where there is one.
 
-    A torch loss module meets its usual trap here: for an output of shape (B, 1) and labels of shape (B,) it would
-    broadcast to (B, B); the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`, and where
-    elements count differently in torch's own mean (class weights, `ignore_index`), they do so here: weights of one
+    torch's loss modules have a well-known trap: an output of shape (B, 1) and labels of shape (B,) broadcast to (B, B).
+    Here the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`, and where elements count differently in torch's own mean (class weights, `ignore_index`), they do so here: weights of one
     change nothing.
 
     Raises:
-        ConfigError: a loss that is no mean, or a weight column with a loss that cannot be had per row.
+        ConfigError: the loss is not a mean, or there is a weight column and the loss cannot be computed per row.
     """
 
     def __init__(self, program: Program, *, weighted: bool) -> None:
@@ -64,7 +63,7 @@ class LossFunction:
             return
         function = program.loss.func if isinstance(program.loss, functools.partial) else program.loss
         if getattr(function, "__module__", "") == "torch.nn.functional":
-            # Their argument `weight` is one a class, or does not divide by the sum of the weights.
+            # Their argument `weight` is one per class, or does not divide by the sum of the weights.
             raise ConfigError(
                 f"weight_col with {getattr(function, '__name__', function)}: it does not take a weight a row. Use the loss "
                 "module of that name (nn.CrossEntropyLoss() for F.cross_entropy), or write loss(output, label, weight)."
@@ -123,7 +122,7 @@ class LossFunction:
         else:
             weights = weights.reshape(-1, *[1] * (losses.dim() - 1))
             total = (counts * weights).sum()
-        # A batch whose weights are all zero teaches nothing; its mean would be 0/0.
+        # A batch whose weights are all zero contributes nothing; its mean would be 0/0.
         return (losses * weights).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
     def check_weights(self, output: Any, batch: Batch) -> None:
@@ -188,7 +187,7 @@ _ELEMENTWISE: Final = {
 
 
 class BroadcastWatch(TorchFunctionMode):
-    """Notices when the labels, or what was computed from them, broadcast against something else to (rows, rows).
+    """Notices when the labels, or something computed from them, broadcast against something else to (rows, rows).
 
     Only sums, differences, products and quotients of (rows, 1) and (rows,) count, and only where one of the two comes
     from the labels and the other does not: all pairs of labels, or all pairs of outputs, are what a contrastive loss
@@ -202,14 +201,14 @@ class BroadcastWatch(TorchFunctionMode):
     def __init__(self, rows: int, labels: Any) -> None:
         super().__init__()
         self._rows = rows
-        # By identity, and held, so that no other tensor gets the same one.
+        # By identity, and kept alive, so that no other tensor is given the same identity.
         self._from_labels: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(labels)}
         self.found = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func`, and look at what came of which shapes."""
+        """Call `func`, and compare the shape of its result with those of its arguments."""
         del types
         result = func(*args, **(kwargs or {}))
         given = list(_tensors([*args, *(kwargs or {}).values()]))

@@ -1,4 +1,4 @@
-"""From a model's output to columns: what is written, and of which type."""
+"""From a model's output to columns: what is written, and with which type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_choice(choice: Any, vectors: Sequence[str] = ()) -> None:
 
     Args:
         choice: the setting.
-        vectors: what else is written for a classifier, see `Prediction`.
+        vectors: what else is written for a classifier; see `Prediction`.
 
     Raises:
         ConfigError: with what it may be.
@@ -49,19 +49,20 @@ class Prediction:
     """What `transform` writes.
 
     None writes the output itself; "argmax" the class (for one logit: whether it is positive); "probability" the
-    softmax over classes (for one logit: the sigmoid); a callable what it makes of the output, row by row in dim 0.
+    softmax over classes (for one logit: the sigmoid); a callable writes what it returns for the output, with rows in
+    dim 0.
 
-    With `vectors`, it is what Spark ML's classifiers write: the class as a double, and beside it the named vectors. The
-    output, or what a callable makes of it, then holds the scores of the classes before softmax, or one logit a row, which
-    stands for the two classes [-z, z].
+    With `vectors`, it writes what Spark ML's classifiers write: the class as a double, and beside it the named vectors.
+    The output, or what a callable makes of it, then holds the scores of the classes before softmax, or one logit a row,
+    which stands for the two classes [-z, z].
     """
 
     choice: Choice
     sql_type: str
-    """"float" for one number a row, "array<float>" for a vector, and so on; double for float64 models; "" when the output
+    """"float" for one number per row, "array<float>" for a vector, and so on; double for float64 models; "" when the output
     cannot be written. With `vectors` a struct of prediction and vectors."""
     vectors: tuple[str, ...] = ()
-    """Of "probability" and "raw_prediction" those that are written too."""
+    """Which of "probability" and "raw_prediction" are written too."""
 
     @classmethod
     def of(cls, choice: Choice, output: Any, rows: int | None = None, vectors: Sequence[str] = ()) -> Prediction:
@@ -70,12 +71,12 @@ class Prediction:
         Args:
             choice: what is to be written.
             output: of the model, for some batch.
-            rows: how many rows that batch has; None: not known, and so not compared.
+            rows: how many rows that batch has; None: not known, and therefore not compared.
             vectors: what else is to be written for a classifier.
 
         Raises:
-            ConfigError: the output is no tensor with one row per input row, and no callable makes it one; or, with
-                `vectors`, it cannot be scores of classes.
+            ConfigError: the output is not a tensor with one row per input row, and no callable makes it one; or, with
+                `vectors`, it cannot be class scores.
         """
         check_choice(choice, vectors)
         if vectors:
@@ -123,7 +124,7 @@ def classified(scores: Tensor, vectors: Sequence[str]) -> dict[str, Tensor]:
 
 
 def chosen(output: Any, choice: Choice) -> Tensor:
-    """Apply `choice` to a batch's output; a trailing dimension of one number a row is dropped."""
+    """Apply `choice` to a batch's output; a trailing dimension of one number per row is dropped."""
     whole = output
     output = choice(output) if callable(choice) else logits_of(output)
     if output is not whole and choice in _CHOICES and output.dim() > 2:
@@ -146,7 +147,7 @@ def chosen(output: Any, choice: Choice) -> Tensor:
 
 
 def check_rows(written: Written, rows: int) -> None:
-    """Refuse values that are not one a row.
+    """Refuse values that are not one per row.
 
     Raises:
         ConfigError: with both numbers.

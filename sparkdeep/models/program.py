@@ -42,12 +42,12 @@ __all__ = [
 
 
 NO_STEPS: Final = functools.partial(torch.optim.SGD, lr=0.0)
-"""The optimizer of replicas that take no steps (`work="gradient"`); the outer one, and the schedule, are the driver's."""
+"""The optimizer of replicas that take no steps (`work="gradient"`); the driver has the outer one, and the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything of the user's that a replica runs."""
+    """All of the user's objects that a replica runs."""
 
     model: nn.Module
     """The module; on the driver with its values, on a replica with empty tensors until the first message."""
@@ -56,7 +56,7 @@ class Program:
     optimizer: Callable[..., torch.optim.Optimizer]
     """Called with the list of trainable parameters."""
     lr_scheduler: Callable[..., Any] | None = None
-    """Called with the optimizer; stepped once a local step."""
+    """Called with the optimizer; its result is stepped once per local step."""
     training_step: Callable[..., Tensor] | None = None
     """`training_step(model, batch) -> loss`, in place of `loss`."""
     preprocess: Callable[[Any], Any] | None = None
@@ -73,7 +73,7 @@ def inner_optimizer(program: Program, parameters: Sequence[Tensor]) -> tuple[tor
     """A fresh optimizer over `parameters`, and its learning-rate scheduler or None.
 
     Raises:
-        ConfigError: the factory gives something else.
+        ConfigError: the factory returns something else.
     """
     optimizer = program.optimizer(list(parameters))
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -95,9 +95,9 @@ def inner_optimizer(program: Program, parameters: Sequence[Tensor]) -> tuple[tor
 
 
 def other_modules(program: Program) -> dict[str, nn.Module]:
-    """Modules that work on the model's device without being part of it, by where they stand in the program.
+    """Modules that work on the model's device without being part of the model, by their place in the program.
 
-    Such are a loss with class weights, a `preprocess` with statistics, a metric; also as parts of a partial, or as
+    Examples are a loss with class weights, a `preprocess` with statistics, a metric; also as parts of a partial, or as
     owners of a method. `collate` works on the CPU.
     """
     own = {id(module) for module in program.model.modules()}
@@ -143,8 +143,8 @@ class _Pickler(cloudpickle.Pickler):
         self._names = names
 
     def reducer_override(self, obj: Any) -> Any:
-        # A module with parametrizations (weight_norm, orthogonal, ...) is of a class that torch makes at run time and
-        # refuses to pickle; its own class, its state and the injection of that class again are all there is to it.
+        # The class of a module with parametrizations (weight_norm, orthogonal, ...) is made by torch at run time, and
+        # torch refuses to pickle it. The module's own class and its state suffice, if that class is injected again.
         if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
             return _parametrized, (type(obj).__bases__[0],), obj.__dict__, None, None, _set_parametrized
         return super().reducer_override(obj)
@@ -231,7 +231,7 @@ def check_picklable(program: Program) -> bytes:
 def unpack_program(data: bytes) -> Program:
     """Rebuild a program on a replica; its module's tensors are zeros until they are loaded."""
     table, parts, keras = pickle.loads(data)  # noqa: S301 (the user's own program, from Spark's task closure)
-    if keras:  # before a module of the user's imports it
+    if keras:  # before one of the user's modules imports it
         choose_keras_backend("torch")
     return Program(**_Unpickler(io.BytesIO(parts), table).load())
 

@@ -93,10 +93,10 @@ def register(factory: Any = None, name: str | None = None) -> Any:
 
 
 def reference_of(model: object, model_args: Mapping[str, Any] | None) -> ModelReference | None:
-    """Return how `model`, as the user gave it, can be built again, or None if a name and scalars cannot say it.
+    """Return how `model`, as the user gave it, can be built again, or None if a name and scalars do not suffice.
 
     A module instance has a reference only where its class, called without arguments, builds the same module but for
-    the tensors' values: other settings would be lost without a sign.
+    the tensors' values: other settings would be lost silently.
 
     Args:
         model: an nn.Module subclass, a function, a functools.partial of one, "package.module:name", or an instance.
@@ -123,19 +123,19 @@ def resolve(
     kinds: tuple[type, ...] = (nn.Module,),
     arguments: Iterable[Any] = (),
 ) -> Callable[..., Any]:
-    """Return the factory that a stored `name` stands for. Nothing of it is called here.
+    """Return the factory that a stored `name` stands for. It is not called here.
 
     Registered names come first. Otherwise the name's module must already be imported, or be listed in
     `allow_modules` (itself or a package above it), in which case it is imported; and what it names there must be a
     subclass of one of `kinds` or a registered factory. A function is accepted only if it is defined in a listed module.
-    A class whose constructor is that of an installed package other than torch gets no text from a file unless its module
-    is listed: there are some that load whatever a path or a repository's name says, its code included.
+    A class whose constructor comes from an installed package other than torch is given no text from a file unless its
+    module is listed: some such constructors load whatever a path or a repository's name refers to, its code included.
 
     Args:
         name: as stored.
         allow_modules: modules and packages that may be imported, and whose functions may be named.
         kinds: what a class may be.
-        arguments: that the file gives beside the name.
+        arguments: what the file stores beside the name.
 
     Raises:
         ModelLoadError: the rules refuse the name.
@@ -160,7 +160,7 @@ def resolve(
                 "load whatever a text says",
             )
         return target
-    # Where it is defined counts, as a listed module may well import subprocess.run.
+    # What counts is where it is defined: a listed module may well import subprocess.run.
     if inspect.isfunction(target) and _is_listed(target.__module__, allow_modules):
         return target
     raise _refusal(
@@ -186,7 +186,7 @@ def import_factory(spec: str) -> Callable[..., Any]:
     """Import what a configuration that the user wrote calls "package.module:name".
 
     Raises:
-        ConfigError: the form is another, the module or the name is not there, or it cannot be called.
+        ConfigError: it has another form, the module or the name does not exist, or it is not callable.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -251,7 +251,7 @@ def _has_text(values: Iterable[Any]) -> bool:
 
 
 def _is_installed(cls: type) -> bool:
-    """Whether its constructor was written by somebody else than the user and torch."""
+    """Whether its constructor was written by somebody other than the user and torch."""
     module = next(one for one in cls.__mro__ if "__init__" in vars(one)).__module__
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
     return module.partition(".")[0] not in {"torch", "sparkdeep"} and not _INSTALLED.isdisjoint(file.parts)
@@ -307,7 +307,7 @@ _MODULE_STATE = frozenset(nn.Module().__dict__)
 def _settings(part: nn.Module) -> dict[str, Any]:
     """Return what configures one part besides its tensors; what cannot be compared equals nothing."""
     hooks = {"hooks": (len(part._forward_pre_hooks), len(part._forward_hooks))}
-    of_torch = type(part).__module__.startswith("torch.nn.")  # its private attributes follow from its public ones
+    of_torch = type(part).__module__.startswith("torch.nn.")  # its private attributes are derived from its public ones
     return hooks | {
         key: value if _is_comparable(value) else object()
         for key, value in vars(part).items()

@@ -25,7 +25,7 @@ __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_b
 
 
 def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:
-    """A few ingested rows as the model gets them, `preprocess` included."""
+    """A few ingested rows as the model will see them, after `preprocess`."""
     dtype = float_dtype_of(program.model)
     return prepared(make_batch(fields, schema, float_dtype=dtype, collate=program.collate), program, augment=False)
 
@@ -82,7 +82,7 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
         _rehearse_loss(program, loss_function, model, output, batch)
         with torch.no_grad():
             if output is not None:
-                output = forward(model, batch.features)  # as transform will see it, of the user's own type
+                output = forward(model, batch.features)  # as transform will see it, with the user's own type
             _rehearse_one_row(program, model, output, batch)
             for name, metric in (program.metrics or {}).items():
                 _rehearse_metric(name, metric, output, batch)
@@ -98,7 +98,7 @@ def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Modu
         else:
             loss = loss_function(model, batch)
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-            # Some losses take labels of a wrong dtype, and only their gradient refuses them.
+            # Some losses accept labels of a wrong dtype, and only computing their gradient fails.
             trainable = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, trainable, allow_unused=True)
     except SparkdeepError:
@@ -131,7 +131,7 @@ def _watched_loss(loss_function: LossFunction, output: Any, batch: Batch, produc
 
 
 def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Batch) -> None:
-    """A batch of one row must keep its row: the last batch of validation and of `transform` may be one."""
+    """A batch of one row must keep its row dimension: the last batch of validation and of `transform` may be one."""
     rows = batch.rows
     if rows == 1 or not isinstance(output, Tensor) or output.shape[:1] != (rows,):
         return
@@ -144,7 +144,7 @@ def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Ba
         one = forward(model, first)
     except Exception as error:
         if program.training_step is not None:
-            return  # its model need not have a forward pass of its own
+            return  # its model need not define a forward pass
         raise _forward_error(error, batch, "a batch of one row, the first of the ingested ones") from error
     if not isinstance(one, Tensor) or one.dim() != output.dim() or len(one) != 1:
         raise ConfigError(
@@ -174,7 +174,7 @@ def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
 def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
     try:
         if is_torchmetric(metric):
-            # The first rows may lack a class, so that there may be no score of them yet.
+            # The first rows may lack a class, so that no score can be computed for them yet.
             copy.deepcopy(metric).update(logits_of(output), batch.labels)
         else:
             float(metric(output, batch.labels))

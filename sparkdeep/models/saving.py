@@ -2,7 +2,7 @@
 
 model.safetensors    parameters and persistent buffers; tied ones once
 metadata.json        written last: format, reference, aliases, caller's metadata, length and SHA-256 of each file
-model.pkl            only where the class has no name that could be resolved; read only with trust_pickle=True
+model.pkl            only if the class has no name that could be resolved; read only with trust_pickle=True
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_model(
         store: the folder.
         module: its state dict is stored with its dtypes; every entry must be a dense, initialized tensor.
         reference: how the module can be built again, or None.
-        meta: the caller's own JSON values, handed back by `read_model`.
+        meta: the caller's own JSON values, returned by `read_model`.
         pickled: cloudpickle bytes of the module, or of a factory of it, for modules without a reference.
 
     Raises:
@@ -124,7 +124,7 @@ def read_model(
 
 
 def read_reference(store: Store) -> ModelReference | None:
-    """How the model in the folder `store`, which `read_model` took, can be built again: what a copy of it should say too."""
+    """How the model in the folder `store`, already read, can be built again; a copy of it should say the same."""
     stored = decode(read_bounded(store, _METADATA, MAX_MANIFEST_BYTES)).get("reference")
     return None if stored is None else ModelReference.from_json(stored)
 
@@ -196,12 +196,12 @@ def _build(source: Any, reference: ModelReference | None, stored_bytes: int) -> 
     name = getattr(source, "__qualname__", type(source).__name__)
     try:
         inspect.signature(source).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # the caller's factory is another one, complete in itself
+    except (TypeError, ValueError):  # the caller's factory is a different one, and needs no stored arguments
         args, kwargs = (), {}
     if args or kwargs:
         _refuse_larger(source, args, kwargs, stored_bytes)
     try:
-        with torch.random.fork_rng(devices=[]):  # loading a model leaves the caller's random numbers alone
+        with torch.random.fork_rng(devices=[]):  # loading a model must not change the caller's random numbers
             module = source(*args, **kwargs)
     except Exception as exc:
         shown = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
@@ -242,7 +242,7 @@ def _stored_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
         place = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
         kept = names.setdefault(place, name) if value.numel() else name
         if kept == name:
-            # A copy, as two entries may overlap in memory, which the format has no word for.
+            # A copy, as two entries may overlap in memory, which the format cannot express.
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         else:
             aliases[name] = kept
@@ -265,7 +265,7 @@ def _check_storable(name: str, value: Any) -> None:
 
 
 def _read_weights(data: bytes) -> dict[str, Tensor]:
-    # Looked at here as well, so that the bound holds whatever bound the library has.
+    # Checked here as well, so that the limit holds whatever limit the library has.
     header_bytes = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
     if not 0 <= header_bytes <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise DamagedError(f"{_WEIGHTS} is no safetensors file: its header is said to have {header_bytes} bytes")

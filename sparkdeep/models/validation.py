@@ -28,7 +28,7 @@ def is_torchmetric(metric: Any) -> bool:
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Refuse what is neither a callable nor a torchmetrics Metric.
+    """Refuse a metric that is neither a callable nor a torchmetrics Metric.
 
     Raises:
         ConfigError: with the metric's name.
@@ -77,7 +77,7 @@ class Evaluator:
             metric.update(scores, batch.labels)
 
     def scores(self) -> dict[str, Any]:
-        """Sums and metric states, as `trees.pack` takes them."""
+        """Sums and metric states, as `state_dicts.pack` takes them."""
         states = {
             name: {
                 "count": int(metric._update_count),
@@ -122,7 +122,7 @@ def merge_scores(parts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
 
     Raises:
         ConfigError: a torchmetrics Metric that gives more than one number.
-        ProtocolError: a replica sent what are no scores.
+        ProtocolError: what a replica sent is not a set of scores.
     """
     for part in parts:
         _check_scores(part, metrics)

@@ -33,7 +33,7 @@ def check_updates(updates: Sequence[Update], hosts: Sequence[str], round_number:
     """Refuse a round of which one header is not good.
 
     Raises:
-        NonFiniteError, ProtocolError: see `admission.check_update`.
+        NonFiniteError, ProtocolError: see `refusals.check_update`.
     """
     for replica, (update, host) in enumerate(zip(updates, hosts, strict=True)):
         check_update(replica, host, update, round_number)

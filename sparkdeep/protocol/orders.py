@@ -123,7 +123,7 @@ class Order:
     program: Parcel | None = None
     """`program.pack_program`."""
     fixed: Parcel | None = None
-    """Parameters that are not trained, as `trees.pack_tensors`."""
+    """Parameters that are not trained, as `state_dicts.pack_tensors`."""
     states: tuple[Parcel, ...] = ()
     """With source "sent": one a replica."""
     spec: RoundSpec | None = None

@@ -90,7 +90,7 @@ class Replica:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def load_tensors(self, data: bytes) -> None:
-        """Load the parameters that do not travel with every round, as `trees.pack_tensors`; b"" when there are none.
+        """Load the parameters that do not travel with every round, as `state_dicts.pack_tensors`; b"" when there are none.
 
         Raises:
             ProtocolError: one has another shape than the model's.
@@ -332,7 +332,7 @@ class Replica:
     # -- validation ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Score the model as it is on this shard's validation rows, in eval mode; as `trees.pack` takes it."""
+        """Score the model as it is on this shard's validation rows, in eval mode; as `state_dicts.pack` takes it."""
         evaluator = Evaluator(self._loss, self._program.metrics or {}, has_step=self._program.training_step is not None)
         self.model.eval()
         progress = Progress(self._beat)

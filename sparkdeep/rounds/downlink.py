@@ -1,4 +1,4 @@
-"""What replicas are given of the global parameters: all of them, or, with a lossy code, a copy that follows them."""
+"""What replicas are sent of the global parameters: all of them, or, with a lossy codec, changes of a copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Downlink"]
 
 
 def _unlike(stored: Any, own: Tensor | None) -> bool:
-    """Whether a stored copy cannot be taken over."""
+    """Whether a stored copy does not fit, so that it cannot be taken over."""
     if own is None or stored is None:
         return stored is not own
     return not isinstance(stored, Tensor) or stored.shape != own.shape
@@ -25,13 +25,14 @@ def _unlike(stored: Any, own: Tensor | None) -> bool:
 class Downlink:
     """The driver's knowledge of what replicas know.
 
-    With a lossy codec, replicas hold a copy of the global parameters that differs from them by what the code lost. After each
-    outer step the difference is encoded, and both ends add what it decodes to: what one round loses, the next one makes up
-    for, as the difference is taken from the copy. The copy is part of the run's state, so that a resume goes on exactly.
+    With a lossy codec, replicas hold a copy of the global parameters that differs from them by what the codec lost.
+    After each outer step the difference is encoded, and both ends add what it decodes to. What one round loses, the
+    next one makes up for, because the difference is to the copy. The copy is part of the run's state, so that a resumed
+    run goes on exactly.
 
     Args:
-        codec: of what changed.
-        overlap: whether the copy of a round ago is needed too.
+        codec: for the changes.
+        overlap: whether the copy of the previous round is needed too.
         parameters: the global parameters, (numel,), always the same memory.
     """
 
@@ -43,15 +44,15 @@ class Downlink:
         self.previous = self.current.clone() if overlap else None
         """(numel,): what they started the last round from, with `overlap`."""
         self.encoded: bytes | None = None
-        """What leads from the copy before to `current`; None at the start, and where all parameters travel."""
+        """What leads from the previous copy to `current`; None at the start, and where all parameters travel."""
 
     def before_step(self) -> None:
-        """The round's updates are in: what replicas started it from becomes what is before."""
+        """Called when the round's updates are in: what replicas started it from becomes the previous copy."""
         if self.previous is not None:
             self.previous.copy_(self.current)
 
     def after_step(self) -> None:
-        """The global parameters have moved."""
+        """Called when the global parameters have moved."""
         if not self._codec.lossy:
             return
         pieces = []
@@ -70,7 +71,7 @@ class Downlink:
         """Restore what `state_dict` gave; the parameters were restored before.
 
         Raises:
-            CheckpointError: it is of other settings.
+            CheckpointError: it was written with other settings.
         """
         copies = {"current": self.current if self._codec.lossy else None, "previous": self.previous}
         if any(_unlike(state.get(name), own) for name, own in copies.items()):

@@ -42,7 +42,7 @@ _LOG = logging.getLogger("sparkdeep")
 
 
 def new_run_id() -> str:
-    """A name for a run that no other run has."""
+    """A name that no other run has."""
     return secrets.token_hex(8)
 
 
@@ -59,7 +59,7 @@ class Fit:
     settings: RunSettings
     plan: ReplicaPlan
     shards: Sequence[ShardFacts]
-    """The ledger of rows and digests, one a replica."""
+    """Rows and digest of each shard, one per replica."""
     run: str
     """The run's id."""
     stages: StageOpener
@@ -69,7 +69,7 @@ class Fit:
     resume: bool = True
     """Go on with the run that `checkpoints` hold; False forgets it and starts over."""
     replay: Sequence[RoundRecord] = ()
-    """Records of a run whose decisions are taken again, so that its bits come again: quorum, time budgets, dropped replicas."""
+    """Records of a run whose decisions are taken again, to the same bits: quorum, time budgets, dropped replicas."""
     on_beat: Callable[[int, int], None] = lambda _replica, _rows: None
     on_log: Callable[[int, str], None] = lambda _replica, _line: None
 
@@ -185,7 +185,7 @@ class Fit:
 
     @property
     def rounds_left(self) -> int:
-        """Rounds that are not committed; where a rule makes them, as many as there would be if all were as long as the next."""
+        """Rounds that are not committed; where a rule decides their length, an estimate from the next one."""
         if (known := self.num_rounds) is not None:
             return known - self.state.committed
         if (specs := self.state.specs()) is None:
@@ -209,10 +209,10 @@ class Fit:
     def checkpoint(self, asked_by: str) -> None:
         """Write a checkpoint of the round that was just yielded, before the next one begins.
 
-        With `overlap`, of the next one. Without a checkpoint directory it warns, once.
+        With `overlap`, it is of the next round. Without a checkpoint directory it warns, once.
 
         Args:
-            asked_by: who wants it.
+            asked_by: who asked for it.
         """
         if self.checkpoints is not None:
             self._run.checkpoint_asked = True
@@ -239,13 +239,14 @@ class Fit:
 
 
 def plan_of(program: Program, local: LocalSettings, schema: Any, *, steps: bool = True) -> ReplicaPlan:
-    """What every replica is made from; refuses what cannot be pickled.
+    """What every replica is made from, checked to be picklable.
 
     Args:
         program: of the fit.
         local: settings of the local work.
         schema: of the rows.
-        steps: whether replicas take steps: with `work="gradient"` they need neither optimizer nor schedule, which are the driver's.
+        steps: whether replicas take steps; with `work="gradient"` they need neither optimizer nor schedule, which are the
+            driver's.
     """
     if not steps:
         program = replace(program, optimizer=NO_STEPS, lr_scheduler=None)

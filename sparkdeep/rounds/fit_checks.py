@@ -26,7 +26,7 @@ _LOG = logging.getLogger("sparkdeep")
 
 
 def check_inner_optimizer(program: Program, local: LocalSettings, run: RunSettings, outer: Any) -> None:
-    """Refuse an optimizer of the replicas that does not fit, or say aloud what it means.
+    """Refuse an optimizer that does not fit the replicas' settings, or warn of what it means.
 
     Args:
         program: of the fit; its parameters are not touched.
@@ -85,7 +85,7 @@ def _unlike_plain_sgd(optimizer: Optimizer) -> str | None:
 
 
 def warn_of_dense_rounds(rates: Rates) -> None:
-    """Say that rounds which become long when the learning rate falls never do."""
+    """Warn that rounds which are to grow as the learning rate falls never will."""
     if rates.constant:
         _LOG.warning(
             "schedule=PostLocal() with a constant learning rate: it waits for the first fall of the rate, and every step is averaged "
@@ -158,7 +158,7 @@ def check_model(program: Program, run: RunSettings, *, line_search: bool) -> Non
 
 
 def _left_out(module: nn.Module) -> str:
-    """What a module does in train mode only."""
+    """What a module does only in training mode."""
     rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
     if isinstance(module, _DropoutNd | nn.RNNBase | nn.MultiheadAttention) and isinstance(rate, float) and rate > 0:
         return "nothing is dropped out"

@@ -1,4 +1,4 @@
-"""One dealing of the rows to replicas: its shards, and the rounds that it is good for."""
+"""A generation of replicas: how the rows were dealt to them, and the rounds that they train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AnySchedule: TypeAlias = Schedule | TimeSchedule | RuledSchedule | PacedSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """The replicas of a stretch of a run."""
+    """The replicas of a part of a run."""
 
     shards: tuple[ShardFacts, ...]
     """One a replica."""
@@ -46,7 +46,7 @@ class Generation:
         """Deal a run, or the rest of it.
 
         Args:
-            shards: one a replica.
+            shards: one per replica.
             local: settings of the fit, as its replicas know them.
             settings: as the driver knows them.
             start: round and epoch with which it begins; None: those of a new run.
@@ -139,7 +139,7 @@ def _counts(shards: Sequence[ShardFacts]) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What `Generation.to_json` says."""
+    """The form of what `Generation.to_json` returns."""
 
     shards: list[ShardFacts]
     start: Position | None

@@ -1,4 +1,4 @@
-"""What has failed in a run, where, and whether repeating it again makes sense."""
+"""Guards of a run: what has failed and whether to try again, how long a round may take, and whether its loss explodes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _BAD_HOST: Final = 3
 @final
 @dataclass(kw_only=True)
 class FailureLedger:
-    """Counts attempts that failed since the run last got further, and failures by host over the whole run.
+    """Counts attempts that failed since the run last made progress, and failures by host over the whole run.
 
-    Spark's own excludeOnFailure never hears of a failed barrier task, so that a bad host is noticed here.
+    Spark's own excludeOnFailure does not count failed barrier tasks, so a bad host is noticed here.
     """
 
     max_retries: int
     running: list[ReplicaLostError] = field(default_factory=list)
-    """Attempts that failed since the run last got further."""
+    """Attempts that failed since the run last made progress."""
     by_host: Counter[str] = field(default_factory=Counter)
     """Failures by host, over the whole run."""
     _told: list[FailureRecord] = field(default_factory=list)
 
     def progressed(self) -> None:
-        """The run got further than ever before."""
+        """The run made progress: it got further than ever before."""
         self.running.clear()
 
     def take(self) -> list[FailureRecord]:
-        """What failed since this was asked last."""
+        """What has failed since the last call."""
         told, self._told = self._told, []
         return told
 
@@ -49,7 +49,7 @@ class FailureLedger:
 
         Raises:
             ReplicaDiedRepeatedlyError: the same replica died in the attempt before.
-            ReplicaLostError: `error` itself, when it was the last attempt.
+            ReplicaLostError: `error` itself, if that was the last attempt.
         """
         first_line = str(error).partition("\n")[0][:500]
         self._told.append(
@@ -93,13 +93,13 @@ _LOOKED_AT: Final = 50
 
 
 def round_deadline_s(records: Sequence[RoundRecord], floor_s: float, num_steps: int = 0) -> float | None:
-    """Seconds after which a round counts as hung; None for the first, of which nothing is known but that it makes progress.
+    """Seconds after which a round counts as hung; None for the first, for which there is nothing to compare with.
 
     Args:
-        records: of the run so far; the last fifty are looked at.
-        floor_s: the least that is given.
-        num_steps: local steps of the round, where its length is known and may be another than before: one with more steps
-            than those before it is given as much more.
+        records: of the run so far; the last fifty are used.
+        floor_s: the least number of seconds.
+        num_steps: local steps of the round, where its length is known and may differ from before: one with more steps
+            than those before it is given proportionally more time.
     """
     last = records[-_LOOKED_AT:]
     if not last:

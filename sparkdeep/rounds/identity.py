@@ -1,4 +1,4 @@
-"""What makes a run the run that it is: compared when one is resumed, and refused with a diff where it differs."""
+"""The identity of a run: compared when one is resumed, which is refused with a diff where it differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def describe(value: Any) -> Any:
     """A JSON value that differs when a factory, loss or callable visibly differs.
 
     Classes and functions go by name (see `own_names`), a partial by its parts, a module by its class, its plain settings and its
-    tensors. What a function does inside is not looked at.
+    tensors. The body of a function is not examined.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -64,7 +64,7 @@ def run_identity(
     outer_optimizer: Any,
     warm_start: nn.Module | None,
 ) -> dict[str, Any]:
-    """Everything on which the committed rounds of a run depend, but `epochs`: a finished run may be made longer."""
+    """Everything on which the committed rounds of a run depend, except `epochs`: a finished run may be made longer."""
     return {
         "layout": Layout.of(program.model).fingerprint(),
         "schema": schema,
@@ -84,7 +84,7 @@ def run_identity(
             local.down_codec,
             local.error_feedback,
             local.overlap,
-            # How many fragments it travels in changes not a bit.
+            # The number of fragments in which it travels does not change a bit.
             local.overlap_mix,
         ],
         "seed": local.seed,
@@ -96,7 +96,7 @@ def run_identity(
         "outer_optimizer": describe(outer_optimizer),
         "preprocess": describe(program.preprocess),
         "augment": describe(program.augment),
-        # Not the fresh parameters: a module instance that a script builds anew differs after each crash.
+        # Without the fresh parameters: those of a module instance differ whenever a script builds it anew after a crash.
         "warm_start": None if warm_start is None else tensors_digest(warm_start),
     }
 

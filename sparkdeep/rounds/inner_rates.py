@@ -18,21 +18,21 @@ class Rates(Protocol):
 
     @property
     def constant(self) -> bool:
-        """Whether nothing changes it."""
+        """Whether nothing changes the rate."""
 
     def at(self, step: int) -> float:
-        """After so many local steps."""
+        """The rate after this many local steps."""
 
     def highest(self, step: int) -> float:
-        """The highest until then."""
+        """The highest rate until then."""
 
     def mean(self, first: int, steps: int) -> float:
-        """The mean of so many steps from the `first` on."""
+        """The mean rate of this many steps from the `first` on."""
 
 
 @final
 class NoRates:
-    """Where nothing asks for them."""
+    """Rates for a run in which nothing asks for them."""
 
     @property
     def constant(self) -> bool:
@@ -56,7 +56,7 @@ class NoRates:
 class InnerRates:
     """The rate of the first parameter group, from the program's own optimizer and scheduler, stepped on the driver.
 
-    Nothing is made before it is asked for: models that bring their own optimizer may take long to make it.
+    Nothing is made before it is asked for, as models that bring their own optimizer may take long to make it.
 
     Args:
         program: of the fit; its model's parameters are not touched.
@@ -68,7 +68,7 @@ class InnerRates:
         self._highest: list[float] = []
 
     def at(self, step: int) -> float:
-        """After so many local steps.
+        """The rate after this many local steps.
 
         Raises:
             ConfigError: the optimizer has no learning rate.
@@ -77,13 +77,13 @@ class InnerRates:
         return self._rates[min(step, len(self._rates) - 1)]
 
     def highest(self, step: int) -> float:
-        """The highest until then."""
+        """The highest rate until then."""
         self._reach(step)
         return self._highest[min(step, len(self._highest) - 1)]
 
     @property
     def constant(self) -> bool:
-        """Whether nothing changes it."""
+        """Whether nothing changes the rate."""
         self._reach(0)
         return self._scheduler is None
 

@@ -30,7 +30,7 @@ def run_rounds(run: Run) -> Generator[RoundRecord]:
     Raises:
         UserCodeError, NonFiniteError, ShardMismatchError, VersionMismatchError, CheckpointError: not repeated.
         ReplicaLostError: more failures in a row than `max_retries`.
-        ReplicaDiedRepeatedlyError: the same replica died twice running.
+        ReplicaDiedRepeatedlyError: the same replica died twice in a row.
         DivergedError: the loss grew beyond `divergence_factor`.
     """
     try:
@@ -115,7 +115,7 @@ def _keep(run: Run) -> None:
 
 
 def _rest(run: Run, round_s: float | None = None) -> None:
-    """Close the stage if it is due; a replica that is lost on the way out costs its kept state, not the run."""
+    """Close the stage if it is due; losing a replica while closing loses its kept state, and not the run."""
     try:
         run.replicas.rest(run.state, round_s)
     except ReplicaLostError as error:
@@ -123,7 +123,7 @@ def _rest(run: Run, round_s: float | None = None) -> None:
 
 
 def _recover(run: Run, error: ReplicaLostError) -> None:
-    """Get ready to repeat what failed, or raise when it has failed too often."""
+    """Get ready to repeat what failed, or raise if it has failed too often."""
     run.replicas.discard()
     run.ledger.add(error, run.state.committed + 1)
     _LOG.warning(

@@ -1,4 +1,4 @@
-"""How many rounds a stage is to run, decided before it opens: Spark cannot rename a job that runs."""
+"""How many rounds a stage is to run, decided before it opens: Spark cannot rename a running job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["job_description", "rounds_to_run", "stage_description"]
 
-# Opening costs at most 5 % of the time, as 20 times its cost is what follows it; a quarter more, for rounds vary.
+# Opening costs at most 5 % of the time if 20 times its cost follows it; a quarter more, because rounds vary.
 _WORK_PER_OPENING: Final = 25.0
 # As above: the rest of max_stage_s is for rounds that take longer than those before.
 _SHARE_OF_STAGE: Final = 0.9
@@ -22,14 +22,14 @@ def rounds_to_run(
     """Decide how many rounds the next stage runs.
 
     Args:
-        records: of the run so far; the last stage's rounds say how long one takes, and its first what opening costs.
+        records: of the run so far; the last stage's rounds show how long a round takes, and its first what opening costs.
         left: rounds of the run that are not committed yet; 0 when a stage is opened only to score or keep the last one.
         rounds_per_stage: the setting.
         max_stage_s: the setting: a stage is planned to fit into it, unless a single round does not.
 
     Returns:
-        At most `left`, and at least 1 if that is; None for "auto" when nothing was measured yet and several rounds are left: such a
-        stage is closed by the clock.
+        At most `left`, and at least 1 if `left` is; None for "auto" when nothing was measured yet and several rounds
+        are left: such a stage is closed by the clock.
     """
     measured = _last_stage(records)
     limit = left if rounds_per_stage == "auto" else min(rounds_per_stage, left)

@@ -1,4 +1,4 @@
-"""A round's record: what its replicas told of it, and what the driver knows besides."""
+"""A round's record, from what its replicas report and what the driver knows; its decisions, taken again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Told", "record_of", "replayed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What is not in the round's result."""
+    """What the record has and the round's result has not."""
 
     opening_s: float
-    """What opening the stage took, where this is its first round."""
+    """Seconds that opening the stage took, if this is its first round."""
     failures: list[FailureRecord]
     """Attempts that failed before."""
     aggregation: str
     changed: str
     """Such as "3 -> 2" where the number of replicas changed before it."""
     evaluations: list[EvaluationRecord] = field(default_factory=list)
-    """Of a gradient round."""
+    """The evaluations of a gradient round."""
 
 
 def record_of(specs: Sequence[RoundSpec], result: RoundResult, *, seconds: float, told: Told) -> RoundRecord:
@@ -37,7 +37,7 @@ def record_of(specs: Sequence[RoundSpec], result: RoundResult, *, seconds: float
         specs: by replica.
         result: of the round.
         seconds: of the round and its outer step.
-        told: the rest.
+        told: what else is in the record.
     """
     compute_s = max(update.compute_s for update in result.updates)
     return RoundRecord(
@@ -81,9 +81,9 @@ def record_of(specs: Sequence[RoundSpec], result: RoundResult, *, seconds: float
 
 
 def _skipped(spec: RoundSpec, result: RoundResult, replica: int) -> int:
-    """Steps of its rows that a replica's clock passes over."""
+    """Steps of its rows that a replica's clock skips."""
     if spec.skip == "idle" and spec.own_clock:
-        return 0  # its clock stands still meanwhile
+        return 0  # its clock stands still in the meantime
     if spec.skip or (replica in result.dropped and not spec.own_clock):
         return spec.num_steps
     return result.passed_over.get(replica, 0)
@@ -99,11 +99,11 @@ def _logged(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def replayed(specs: Sequence[RoundSpec], record: RoundRecord | None) -> tuple[RoundSpec, ...]:
-    """The round's specs with the decisions of its record: what a clock, a quorum or NaN decided then is an order now.
+    """The round's specs with the decisions of its record: what a clock, a quorum or NaN decided then is prescribed now.
 
     Args:
         specs: by replica.
-        record: of the same round of the run that is repeated; None: nothing is decided yet.
+        record: of the same round in the run that is replayed; None: nothing is decided yet.
 
     Raises:
         ConfigError: the record is of another number of replicas.

@@ -25,7 +25,7 @@ __all__ = ["run_round"]
 
 
 def run_round(run: Run, opening: Opening) -> RoundRecord:
-    """One round and its outer step: afterwards it is committed in the driver's memory.
+    """One round and its outer step; after that it is committed in the driver's memory.
 
     Args:
         run: of which the next round is due.
@@ -116,7 +116,8 @@ class _Step:
         assert self.result is not None
         if state.downlink is not None:
             state.downlink.after_step()
-        if self._specs[0].gradient != "all":  # whose model is in eval mode; pooling would round
+        # For gradients of all rows the model is in eval mode: its buffers stay as they are, and pooling would round them.
+        if self._specs[0].gradient != "all":
             state.buffers = self.result.buffers
         state.take_inner(self.result, run.layout.dtype)
 
@@ -126,7 +127,7 @@ class _Step:
         self.result = result = run.replicas.train(self._work, state.starting(base=run.base), run.ahead(self._specs[0]))
         if result.rolled_back or all(spec.skip for spec in self._specs) or self._counts_nobody(result):
             raise _NobodyCountsError
-        if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are far too long
+        if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are much too long
             check_divergence(result.loss, state.records, run.settings, self._work.round)
         if self._specs[0].gradient and not any(update.weight for update in result.updates):
             # No row has a weight, and so none a gradient.
@@ -149,7 +150,7 @@ class _Step:
             raise
 
     def _counts_nobody(self, result: RoundResult) -> bool:
-        """Whether an outer step would be taken on no data: all were idle, or out of rows, or their rows have no weight."""
+        """Whether an outer step would be taken without data: all were idle, or out of rows, or their rows have no weight."""
         run = self._run
         return not (run.settings.gradient or run.state.downlink or any(update.weight for update in result.updates))
 

@@ -38,25 +38,25 @@ class Run:
     validate: bool
     """Whether there are validation rows."""
     snapshots: Snapshots | None
-    """Where durable states go; None: `replica_state="local"` without a checkpoint."""
+    """Where durable states are kept; None: `replica_state="local"` without a checkpoint."""
     pending: RoundRecord | None = None
-    """A committed round that is not validated or kept yet."""
+    """A committed round that is not yet validated or kept."""
     epoch_ended: bool = False
     """Whether the pending round was the last of its epoch."""
     checkpoint_asked: bool = False
-    """Whether a checkpoint was asked for, out of turn."""
+    """Whether a checkpoint was requested, out of turn."""
     yielded: bool = False
-    """Whether the pending round was yielded already, and only its checkpoint is missing."""
+    """Whether the pending round has been yielded, and only its checkpoint is missing."""
     ledger: FailureLedger = field(init=False)
     """What has failed."""
     rolled_back: int = 0
     """Rounds in a row that counted nobody (`on_nonfinite="rollback"`)."""
     replay: Mapping[int, RoundRecord] = field(default_factory=dict)
-    """Rounds of an earlier run whose decisions are taken again: who counted, and how many steps each took."""
+    """Rounds of an earlier run whose decisions are repeated: which replicas counted, and how many steps each took."""
     furthest: int = 0
     sleep: Callable[[float], None] = field(default=time.sleep)
     evaluations: Evaluations | None = None
-    """Of gradient rounds, whose outer step may ask for several a round."""
+    """Evaluations of gradient rounds, whose outer step may ask for several per round."""
 
     def __post_init__(self) -> None:
         self.ledger = FailureLedger(max_retries=self.settings.max_retries)
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def base(self) -> Literal["start", "global"] | None:
-        """What the mean of updates is added to: with `overlap` they tell of progress, with a lossy codec of a change."""
+        """What the mean of updates is added to: updates are progress with `overlap`, changes with a lossy codec."""
         if self.overlap:
             return "global"
         return "start" if codec_named(self.local.codec).lossy else None

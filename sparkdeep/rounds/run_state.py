@@ -27,7 +27,7 @@ from sparkdeep.tracking.records import RoundRecord
 __all__ = ["Best", "RunState", "deal_rest"]
 
 
-# Some 10 MB; a window of an epoch may have one for every local step.
+# Some 10 MB; a window of an epoch may have an arrival for every local step.
 _MOST_ARRIVALS: Final = 100_000
 
 
@@ -43,25 +43,25 @@ class Best:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands after its committed rounds."""
+    """The state of a run after its committed rounds."""
 
     parameters: Tensor
     """The global parameters, (numel,); always the same memory, since the outer optimizer holds views of it."""
     buffers: dict[str, Tensor]
     generation: Generation
-    """The replicas that there are, and the rounds before them."""
+    """The present replicas, and the rounds before them."""
     consumed: list[int]
-    """Own steps that each of them has done since the run began, where it keeps a clock of its own (`time_budget_s`)."""
+    """Steps that each of them has taken since the run began, where it keeps a clock of its own (`time_budget_s`)."""
     sections: list[str] = field(default_factory=list)
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
     """(len(sections) * numel,): averaged optimizer state."""
     downlink: Downlink | None = None
-    """What replicas know of the parameters, where that is not the parameters themselves."""
+    """What replicas know of the parameters, where that differs from the parameters themselves."""
     aggregation: str = ""
-    """"star" or "ring", once it was chosen."""
+    """"star" or "ring", once it has been chosen."""
     committed: int = 0
-    """Rounds that count."""
+    """The records of the rounds that count."""
     best: Best | None = None
     stale: int = 0
     """Validations since the best one."""
@@ -71,7 +71,7 @@ class RunState:
     rates: Rates = field(default_factory=NoRates)
     """The inner learning rate by local steps."""
     sync_every: int | Literal["epoch"] = "epoch"
-    """From which a rule for the length of rounds starts."""
+    """What a rule for the length of rounds starts from."""
 
     @property
     def schedule(self) -> AnySchedule:
@@ -94,7 +94,7 @@ class RunState:
         )
 
     def epochs_done(self) -> int:
-        """Epochs that are over."""
+        """Finished epochs."""
         return self.schedule.epochs_done(self.committed, self.consumed)
 
     def clocks(self) -> list[int]:
@@ -105,8 +105,9 @@ class RunState:
     def take_inner(self, result: RoundResult, dtype: torch.dtype) -> None:
         """Take over averaged optimizer state, or the common control variate, of a round.
 
-        A round without some replica has a mean of the others' control variates, by which those would then pull: the one before
-        stays, until all have trained again (Karimireddy et al. 2020 move it by as much as they are part of all).
+        In a round without some replica, the mean is of the others' control variates only, and would pull towards them:
+        the previous mean stays until all have trained again (Karimireddy et al. 2020 move it by the others' share of
+        all replicas).
         """
         if CONTROL in result.sections and not all(update.weight > 0 for update in result.updates):
             return
@@ -114,7 +115,7 @@ class RunState:
         self.sections, self.inner = result.sections, result.inner.to(dtype, copy=True)
 
     def add_record(self, record: RoundRecord) -> None:
-        """Add a round's record. Of asynchronous windows, only the newest keep all their arrivals."""
+        """Add a round's record. Only the newest asynchronous windows keep all their arrivals."""
         self.records.append(record)
         kept = 0
         for i in range(len(self.records) - 1, -1, -1):
@@ -127,7 +128,7 @@ class RunState:
 
     @property
     def just_dealt(self) -> bool:
-        """Whether the replicas have not trained a round yet."""
+        """Whether the present replicas have yet to train a round."""
         return self.committed == self.generation.began
 
     def deal(self, generation: Generation) -> None:
@@ -161,7 +162,7 @@ class RunState:
         return Globals(parameters=self.parameters, buffers=self.buffers, sections=self.sections, inner=self.inner)
 
     def to_files(self, layout: Layout, outer: Mapping[str, Any], replicas: list[bytes]) -> dict[str, bytes]:
-        """The state as named byte strings; `model.safetensors`-style weights are under their own names."""
+        """The state as named byte strings; the weights are in a safetensors file of their own."""
         weights = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
         best = None
         if self.best is not None:
@@ -203,7 +204,7 @@ class RunState:
             settings: as the driver knows them; `epochs` may have grown.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or of another model; nothing was taken over.
+            CheckpointError: a file is missing or damaged, or of another model; nothing was changed.
         """
         weights, run, best, records = self._read(layout, files)
         generation = Generation.from_json(run["generation"], local, settings)
@@ -227,7 +228,7 @@ class RunState:
     def _read(
         self, layout: Layout, files: Mapping[str, bytes]
     ) -> tuple[dict[str, Tensor], dict[str, Any], Best | None, list[RoundRecord]]:
-        """What the files say, checked."""
+        """The contents of the files, checked."""
         if missing := [name for name in ("parameters.safetensors", "run.safetensors") if name not in files]:
             raise CheckpointError(f"a checkpoint without {missing} cannot be resumed from.")
         weights, run = unpack_dict(files["parameters.safetensors"]), unpack_dict(files["run.safetensors"])
@@ -252,7 +253,7 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What `RunState.to_files` says beside the parameters."""
+    """The form of what `RunState.to_files` stores beside the parameters."""
 
     generation: dict[str, Any]
     consumed: list[int]
@@ -270,7 +271,7 @@ class _Stored:
 
 
 def deal_rest(state: RunState, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
-    """Go on with other shards, the same share of the epoch behind each of them."""
+    """Go on with other shards; the same share of the epoch counts as seen in each of them."""
     start = Position(round=state.committed, epoch=state.epochs_done(), step=0)
     share = state.schedule.share_of_epoch(state.committed, state.consumed)
     state.deal(Generation.over(shards, local, settings, start, share))

@@ -13,7 +13,7 @@ __all__ = ["CheckpointSnapshots", "MemorySnapshots", "Snapshot", "Snapshots"]
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A durable state: `to_files` of a round."""
+    """A durable state: what `RunState.to_files` gave after a round."""
 
     round: int
     files: Mapping[str, bytes]
@@ -25,10 +25,10 @@ class Snapshot:
 
 
 class Snapshots(Protocol):
-    """Where durable states go."""
+    """Where durable states are kept."""
 
     def save(self, snapshot: Snapshot) -> None:
-        """Keep `snapshot`; durable on return."""
+        """Keep `snapshot`, durably on return."""
 
     def latest(self) -> Snapshot | None:
         """The newest one, or None."""
@@ -42,11 +42,11 @@ class MemorySnapshots:
         self._latest: Snapshot | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Replace the one before."""
+        """Replace the previous one."""
         self._latest = snapshot
 
     def latest(self) -> Snapshot | None:
-        """The newest."""
+        """The newest one."""
         return self._latest
 
 
@@ -58,7 +58,7 @@ class CheckpointSnapshots:
         self._directory = directory
 
     def begin(self, *, resume: bool) -> Snapshot | None:
-        """Become the directory's writer; its newest checkpoint, or None where there is none or it is forgotten."""
+        """Become the directory's writer; returns its newest checkpoint, None without one to resume."""
         if not resume:
             self._directory.discard()
             return None

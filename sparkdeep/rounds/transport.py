@@ -1,4 +1,4 @@
-"""What the main loop needs of whoever runs the replicas of a fit, and what they are told of it."""
+"""What the main loop needs from whatever runs the replicas of a fit, and what that is given about the fit."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class FitParts:
     run: str
     """The run's id."""
     module: nn.Module
-    """With the starting parameters."""
+    """Its model holds the starting parameters."""
     layout: Layout
     local: LocalSettings
     settings: RunSettings
     plan: ReplicaPlan
     shards: Sequence[ShardFacts]
-    """The ledger of rows and digests, one a replica."""
+    """Rows and digest of each shard, one per replica."""
     wide: bool
     """Whether the outer step wants the mean in float64."""
     window: Window | None = None
@@ -52,7 +52,7 @@ class FitParts:
 
     @property
     def differences(self) -> bool:
-        """Whether updates are differences: with `overlap` they tell of progress, with a lossy codec of a change."""
+        """Whether updates are differences: with `overlap` they are progress, with a lossy codec they are changes."""
         return bool(self.local.overlap) or codec_named(self.local.codec).lossy
 
     def fixed(self) -> bytes:
@@ -65,26 +65,26 @@ class FitParts:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How replicas became ready."""
+    """How the replicas became ready."""
 
     seconds: float = 0.0
-    """What opening their stage took, where one was opened just now."""
+    """Seconds that opening their stage took, if one was opened just now."""
     changed: str = ""
     """Such as "3 -> 2" where their number changed since a round was counted."""
 
 
 class Replicas(Protocol):
-    """The replicas of a fit, in an open stage or not."""
+    """The replicas of a fit, whether a stage is open or not."""
 
     def ready(self, state: RunState, latest: Callable[[], Snapshot | None]) -> Opening:
-        """Have them wait for work, with their state of the committed round; opens a stage if there is none.
+        """Have the replicas wait for work, with their state of the committed round; opens a stage if none is open.
 
         Args:
             state: of the run; its rows are dealt anew where the number of replicas changes.
             latest: gives the newest durable state.
 
         Raises:
-            ReplicaLostError: it could not be done now, but perhaps later.
+            ReplicaLostError: that failed, and may succeed later.
         """
 
     def train(self, work: RoundWork, start: Globals, ahead: RoundSpec | None = None) -> RoundResult:
@@ -108,7 +108,7 @@ class Replicas(Protocol):
         """
 
     def discard(self) -> None:
-        """End an open stage at once, whatever state it is in."""
+        """End an open stage at once, whatever its state."""
 
 
 class StageOpener(Protocol):

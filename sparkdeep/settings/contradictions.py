@@ -1,4 +1,4 @@
-"""Settings that are fine by themselves and cannot be meant together: refused when a fit is made."""
+"""Settings that are valid by themselves and contradict each other: refused when a fit is made."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_length(run: RunSettings, steps: Sequence[int]) -> None:
 
 
 def warn_of_effects(run: RunSettings) -> None:
-    """Say aloud what is allowed and does less than it says."""
+    """Warn about settings that are allowed and do less than their names suggest."""
     counted, why = run.num_workers, f"num_workers={run.num_workers}"
     for name in ("quorum", "min_workers"):
         least = getattr(run, name)

@@ -17,31 +17,31 @@ InnerState = Literal["keep", "average", "reset"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """What every replica needs to know about its local work; travels to the executors."""
+    """What every replica needs to know about its local work; it travels to the executors."""
 
     batch_size: int = 32
     """Rows per batch and replica; the global batch is `num_workers` times as large."""
     accumulate_batches: int = 1
-    """Batches per local step; their gradients add up to that of one batch of all their rows."""
+    """Batches per local step; their gradients add up to the gradient of one batch of all their rows."""
     clip_grad_norm: float | None = None
     """Largest 2-norm of the whole gradient in a local step (`torch.nn.utils.clip_grad_norm_`), or in a gradient round."""
     precision: Literal["bf16"] | None = None
     """"bf16": forward and loss under `torch.autocast` in bfloat16; parameters keep their dtype."""
     inner_state: InnerState = "keep"
-    """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round. A replica that comes to
-    a run anew, after its executor was lost or its rows were dealt again, begins with none in each case."""
+    """The replica's optimizer state between rounds: its own, the replicas' mean, or started anew each round. A replica that
+    joins a run anew, after its executor was lost or its rows were dealt again, begins without state in each case."""
     drift_correction: DriftCorrection | None = None
     """`FedProx(mu)` or `Scaffold()`: what is added to a replica's gradient where shards are unlike each other."""
     seed: int = 0
-    """Of the order of rows and of each replica's random numbers (`seed + replica`)."""
+    """Seed of the order of rows and of each replica's random numbers (`seed + replica`)."""
     block_rows: int = 4096
     """Contiguous rows read together when a shard exceeds `window_rows`."""
     window_rows: int = 1 << 20
     """Rows shuffled together; a shard of at most this many is shuffled as a whole."""
     codec: str = "identity"
-    """Of updates, on their way to the driver, by name: "identity" is every bit, "bf16" half the bytes, "int8" a quarter."""
+    """Codec of updates, on their way to the driver: "identity" is every bit, "bf16" half the bytes, "int8" a quarter."""
     down_codec: str = "identity"
-    """Of what changed in the global parameters, on their way to replicas; the driver's own copy stays whole."""
+    """Codec of what changed in the global parameters, on its way to replicas; the driver's own copy stays exact."""
     error_feedback: bool = False
     """Whether a replica adds what `codec` lost of an update to its next one."""
     overlap: int = 0
@@ -49,7 +49,7 @@ class LocalSettings:
     overlap_mix: float | None = None
     """The share of a replica's own parameters when it merges, as in Streaming DiLoCo; None: all of its progress is kept."""
     overlap_fragments: int = 1
-    """Pieces in which vectors travel, spread over the round that is trained meanwhile."""
+    """In how many pieces vectors travel, spread over the round that is trained meanwhile."""
     prefetch: int | Literal["auto"] = "auto"
     """Batches gathered ahead by a thread, 0 for none; "auto": 2 on a GPU, none on a CPU, whose thread computes all the time."""
     device: str = "auto"

@@ -40,7 +40,7 @@ class EarlyStopping:
         not_negative("early_stopping.min_delta", self.min_delta)
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` beats `best`; NaN never does."""
+        """Whether `value` is better than `best`; NaN never is."""
         if math.isnan(value):
             return False
         if best is None:
@@ -61,29 +61,31 @@ class RunSettings:
     schedule: LocalWork | None = None
     """A rule for the length of rounds, such as `PostLocal()` or `QSR(alpha)`; None: `sync_every`, from which they start."""
     work: Literal["local", "gradient"] = "local"
-    """"local": replicas train; "gradient": they tell the gradient of their next `sync_every` steps' rows, of all their rows
+    """"local": replicas train; "gradient": they send the gradient of their next `sync_every` steps' rows, of all their rows
     with "epoch" (in eval mode, not augmented), and the outer optimizer alone steps, once a round."""
     portions: int | Literal["auto"] | None = None
-    """With gradients of all rows: ordinary tasks, so many or 8 a worker, in place of a barrier stage's; Spark may back them up."""
+    """With gradients of all rows: ordinary tasks, this many or 8 per worker, in place of a barrier stage's; Spark may run
+    a slow one a second time elsewhere."""
     asynchronous: Asynchronous | None = None
     """`Asynchronous(n_fetch, n_push)`: replicas fetch and push within a round, and the driver takes each push as it comes."""
     aggregator: Aggregator | Literal["mean"] = "mean"
     """"mean", or another way to make one of a round's updates, such as `Median()`."""
     time_budget_s: float | None = None
-    """Seconds that every replica trains between averages, in place of `sync_every`: each takes the steps that it gets done."""
+    """Seconds that every replica trains between averages, in place of `sync_every`: each takes the steps that it can."""
     weighting: Literal["auto", "rows", "equal", "fednova"] = "auto"
-    """How much a replica counts: by "rows", all alike, or corrected for unequal steps; "auto": "fednova" with
-    `time_budget_s` or `DyLU`, else "rows"."""
+    """How much a replica counts: by its "rows", all "equal", or corrected for unequal steps ("fednova"); "auto":
+    "fednova" with `time_budget_s` or `DyLU`, else "rows"."""
     quorum: int | None = None
-    """So many updates close a round, without the slowest; None: all of them."""
+    """This many updates close a round, without the slowest; None: all of them."""
     quorum_grace_s: float = 1.0
-    """How long a round with its quorum waits for the others."""
+    """How long a round that has its quorum waits for the others."""
     min_workers: int | None = None
-    """So few replicas the run may go on with when executors do not come back; None: it waits for all."""
+    """The least number of replicas to go on with when executors do not come back; None: it waits for all."""
     replacement_timeout_s: float = 60.0
     """How long a lost executor's replacement is waited for before the run goes on with fewer."""
     on_nonfinite: Literal["error", "drop", "rollback"] = "error"
-    """A replica with NaN or infinity ends the fit, is left out of the round, or takes all back to where the round began."""
+    """A replica with NaN or infinity ends the fit ("error"), is left out of the round ("drop"), or takes all replicas
+    back to where the round began ("rollback")."""
     divergence_factor: float | None = None
     """A round whose loss exceeds the lowest so far times this ends the fit before it counts."""
     validate_every: int | Literal["epoch"] = "epoch"
@@ -94,24 +96,24 @@ class RunSettings:
     """"star": every update goes to the driver; "ring": replicas add theirs up among themselves, each a part, and the driver
     is sent the mean once; "auto": chosen once, from the number of replicas, the size and the bandwidth."""
     plain_ring: bool = False
-    """Allows "ring" where Spark encrypts or authenticates: its connections between replicas do neither."""
+    """Allows "ring" where Spark encrypts or authenticates: a ring's connections between replicas do neither."""
     rounds_per_stage: int | Literal["auto"] = "auto"
-    """Rounds run in one barrier stage; "auto": as many as keep launching under 5 % of the time."""
+    """Rounds per barrier stage; "auto": enough to keep the launching of stages under 5 % of the time."""
     max_stage_s: float = 60.0
     """No stage stays open longer, except for a single round that is longer itself."""
     replica_state: ReplicaState = "local"
-    """"local": state lies on the executor's disk after every round; "durable": with the driver or the checkpoint."""
+    """"local": state is kept on the executor's disk after every round; "durable": with the driver or the checkpoint."""
     checkpoint_every: int = 10
     """Rounds between checkpoints (with `checkpoint_dir`) or durable snapshots (`replica_state="durable"`)."""
     on_checkpoint_error: Literal["raise", "warn"] = "raise"
-    """When a checkpoint cannot be written (disk full, access lost): fail, or warn, go on, and say so in the round's record.
-    Either way the checkpoints before stay whole. A driver that was superseded in its folder always fails."""
+    """When a checkpoint cannot be written (disk full, access lost): "raise", or "warn", go on, and say so in the
+    round's record. Either way the earlier checkpoints stay intact. A driver that was superseded in its folder always fails."""
     max_retries: int = 3
     """Attempts to repeat a failed round before the fit fails."""
     retry_backoff_s: float = 1.0
     """Wait before the first repetition; doubles with each further one."""
     open_timeout_s: float = 300.0
-    """For slots, executors and replicas to be ready when a stage opens."""
+    """How long slots, executors and replicas may take to be ready when a stage opens."""
     stall_timeout_s: float = 300.0
     """A replica that has not finished a single batch for this long counts as lost."""
     min_round_timeout_s: float = 300.0
@@ -185,7 +187,7 @@ class RunSettings:
 
     @property
     def gradient(self) -> Literal["", "batches", "all"]:
-        """What a round's gradient is of, decided: "" where replicas train."""
+        """Which rows a round's gradient is of, as decided; "" where replicas train."""
         if self.work == "local":
             return ""
         return "all" if self.sync_every == "epoch" else "batches"
@@ -197,7 +199,7 @@ class RunSettings:
 
     @property
     def shares(self) -> Literal["rows", "equal", "fednova"]:
-        """How much each replica counts, decided."""
+        """How much each replica counts, as decided."""
         if self.weighting != "auto":
             return self.weighting
         return "fednova" if self.own_clocks and self.asynchronous is None else "rows"
@@ -209,7 +211,7 @@ class RunSettings:
 
     @property
     def closing(self) -> list[str]:
-        """What was asked for that only a driver can do which takes in the updates itself."""
+        """The settings in use that need a driver which takes in the updates itself."""
         asked = {
             "quorum": self.quorum,
             "on_nonfinite": None if self.on_nonfinite == "error" else self.on_nonfinite,

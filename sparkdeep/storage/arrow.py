@@ -13,7 +13,7 @@ from sparkdeep.storage.store import TEMPORARY, Bytes, check_name, shown_uri, too
 __all__ = ["ArrowStore"]
 
 
-# A put is all or nothing there and a rename is a copy, so a temporary name would cost twice and gain nothing.
+# There a put is all or nothing and a rename is a copy, so that a temporary name would double the cost for nothing.
 _OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 
 
@@ -21,8 +21,8 @@ _OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 class ArrowStore:
     """A folder of any `pyarrow.fs.FileSystem`.
 
-    Arrow offers neither fsync nor a conditional put: durability is what the file system gives on close, `create`
-    looks and then writes, and so one writer at a time is the caller's duty. Where a put is not whole by itself
+    Arrow offers neither fsync nor a conditional put. Durability is what the file system gives on close. `create`
+    looks and then writes, so the caller must see to it that there is one writer at a time. Where a put is not atomic
     (HDFS, disks) a file is written under a temporary name and moved.
     """
 
@@ -95,6 +95,6 @@ class ArrowStore:
         return self._fs.get_file_info([path])[0]
 
     def _put(self, path: str, data: Bytes) -> None:
-        # Arrow would otherwise compress and decompress by the name's ending.
+        # Arrow would otherwise compress and decompress by the file name's suffix.
         with self._fs.open_output_stream(path, compression=None) as stream:
             stream.write(data)

@@ -85,7 +85,7 @@ class CheckpointDirectory:
         self._keep = keep
         self._lease: Lease | None = None
         self._newest: int | None = None  # the round that this driver has read or written last, -1 for none
-        self._leavings: list[str] = []  # folders of ours that no commit names (any more)
+        self._leavings: list[str] = []  # our own folders that no commit names, or none names any longer
 
     def rounds(self) -> list[int]:
         """Return the committed rounds that count, oldest first, unverified."""
@@ -94,7 +94,7 @@ class CheckpointDirectory:
     def begin(self) -> Loaded | None:
         """Take the folder over and return its newest round; an earlier driver commits nothing more from here on.
 
-        A folder that cannot be gone on with is refused first, and its writer left alone.
+        A folder from which the run cannot go on is refused first, and its writer is left alone.
 
         Raises:
             CheckpointError: as `latest`, or the folder cannot be written.
@@ -102,13 +102,13 @@ class CheckpointDirectory:
         loaded, seen = self._find()
         with self._failing("taken over"):
             self._lease = take_lease(self._store, least=self._last_epoch())
-        if self._keys(warn=False) != seen:  # the driver before committed once more
+        if self._keys(warn=False) != seen:  # the previous driver has committed once more
             loaded, _ = self._find()
         self._start(-1 if loaded is None else loaded.round_number)
         return loaded
 
     def discard(self) -> None:
-        """Take the folder over and forget every committed round, whoever wrote it: starting over on purpose.
+        """Take the folder over and forget every committed round, whoever wrote it: the run is to start over.
 
         Raises:
             CheckpointError: the store refused. Once the lease says so no round counts, whether or not its files are
@@ -205,7 +205,8 @@ class CheckpointDirectory:
 
     def _keys(self, *, warn: bool) -> list[Key]:
         """The commits that count, oldest first."""
-        # Leases first: who takes over in between makes the epoch that would be next impossible to take.
+        # Leases first: a driver that takes over in between takes the epoch that this one would take next, and so stops
+        # it.
         lease = newest_lease(self._store, warn=warn)
         fences = lease.all_fences() if lease is not None else Fences()
         return [key for key in commit_keys(self._store.list("commits")) if not fences.void(key[1], key[0])]
@@ -319,7 +320,7 @@ class CheckpointDirectory:
         try:
             commit = Commit.from_bytes(read_bounded(self._store, name, MAX_MANIFEST_BYTES), key)
         except (DamagedError, CheckpointError):
-            if any_identity or unreadable:  # which folder it stood for is not known, so that stays
+            if any_identity or unreadable:  # which folder it stood for is unknown, so that folder stays
                 self._store.delete(name)
             return
         if any_identity or not self._differences(commit):

@@ -1,4 +1,4 @@
-"""The commit file of one round: what it says, what is believed of it, and the files it stands for."""
+"""The commit file of one round: its contents, the checks before it is believed, and the files it stands for."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Commit:
         """Check and read the commit file of `key`.
 
         Raises:
-            DamagedError: it is not as it was written, is of another round, or reaches out of its own folder.
-            CheckpointError: it is whole, and of a format that this version does not read.
+            DamagedError: it is not as it was written, is of another round, or names files outside its own folder.
+            CheckpointError: it is intact, but of a format that this version does not read.
         """
         round_number, epoch = key
         body = decode(data)

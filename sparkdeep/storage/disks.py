@@ -37,9 +37,9 @@ class Volume:
     path: str
     """The folder that was asked about."""
     mount: str
-    """Where the volume is mounted; "" where the system does not tell."""
+    """Where the volume is mounted; "" if the system does not say."""
     kind: str
-    """Of its file system, such as "ext4", "overlay" or "tmpfs"; "" where the system does not tell."""
+    """Of its file system, such as "ext4", "overlay" or "tmpfs"; "" if the system does not say."""
     free_bytes: int
     """What this user may still write; quotas are not seen."""
     total_bytes: int
@@ -71,7 +71,7 @@ def volume_of(path: str | Path) -> Volume:
     """The volume of a folder, or, where it is not made yet, of the nearest one above it.
 
     Raises:
-        OSError: the system does not tell.
+        OSError: the system does not say.
     """
     folder = Path(path).absolute()
     while not folder.exists() and folder != folder.parent:
@@ -98,7 +98,7 @@ def room_for_shards(folder: Path) -> Iterator[None]:
     """While a shard is written to `folder`: a disk that fills up is named, and the unfinished shard removed.
 
     Raises:
-        PreflightError: there is next to no room from the start.
+        PreflightError: there is almost no room from the start.
         DiskFullError: it filled up.
     """
     remedy = (
@@ -124,7 +124,7 @@ def _mount_of(folder: Path) -> tuple[str, str]:
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return "", ""  # no Linux
+        return "", ""  # not Linux
     best, found = -1, ("", "")
     for line in lines:
         mounted, _, rest = line.partition(" - ")

@@ -2,8 +2,8 @@
 
     leases/<epoch>.json              made by one create-if-absent; each epoch is a driver that took over
 
-A driver takes the next epoch first, from which moment the one before writes no more; only then it looks which round is
-the newest, and says so in its lease: whatever an older epoch commits after that round does not count, ever.
+A driver first takes the next epoch, and from then on the one before commits nothing more; only then does it look which
+round is the newest, and says so in its lease: whatever an older epoch commits after that round never counts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MAX_LEASE_BYTES = 4 << 20
 _NAME = re.compile(r"leases/(\d{6,18})\.json")
-_MAX_TRIES = 100  # each lost one means that another driver took over in that moment
+_MAX_TRIES = 100  # each attempt that is lost means that another driver took over at that moment
 
 
 def lease_name(epoch: int) -> str:
@@ -48,17 +48,17 @@ def lease_name(epoch: int) -> str:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Fences:
-    """Which commits count: every takeover in the folder's life, so that older lease files may go."""
+    """Which commits count: every takeover in the folder's life, so that older lease files may be deleted."""
 
     takeovers: tuple[tuple[int, int], ...] = ()
-    """(epoch, after): what epochs below it committed after round `after` is void. Both ascend."""
+    """(epoch, after): what lower epochs committed after round `after` is void. Both ascend."""
 
     def void(self, epoch: int, round_number: int) -> bool:
         """Whether the commit of `round_number` by the writer of `epoch` does not count."""
         return any(epoch < taker and round_number > after for taker, after in self.takeovers)
 
     def and_then(self, epoch: int, after: int) -> Fences:
-        """These, and a takeover by `epoch`; those that it makes needless are left out."""
+        """These, and a takeover by `epoch`; those that it makes redundant are left out."""
         kept = tuple((taker, at) for taker, at in self.takeovers if at < after)
         return Fences(takeovers=(*kept, (epoch, after)))
 
@@ -78,7 +78,7 @@ class Lease:
     """The takeovers before this one."""
 
     owner: str
-    """A random name: two drivers that think they hold one epoch are told apart by it."""
+    """A random name, by which two drivers that both believe they hold the epoch are told apart."""
 
     host: str
     pid: int
@@ -87,7 +87,7 @@ class Lease:
     """When it was taken, in UTC."""
 
     def all_fences(self) -> Fences:
-        """The takeovers, this one among them once it has told where it goes on."""
+        """The takeovers, including this one once it has said from where it goes on."""
         return self.fences if self.after is None else self.fences.and_then(self.epoch, self.after)
 
     def described(self) -> str:
@@ -115,7 +115,7 @@ class Lease:
 
         Raises:
             DamagedError: it is not as it was written, or is of another epoch.
-            CheckpointError: it is whole, and of a format that this version does not read.
+            CheckpointError: it is intact, but of a format that this version does not read.
         """
         body = decode(data)
         if body.get("format_version") != FORMAT_VERSION:
@@ -143,7 +143,7 @@ def epochs(store: Store) -> list[int]:
 def newest_lease(store: Store, *, warn: bool = True) -> Lease | None:
     """Return the newest lease that can be read, or None.
 
-    One that cannot is passed over, with a warning: a driver that died while it took over has committed nothing.
+    One that cannot be read is skipped with a warning: a driver that died while taking over has committed nothing.
 
     Raises:
         CheckpointError: it is of a newer format.
@@ -163,14 +163,14 @@ def newest_lease(store: Store, *, warn: bool = True) -> Lease | None:
 
 
 def take_lease(store: Store, *, least: int) -> Lease:
-    """Take over: from now on the driver before cannot commit. The lease does not say yet from where it goes on.
+    """Take over: from now on the previous driver cannot commit. The lease does not yet say from where this one goes on.
 
     Args:
         store: the folder.
         least: the epoch is higher than this too: commits may outlive the leases under which they were made.
 
     Raises:
-        CheckpointError: others take over all the time.
+        CheckpointError: other drivers keep taking over.
         OSError: the store cannot be written.
     """
     for _ in range(_MAX_TRIES):

@@ -55,7 +55,8 @@ class LocalStore:
             try:
                 path.hardlink_to(temporary)
             except FileExistsError:
-                # A network file system may repeat a request that had succeeded: then the name is our own file.
+                # A network file system may repeat a request that had already succeeded: then the existing file is our
+                # own.
                 if not path.samefile(temporary):
                     return False
             except OSError as exc:
@@ -138,7 +139,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as exc:
-        # Some mounted object stores cannot sync a folder; they keep no folders that could be lost either.
+        # Some mounted object stores cannot sync a folder; they have no folders that could be lost, either.
         if exc.errno not in _NO_FOLDER_SYNC:
             raise
     finally:

@@ -1,4 +1,4 @@
-"""JSON manifests: what one says of the files beside it, and the checks that make it worth believing."""
+"""JSON manifests, which describe the files beside them, and the checks before one is believed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ MAX_FILE_BYTES = 1 << 40
 _HEAD = b'{"sha256":"'
 _MIDDLE = b'","manifest":'
 _TAIL = b"}\n"
-_DIGEST_LENGTH = 64  # hexadecimal digits of a SHA-256
+_DIGEST_LENGTH = 64  # number of hexadecimal digits of a SHA-256
 
 
 class DamagedError(SparkdeepError):
-    """A stored file is missing, cut, altered or not of our making; callers turn it into their own error."""
+    """A stored file is missing, truncated, altered or not ours; callers turn it into their own error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FileEntry:
     """Length of the file."""
 
     sha256: str
-    """SHA-256 of the file, hexadecimal, in small letters."""
+    """SHA-256 of the file, in lowercase hexadecimal."""
 
     @classmethod
     def of(cls, data: Bytes) -> FileEntry:

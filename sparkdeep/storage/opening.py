@@ -23,7 +23,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 def open_store(uri: str, *, fallback: Callable[[str], Store] | None = None) -> Store:
     """Return the store at `uri`: a local path, file:, s3: over boto3, or what pyarrow opens (s3, gs, hdfs, abfs ...).
 
-    Without boto3 (`pip install sparkdeep[s3]`) pyarrow opens s3: too, but has no conditional put to offer. A URI that pyarrow cannot open goes to `fallback` (Spark's Hadoop file systems, where there is a session).
+    Without boto3 (`pip install sparkdeep[s3]`) pyarrow opens s3: too, but without a conditional put. A URI that pyarrow
+    cannot open goes to `fallback` (Spark's Hadoop file systems, where there is a session).
 
     Raises:
         ConfigError: pyarrow cannot open it and there is no fallback.

@@ -1,4 +1,4 @@
-"""A store in S3, or in what speaks its protocol, over boto3: `create` is one conditional put."""
+"""A store in S3, or in any service with its protocol, through boto3: `create` is one conditional put."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["S3Store", "boto3_at_hand", "open_s3"]
 _OPTIONS: Final = ("region", "scheme", "endpoint_override")
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
-_PART_BYTES: Final = 64 << 20  # a put of more goes in parts, which the store joins at the end or not at all
+_PART_BYTES: Final = 64 << 20  # larger files go in parts, which the store joins at the end or not at all
 _DELETED_AT_ONCE: Final = 1000  # S3's limit
 _CONFLICT_TRIES: Final = 5
 
@@ -65,7 +65,7 @@ def open_s3(uri: str) -> S3Store:
     config = Config(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
-        # Names of buckets are no host names behind an endpoint of one's own.
+        # Behind an endpoint of the user's own, bucket names are not host names.
         s3={"addressing_style": "path"} if endpoint is not None else {},
     )
     try:
@@ -79,9 +79,9 @@ def open_s3(uri: str) -> S3Store:
 class S3Store:
     """Objects below a prefix of a bucket. A put is whole or absent, and durable on return.
 
-    `create` is a put with If-None-Match. Of a store that says it does not implement that, `conditional` turns False at
-    the first one: `create` looks and then writes there, and one writer at a time is the caller's duty. One that takes
-    the header and does not heed it cannot be told apart.
+    `create` is a put with If-None-Match. If the store answers that it does not implement that, `conditional` turns
+    False at the first one: from then on `create` looks and then writes, and the caller must see to it that there is one
+    writer at a time. A store that accepts the header and ignores it cannot be recognized.
     """
 
     def __init__(self, client: Any, bucket: str, root: str, *, uri: str) -> None:
@@ -123,7 +123,7 @@ class S3Store:
                         continue
                     if code not in _EXISTS:
                         raise
-            # An answer that got lost makes boto3 repeat a put that had succeeded: then the object is our own.
+            # If an answer is lost, boto3 repeats a put that had already succeeded: then the existing object is our own.
             return self._is(name, content)
         raise AssertionError("unreachable")
 
@@ -144,7 +144,7 @@ class S3Store:
         with _named_errors(prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=start):
                 names += [str(item["Key"])[len(self._root) :] for item in page.get("Contents", [])]
-        # As other programs may have put them there; that of the folder itself has no name here.
+        # Other programs may have put markers there; the marker of the folder itself has no name here.
         files = (name for name in names if name and not name.endswith("/"))
         return sorted(name for name in files if not name.rpartition("/")[2].startswith(TEMPORARY))
 

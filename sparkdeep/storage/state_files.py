@@ -18,9 +18,9 @@ _NAME = re.compile(r"round-(\d{9})\.([\w-]+)\.safetensors")
 
 @contextlib.contextmanager
 def own_files(what: str) -> Iterator[None]:
-    """Call an OSError inside the loss of this replica: another executor's disk may do better.
+    """Turn an OSError inside into the loss of this replica: another executor's disk may work.
 
-    Only for files of our own. An OSError of the user's code, such as a missing file, would be met again.
+    Only for files of our own: an OSError of the user's code, such as a missing file, would happen again.
 
     Raises:
         ReplicaLostError: for any OSError.
@@ -34,12 +34,12 @@ def own_files(what: str) -> Iterator[None]:
 class StateFiles:
     """The states of one replica of one run.
 
-    A round's file replaces nothing until it is whole, and the round before stays: until the driver has committed a
-    round, its repetition starts from the one before. The page cache outlives the process, so no fsync is needed for
+    A round's file replaces nothing until it is complete, and the previous round's stays: until the driver has committed a
+    round, a repetition of it starts from the previous one. The page cache outlives the process, so no fsync is needed for
     what is promised: exact while the executor's disk lives.
 
-    Each attempt writes under names of its own. One that was given up may go on for seconds, and must not write over what
-    the attempt after it keeps.
+    Each attempt writes under names of its own. One that was given up may run on for seconds, and must not overwrite what
+    the next attempt keeps.
 
     Args:
         directory: of this replica.
@@ -57,7 +57,7 @@ class StateFiles:
         return sorted((int(match[1]), match[2]) for match in found if match)
 
     def read(self, round_number: int, attempt: str) -> bytes:
-        """The state after `round_number`, as that attempt kept it.
+        """The state after `round_number`, as the given attempt kept it.
 
         Raises:
             FileNotFoundError: it is not here.
@@ -67,8 +67,8 @@ class StateFiles:
     def write(self, round_number: int, data: bytes) -> None:
         """Keep the state after `round_number`, and of earlier rounds only the last two.
 
-        Two: the round that is written may never count, and the one before it may be one that went on without this
-        replica, so that what the driver means is the one before that.
+        Two, because the round being written may never count, and the one before it may have gone on without this
+        replica, so that the driver goes back to the one before that.
         """
         temporary = self._directory / f".{secrets.token_hex(8)}.part"
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -14,15 +14,15 @@ __all__ = ["JSON", "TEMPORARY", "Bytes", "Store", "check_name", "shown_uri", "to
 Bytes: TypeAlias = bytes | bytearray | memoryview
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-TEMPORARY = ".tmp-"  # leading part of names in the making: no caller may use it, no list() shows it
+TEMPORARY = ".tmp-"  # prefix of unfinished files: no caller may use it, no list() shows it
 
 _PASSWORD = re.compile(r"//[^@\s]*:[^@\s]*@")
 
 
 class Store(Protocol):
-    """A folder of named byte strings. Names are relative, parted by "/"; bad ones raise ConfigError.
+    """A folder of named byte strings. Names are relative, with "/" between their parts; bad ones raise ConfigError.
 
-    Failures of the place itself are OSError.
+    Failures of the storage itself raise OSError.
     """
 
     @property
@@ -32,7 +32,7 @@ class Store(Protocol):
 
     @property
     def conditional(self) -> bool:
-        """Whether `create` is atomic among writers; if not, having one writer is the caller's duty."""
+        """Whether `create` is atomic among writers; if not, the caller must see to it that there is only one."""
         ...
 
     def write(self, name: str, data: Bytes) -> None:

@@ -1,7 +1,7 @@
 """Codecs of the parameter plane: how a vector's chunks become bytes, and back.
 
 A lossy codec is given differences (trained minus start on the way up, new minus known on the way down), never parameters: what
-it loses is then a share of the change. The master copy on the driver stays in the layout's dtype.
+it loses is then only a part of the change. The master copy on the driver stays in the layout's dtype.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Int8Block:
         if numel % _BLOCK:
             padded = torch.nn.functional.pad(padded, (0, blocks * _BLOCK - numel))
         rows = padded.view(blocks, _BLOCK)
-        # A block of zeros, or of values that are next to none, has the smallest scale that is a normal number.
+        # A block of zeros, or of values next to zero, has the smallest scale that is a normal number.
         scales = rows.abs().amax(1).div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)  # (blocks,) float32
         steps = (rows / scales[:, None]).round_().clamp_(-127.0, 127.0).to(torch.int8)
         return torch.cat([scales.view(torch.uint8), steps.view(-1)[:numel].view(torch.uint8)])
@@ -148,7 +148,7 @@ CODECS: Final[dict[str, Codec]] = {
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of a checked setting."""
+    """The codec that a checked setting names."""
     return CODECS[name]
 
 

@@ -16,10 +16,10 @@ __all__ = ["Combining", "OrderedSum", "Partition", "pool_buffers", "reduced_weig
 
 
 def reduced_weights(weights: Sequence[float]) -> list[float]:
-    """The same proportions in the smallest whole numbers where the weights are whole, else unchanged.
+    """The weights in lowest terms if they are whole numbers, else unchanged.
 
-    Row counts that share a divisor lose it, so that equal shards weigh 1 each and a lone replica is copied
-    exactly, also in float64, where `w * x` would round.
+    Row counts are divided by their greatest common divisor, so that equal shards weigh 1 each and a lone replica is
+    copied exactly, also in float64, where `w * x` would round.
     """
     if any(w < 0 or not math.isfinite(w) for w in weights):
         raise ValueError(f"weights must be finite and not negative, got {list(weights)}")
@@ -33,7 +33,7 @@ def reduced_weights(weights: Sequence[float]) -> list[float]:
 
 
 class Combining(Protocol):
-    """Takes in replicas' vectors as they arrive, each in a thread of its own, and makes one of them."""
+    """Takes in replicas' vectors as they arrive, each in a thread of its own, and combines them into one vector."""
 
     numel: int
     chunk: int
@@ -42,7 +42,7 @@ class Combining(Protocol):
         """Take in one replica's vector, chunk by chunk."""
 
     def mean(self) -> Tensor:
-        """The one, (numel,), once every replica of positive weight has added."""
+        """The combined vector, (numel,), once every replica of positive weight has added its own."""
 
 
 class OrderedSum:
@@ -58,8 +58,8 @@ class OrderedSum:
         weights: one weight a replica, >= 0; a replica of weight 0 must not add.
         divisor: what the sum is divided by; None: by the sum of the weights, which is the mean.
         out: where the mean is written, (numel,), rounded once to its dtype; None: a new float64 vector.
-        base: (numel,) that is added to the mean, for vectors that are differences from it.
-        base_share: times which it is added.
+        base: (numel,), added to the mean: what the vectors are differences from.
+        base_share: the factor by which `base` is multiplied first.
         chunk: elements per turn.
         window: chunks that are summed at the same time: a replica that is further ahead waits, and memory is 8 bytes for
             each of their elements. None for no limit, where one thread adds one replica after the other.
@@ -140,11 +140,11 @@ class OrderedSum:
 
 
 def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, chunk: int = 1 << 18) -> Tensor:
-    """`OrderedSum` of vectors that are all here: the same sums in the same order, written into `out`, (numel,).
+    """`OrderedSum` of vectors that are all at hand: the same sums in the same order, written into `out`, (numel,).
 
     Args:
-        vectors: one a replica, (numel,); one of weight 0 is not looked at.
-        weights: one a replica, >= 0, not all 0.
+        vectors: one per replica, (numel,); one of weight 0 is not read.
+        weights: one per replica, >= 0, not all 0.
         out: where the mean is written, rounded once to its dtype.
         chunk: elements that are summed at a time.
     """

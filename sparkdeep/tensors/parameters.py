@@ -1,4 +1,4 @@
-"""Module <-> flat vector: where each trainable parameter lies, and what the other tensors of a module are."""
+"""Between a module and a flat vector: where each trainable parameter lies, and what a module's other tensors are."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Entry:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of `module`, tied ones once, non-persistent buffers included."""
+    """Every parameter and buffer of `module`, each tied tensor once, non-persistent buffers included."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
 @torch.no_grad()
 def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the module's parameters and buffers of the same names; it has others, and other names are passed over.
+    """Copy tensors into the module's parameters and buffers of the same names; names that only one side has are ignored.
 
     Raises:
-        ProtocolError: one has another shape than the module's.
+        ProtocolError: a tensor's shape differs from the module's.
     """
     for name, tensor in named_tensors(module):
         if name in values:

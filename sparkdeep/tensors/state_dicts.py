@@ -1,4 +1,4 @@
-"""State dicts <-> safetensors bytes: nested dicts, lists and numbers as JSON, tensors beside them; never pickle."""
+"""State dicts as safetensors bytes and back: nested dicts, lists and numbers as JSON, tensors beside them; no pickle."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def unpack(data: bytes) -> Any:
 
 
 def unpack_dict(data: bytes) -> dict[str, Any]:
-    """As `unpack`, where a dict with names for keys was packed.
+    """Like `unpack`, for a packed dict whose keys are names.
 
     Raises:
-        CheckpointError: as `unpack`, or it is something else.
+        CheckpointError: as for `unpack`, or something else was packed.
     """
     tree = unpack(data)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

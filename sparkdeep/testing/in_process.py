@@ -39,7 +39,7 @@ class InProcessLauncher:
     They take turns on the global random generators, so results are those of separate processes.
 
     Args:
-        plan: of the run.
+        plan: the replicas' plan of the run.
         shards: one folder a replica.
         state_dir: where replica states are kept between stages.
         deal: makes shards for another number of replicas, and gives their folders; None: their number is fixed.
@@ -69,11 +69,11 @@ class InProcessLauncher:
         """Nothing: the folders are the caller's."""
 
     def slots(self) -> int | None:
-        """Not known: threads need none."""
+        """Not known: threads need no slots."""
         return None
 
     def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
-        """Have the caller deal."""
+        """Have the caller deal the rows."""
         assert self._deal is not None, "these shards were dealt once and for all"
         self._shards = list(self._deal(num_replicas))
         self.num_replicas = len(self._shards)
@@ -85,7 +85,7 @@ class InProcessLauncher:
 
 
 class _Threads:
-    """A stage of threads."""
+    """A stage whose replicas are threads."""
 
     def __init__(self, work: list[tuple[int, ReplicaPlan, Path, Path]], ticket: Ticket) -> None:
         self._failure: BaseException | None = None
@@ -106,7 +106,7 @@ class _Threads:
             with contextlib.closing(channel), contextlib.closing(Shard.open(path)) as shard:
                 self._serve(channel, shard, number, plan, state_dir, ticket)
         except Exception as error:  # noqa: BLE001 (it is handed to the driver's thread by `failure`)
-            # The first is the cause; the others lost their line because of it.
+            # The first is the cause; the others lost their connections because of it.
             self._failure = self._failure or error
 
     def _serve(
@@ -146,7 +146,7 @@ class _Threads:
             raise ReplicaLostError(f"replica threads did not end within {timeout_s:g} s after they were told to stop.")
 
     def cancel(self) -> None:
-        """Hang up on the replicas; they end at their next word to the driver."""
+        """Close the replicas' connections; each ends when it next talks to the driver."""
         for channel in list(self._channels.values()):
             channel.close()
 
@@ -186,7 +186,7 @@ class InProcessRunner:
         self._slots: dict[str, Parcel] = {}
 
     def ship(self, slot: str, data: bytes) -> Parcel:
-        """As part of the order, or as a file of the exchange."""
+        """Send it as part of the order, or as a file of the exchange folder."""
         digest = digest_of(data)
         held = self._slots.get(slot)
         if held is not None and held.digest == digest:
@@ -224,7 +224,7 @@ class InProcessRunner:
             )
             try:
                 reply = obey(order, place)
-                # The bodies are views of the replica's memory, which ends with it.
+                # The bodies are views of the replica's memory, which goes away with the replica.
                 replies.append(Reply(header=reply.header, bodies=tuple(bytes(body) for body in reply.bodies)))
             except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
                 failures.append(error)

@@ -1,4 +1,4 @@
-"""Faults on purpose: what is planned for a place of a fit happens there exactly once, in whichever process gets there first."""
+"""Faults on purpose: each happens at its place in a fit exactly once, in whichever process gets there first."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Fault:
 
 @final
 class Injector:
-    """Plans faults, makes them happen, and knows which did.
+    """Plans faults, makes them happen, and knows which have happened.
 
-    It is pickled into replicas by `carrier`. Processes that share `folder` share what has happened: each fault leaves a
+    `carrier` pickles it into replicas. Processes that share `folder` share what has happened: each fault leaves a
     file there before it strikes, so that it strikes once, however often its round is repeated.
 
     Args:
@@ -65,7 +65,7 @@ class Injector:
     def fail_at(
         self, phase: Phase, round: int | None = None, replica: int | None = None, *, error: Exception | None = None
     ) -> Injector:
-        """Raise `error`, by default what sparkdeep itself raises where an executor fails."""
+        """Raise `error`; by default what sparkdeep itself raises where an executor fails."""
         return self._plan("fail", phase, round, replica, error or ReplicaLostError(f"injected in {phase}"))
 
     def delay_at(
@@ -75,7 +75,7 @@ class Injector:
         return self._plan("delay", phase, round, replica, seconds)
 
     def corrupt_at(self, phase: Phase, round: int | None = None, replica: int | None = None) -> Injector:
-        """Flip a bit of the first bytes that pass."""
+        """Flip a bit of the first bytes that pass by."""
         return self._plan("corrupt", phase, round, replica, None)
 
     def kill_at(
@@ -99,7 +99,7 @@ class Injector:
 
     @contextmanager
     def installed(self) -> Iterator[Injector]:
-        """Be this process's hook; replicas that are processes of their own need `carrier` as well."""
+        """Install this as the process's hook; replicas that are processes of their own need `carrier` as well."""
         before = seams.installed()
         seams.install(self)
         try:
@@ -154,7 +154,7 @@ class Injector:
         return [fault for fault in self.faults if self._mark(fault).exists()]
 
     def check_fired(self) -> None:
-        """Every planned fault must have happened; that none happens twice is certain.
+        """Check that every planned fault has happened; none can happen twice.
 
         Raises:
             AssertionError: naming those that did not.

@@ -1,4 +1,4 @@
-"""What a fit tells to those who watch it: its start, each committed round, its end."""
+"""Callbacks: what is called at a fit's start, after each committed round, and at its end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class FitInfo:
     run: str
     """The run's id."""
     num_rounds: int | None
-    """Of the whole run; None where rounds last a number of seconds."""
+    """Rounds of the whole run; None where rounds last a number of seconds."""
     committed: int
     """Rounds that an earlier call with the same `checkpoint_dir` has done already."""
     rows: int
     """Training rows of all replicas together."""
     num_parameters: int
-    """Trained numbers in the model."""
+    """Number of trainable parameters."""
     settings: Mapping[str, Any]
     """The estimator's settings by name: plain values, and names of callables."""
 
@@ -49,15 +49,15 @@ class Callback:
     def on_round_parameters(self, record: RoundRecord, parameters: Mapping[str, Tensor]) -> None:
         """Called before `on_round_end` with copies of the global parameters, by name in `named_parameters()`, on the CPU.
 
-        Only where it is overridden: otherwise nothing is copied. Parameters of less than 32 bits come as float32, as they are
-        averaged; frozen ones do not come.
+        Only where it is overridden: otherwise nothing is copied. Parameters of less than 32 bits are given as float32,
+        as they are averaged; frozen ones are left out.
         """
 
     def on_round_end(self, record: RoundRecord) -> bool | Literal["checkpoint"] | None:
-        """Called after each committed round; True ends the run, "checkpoint" has one written now, in `checkpoint_dir`."""
+        """Called after each committed round. True ends the run, "checkpoint" writes one now, to `checkpoint_dir`."""
 
     def on_fit_end(self, model: TorchModel | None, error: BaseException | None) -> None:
-        """Called once if `on_fit_start` was: with the trained model, or with what ended the fit."""
+        """Called once if `on_fit_start` was called: with the trained model, or with the exception that ended the fit."""
 
 
 @final
@@ -83,13 +83,13 @@ class Callbacks:
         parameters: Callable[[], Mapping[str, Tensor]] = dict,
         checkpoint: Callable[[str], None] = lambda _who: None,
     ) -> str:
-        """Tell of a committed round; returns "" or who asked for the end.
+        """Report a committed round; returns "" or the name of the callback that asked for the end.
 
         Args:
             record: of the round.
             free_slots: called before a listener with `needs_spark`.
-            parameters: gives copies of the global ones; called once if a listener wants them.
-            checkpoint: called with the name of a listener that asks for one.
+            parameters: gives copies of the global ones; called once if a listener asks for them.
+            checkpoint: called with the name of a listener that asks for a checkpoint.
         """
         asked = ""
         copies: Mapping[str, Tensor] | None = None
@@ -109,7 +109,7 @@ class Callbacks:
         return asked
 
     def end(self, model: TorchModel | None, error: BaseException | None) -> None:
-        """Tell every `Callback` that was told of the start, the last one first; one that raises does not silence others."""
+        """Call every `Callback` whose `on_fit_start` was called, in reverse order, even if one raises."""
         failures: list[BaseException] = []
         while self._started:
             try:

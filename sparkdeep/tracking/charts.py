@@ -12,7 +12,7 @@ __all__ = ["HEIGHT", "WIDTH", "Chart", "Line", "line_chart", "seconds", "short",
 
 WIDTH: Final = 1000.0
 HEIGHT: Final = 300.0
-"""The plane is stretched to the chart's size in the page; words stand beside it, and so keep their size."""
+"""The plane is stretched to the chart's size in the page; labels stand beside it, and so keep their size."""
 
 _MOST_POINTS: Final = 800
 _MOST_BARS: Final = 120
@@ -36,11 +36,11 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What the template draws. Ticks are (percent from the left or the top, text)."""
+    """A chart, ready to be drawn by the template. Ticks are (percent from the left or the top, text)."""
 
     title: str
     label: str
-    """The chart in words, for those who do not see it."""
+    """The chart in words, for readers who cannot see it."""
     x_ticks: Sequence[tuple[float, str]] = ()
     y_ticks: Sequence[tuple[float, str]] = ()
     legend: Sequence[tuple[str, str]] = ()
@@ -52,7 +52,7 @@ class Chart:
     bars: Sequence[tuple[str, float, float, float, float]] = ()
     """(color, x, y, width, height)"""
     hints: Sequence[tuple[float, float, str]] = ()
-    """(x, width, text) of what is told where the pointer rests."""
+    """(x, width, text) of what is shown under the pointer."""
     notes: Sequence[str] = field(default_factory=list)
     """Sentences below."""
 
@@ -97,7 +97,7 @@ def line_chart(title: str, lines: Sequence[Line], *, shown: Callable[[float], st
 def stacked_bars(
     title: str, rounds: Sequence[float], parts: Sequence[tuple[str, str, Sequence[float]]], *, label: str
 ) -> Chart:
-    """Seconds by round, stacked; many rounds are put together, each bar their mean.
+    """Seconds by round, stacked; of many rounds, neighboring ones share a bar, which is their mean.
 
     Args:
         title: of the chart.
@@ -172,7 +172,7 @@ def _across(first: float, last: float) -> Callable[[float], float]:
 def _scale(
     values: Sequence[float], shown: Callable[[float], str]
 ) -> tuple[Callable[[float], float], list[tuple[float, str]], bool]:
-    """Where a value stands, the ticks, and whether the scale is logarithmic."""
+    """A function from a value to its place, the ticks, and whether the scale is logarithmic."""
     values = [value for value in values if math.isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     logarithmic = low > 0 and high / low >= _LOG_FROM

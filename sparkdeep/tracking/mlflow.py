@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MLflowCallback", "log_model", "mlflow_module"]
 
 _PARENT: Final = "mlflow.parentRunId"
-_MOST_METRICS: Final = 1000  # of one request, as MLflow allows
+_MOST_METRICS: Final = 1000  # per request, as MLflow allows
 _MOST_PARAMS: Final = 100
 _MOST_PARAM_CHARACTERS: Final = 6000
 _TRANSIENT: Final = frozenset(
@@ -32,7 +32,7 @@ _TRANSIENT: Final = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
-    """A round's numbers on their way."""
+    """A round's numbers, to be sent."""
 
     number: int
     numbers: dict[str, float]
@@ -44,7 +44,7 @@ class _Round:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """Anything else on its way."""
+    """Anything else to be sent."""
 
     what: str
     do: Callable[[str], None]
@@ -58,30 +58,31 @@ class _Call:
 class MLflowCallback(Callback):
     """Logs a fit to MLflow; needs the extra `mlflow`.
 
-    The settings become parameters, each round's loss, validation scores, rows a second and seconds by phase metrics with
-    the round as their step, and the model a pyfunc (see `log_model`). All of it goes through the driver's tracking URI.
-    If a run is active when the fit starts, that one is used and left open; otherwise the fit has a run of its own.
+    The settings become parameters; each round's loss, validation scores, rows a second and seconds by phase become
+    metrics with the round as their step; and the model becomes a pyfunc (see `log_model`). All of it goes through the
+    driver's tracking URI. If a run is active when the fit starts, that one is used and left open; otherwise the fit has
+    a run of its own.
 
-    Nothing of this is waited for during training. When the server is down, a warning says so once, training goes on, and
-    what could not be sent is kept in order and tried again. At the end the server is given `timeout_s` more; what is then
-    still not taken stays in memory for `flush()`, until the next fit begins. One object follows one fit at a time.
+    Training never waits for any of this. When the server is down, a warning says so once, training goes on, and
+    what could not be sent is kept in order and tried again. At the end the server has `timeout_s` more; what it has then
+    still not accepted stays in memory for `flush()`, until the next fit begins. One object follows one fit at a time.
 
     Args:
         experiment: its name, made if it is new; None: MLflow's current one.
         run_name: of the fit's own run.
-        nested: make the fit's own run a child of the active one, as a search over settings wants it.
+        nested: make the fit's own run a child of the active one, as for a search over settings.
         model_name: under which the model is logged; None logs no model.
         registered_model_name: under which it is also registered.
         code_paths: see `log_model`.
         pickle: see `log_model`.
         timeout_s: for each request, and for the server to come back at the end; MLFLOW_HTTP_REQUEST_TIMEOUT and
-            MLFLOW_HTTP_REQUEST_MAX_RETRIES, where they are set, outrank it for requests.
+            MLFLOW_HTTP_REQUEST_MAX_RETRIES, where they are set, take precedence for requests.
 
     Attributes:
         run_id: of the run, once it is known.
 
     Raises:
-        ConfigError: MLflow is not installed; when the callback is made, so that no fit runs for nothing.
+        ConfigError: MLflow is not installed. It is raised when the callback is made, so that no fit runs in vain.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class MLflowCallback(Callback):
         self._outbox.close()
 
     def flush(self) -> int:
-        """Try again to send what the server did not take; returns how many items are left."""
+        """Try again to send what the server did not accept; returns how many items are left."""
         return 0 if self._outbox is None else self._outbox.close()
 
     def _put(self, what: str, do: Callable[[str], None]) -> None:
@@ -169,7 +170,7 @@ class MLflowCallback(Callback):
         self._outbox.put(_Call(what=what, do=do))
 
     def _send(self, items: Sequence[Any]) -> int:
-        """In the outbox's thread."""
+        """Runs in the outbox's thread."""
         with _bounded(self._timeout_s):
             if self.run_id is None:
                 self.run_id = self._begin()
@@ -216,17 +217,17 @@ def log_model(
         run_id: of the run; None: the active one, or a new one.
         registered_model_name: under which it is also registered.
         code_paths: files and folders with the network's source, logged beside it and put on sys.path by loading.
-        pickle: log the module itself with cloudpickle, for a network of a notebook. Loading it runs what it holds, as
-            loading any pyfunc does.
+        pickle: log the module itself with cloudpickle, for a network defined in a notebook. Loading it runs what it
+            holds, as loading any pyfunc does.
 
     Returns:
         MLflow's ModelInfo; its `model_uri` loads the model.
 
     Raises:
-        ConfigError: the model could not be loaded in another process, with what to do about it.
+        ConfigError: the model could not be loaded in another process; the message says what to do about it.
     """
     mlflow_module()
-    # What a model is made of is known above this room only.
+    # Only rooms above this one know what a model is made of.
     return model._log_to_mlflow(
         name,
         run_id=run_id,
@@ -293,7 +294,7 @@ def _text(value: Any) -> str:
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, mlflow_module("exceptions").MlflowException):
         return getattr(error, "error_code", "") in _TRANSIENT
-    return isinstance(error, OSError)  # requests' errors are such, too
+    return isinstance(error, OSError)  # the errors of requests are of this class, too
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Items on their way to a server that may be slow or down: training never waits for it, and nothing is thrown away."""
+"""Items for a server that may be slow or down: training never waits for it, and nothing is thrown away."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Outbox:
 
     Args:
         server: what it is called in messages.
-        send: is given the items that wait, sends some from the front and returns how many; or raises. It must end within
+        send: is given the waiting items, sends some from the front and returns how many, or raises. It must end within
             a few `timeout_s`, whatever the server does.
-        is_transient: tells whether what `send` raised may be over the next time. Anything else is the fault of the first
+        is_transient: whether what `send` raised may not happen the next time. Anything else is the fault of the first
             item, which is dropped with a warning.
-        timeout_s: for which a server that fails is tried before `close` and `flush` give up.
-        progress_timeout_s: for which they wait for a server that works.
+        timeout_s: how long a failing server is tried before `close` and `flush` give up.
+        progress_timeout_s: how long they wait for a working server.
         retry_s: wait between attempts.
     """
 
@@ -53,7 +53,7 @@ class Outbox:
         self._warned = False
 
     def __len__(self) -> int:
-        """How many items wait."""
+        """How many items are waiting."""
         with self._changed:
             return len(self._items)
 
@@ -65,7 +65,7 @@ class Outbox:
             self._changed.notify_all()
 
     def flush(self) -> int:
-        """Try to send what waits; returns how many items are left, which are kept."""
+        """Try to send what is waiting; returns how many items are left, which are kept."""
         with self._changed:
             self._start()
             began = time.monotonic()
@@ -74,7 +74,7 @@ class Outbox:
             return len(self._items)
 
     def close(self) -> int:
-        """As `flush`, and end the thread; `put` and `flush` start another one."""
+        """Like `flush`, and end the thread; `put` and `flush` start another one."""
         left = self.flush()
         with self._changed:
             self._stopping = True
@@ -91,7 +91,7 @@ class Outbox:
         return left
 
     def _start(self) -> None:
-        """Under the lock."""
+        """Called with the lock held."""
         self._stopping = False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"sparkdeep-{self._server}", daemon=True)
@@ -126,7 +126,7 @@ class Outbox:
                 self._changed.notify_all()
 
     def _failed(self, error: Exception, batch: Sequence[Any]) -> tuple[int, int | None]:
-        """What to do after a failure: how many items are done with, and how many to try next."""
+        """What to do after a failure: how many items to drop, and how many to try next."""
         if not self._is_transient(error):
             if len(batch) > 1:
                 return 0, 1  # one by one, so that the right one is dropped

@@ -41,7 +41,7 @@ class Progress:
             self._bar.close()
 
     def start(self, rounds: int | None, committed: int) -> None:
-        """Show the bar, `committed` of `rounds` already done; None: how many there are is not known."""
+        """Show the bar, with `committed` of `rounds` already done; None: the number of rounds is not known."""
         self._moves = _is_notebook() or sys.stderr.isatty()
         if self._moves:
             looks: dict[str, Any] = {"dynamic_ncols": True}
@@ -58,7 +58,7 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         step = record.round - self._bar.n
         self._bar.update(step)
-        if step < 0:  # which tqdm would show only with the next round
+        if step < 0:  # tqdm would show it only with the next round
             self._bar.refresh()
 
     def finish(self, text: str) -> None:
@@ -74,7 +74,7 @@ class Progress:
             self._bar.refresh()
 
     def log(self, replica: int, line: str) -> None:
-        """Print what a replica printed."""
+        """Print a replica's output."""
         tqdm.write(f"[replica {replica}] {line}")
 
 

@@ -42,14 +42,14 @@ class ReplicaRecord:
     steps: int
     """Local steps."""
     compute_seconds: float
-    """Local work, batches included."""
+    """Seconds of local work, waiting for batches included."""
     input_seconds: float
-    """Part of it spent on getting batches."""
+    """The part of it spent waiting for batches."""
     dropped: str = ""
-    """Why the round does not count it: "late" (`quorum`), "nonfinite" or "rolled back" (`on_nonfinite`), "idle" (`WarmStart`);
-    "" when it does."""
+    """Why the round does not count this replica: "late" (`quorum`), "nonfinite" or "rolled back" (`on_nonfinite`), "idle"
+    (`WarmStart`); "" when it does."""
     skipped_steps: int = 0
-    """Local steps of its rows that the run passes over because of that."""
+    """Local steps of its rows that the run skips because of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ class FailureRecord:
     message: str
     """Its first line."""
     replica: int | None
-    """Which one it was, where that is known."""
+    """Which replica, where that is known."""
     host: str | None
-    """Where that ran."""
+    """The host that it ran on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +72,15 @@ class EvaluationRecord:
 
     loss: float
     gradient_norm: float
-    """Of the whole gradient, not clipped."""
+    """Norm of the whole gradient, before clipping."""
     seconds: float
     cached: bool = False
-    """Whether it was known already: the parameters are those of an evaluation before, to the last bit."""
+    """Whether it was known already, because the parameters are those of an earlier evaluation, to the last bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What one committed round was; fields can be read as attributes or as `record["loss"]`."""
+    """The record of one committed round; fields can be read as attributes or as `record["loss"]`."""
 
     round: int
     """From 1."""
@@ -89,7 +89,7 @@ class RoundRecord:
     rows: int
     """Rows trained on by all replicas in this round."""
     loss: float
-    """Training loss: the mean over the round's rows of the loss at the time each was seen; of L-BFGS, at the round's end."""
+    """Training loss: the mean over the round's rows of the loss when each was seen; with L-BFGS, at the round's end."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scores of the averaged model on the validation rows ("loss" and each metric); empty when not validated."""
     logged: dict[str, float] = field(default_factory=dict)
@@ -105,29 +105,29 @@ class RoundRecord:
     stage_seconds: float = 0.0
     """Opening the barrier stage, when this round was its first; else 0."""
     state_seconds: float = 0.0
-    """Keeping replica states on the executors' disks, of the slowest; part of it overlaps the exchange."""
+    """Keeping replica states on the executors' disks, the slowest replica's; part of it overlaps the exchange."""
     state_bytes: int = 0
-    """What that wrote, all replicas together."""
+    """Bytes written for that, all replicas together."""
     validation_seconds: float = 0.0
     """Scoring the validation rows."""
     checkpoint_seconds: float = 0.0
     """Collecting replica states and writing the checkpoint or snapshot."""
     checkpoint_bytes: int = 0
-    """What that moved."""
+    """Bytes moved for that."""
     checkpoint_error: str = ""
     """Why this round's checkpoint could not be written, with `on_checkpoint_error="warn"`; else ""."""
     sent_bytes: int = 0
-    """What the driver sent to replicas, frames included; where rounds are Spark jobs, the parameters once, and no frames."""
+    """Bytes that the driver sent to replicas, frames included; where rounds are Spark jobs, the parameters once."""
     received_bytes: int = 0
-    """What it received from them."""
+    """Bytes that it received from them."""
     aggregation: str = ""
     """How updates were added up: "star", on the driver, or "ring", among replicas."""
     retries: int = 0
     """Failed attempts before this round was committed."""
     failures: list[FailureRecord] = field(default_factory=list)
-    """What they were, since the round before."""
+    """What failed, since the previous round."""
     slowest: int | None = None
-    """The replica that computed longest."""
+    """The replica that computed the longest."""
     num_workers_changed: str = ""
     """With `min_workers`: "3 -> 2" where the rows were dealt anew before this round; else ""."""
     state_reset: list[int] = field(default_factory=list)
@@ -138,7 +138,8 @@ class RoundRecord:
     """With `work="gradient"`: every call of the outer optimizer's closure, in order; L-BFGS's line search makes several."""
     arrivals: list[list[int]] = field(default_factory=list)
     """With `asynchronous`: [replica, staleness] of every push, in the order in which they were applied. The staleness is how many
-    pushes of others were applied since the replica had fetched; -1 where it only fetched. `history` and checkpoints keep those of the newest rounds, some 100,000; callbacks are told all."""
+    pushes of others were applied since the replica had fetched; -1 where it only fetched. `history`
+    and checkpoints keep those of the newest rounds, some 100,000; callbacks are given all of them."""
 
     def __getitem__(self, name: str) -> Any:
         """A field by name."""
@@ -164,10 +165,10 @@ class RoundRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Read back what `to_dict` gave.
+        """Make the record that `to_dict` described.
 
         Raises:
-            DataError: it is no round's record.
+            DataError: it is not the record of a round.
         """
         if complaint := misfit(cls, values, defaults=True, nan=True):
             raise DataError(f"this is no round's record: {complaint}")
@@ -178,7 +179,7 @@ class RoundRecord:
 
 
 def summary(records: Sequence[RoundRecord]) -> str:
-    """Where the time of a run went, and what its promise about replica state cost, in two lines."""
+    """Where the time of a run went, and what keeping replica states cost, in two lines."""
     total = sum(record.seconds for record in records)
     if not records or not total:
         return "no rounds were run"
@@ -211,7 +212,7 @@ def read_jsonl(path: Path) -> list[RoundRecord]:
     """Read the records that `write_jsonl` wrote; null becomes NaN.
 
     Raises:
-        DataError: a line is no round's record.
+        DataError: a line is not the record of a round.
         OSError: the file cannot be read.
     """
     records = []
@@ -244,7 +245,7 @@ def _plain(value: Any) -> Any:
 
 
 PHASES: Final = ("compute", "exchange", "outer", "stage", "validation", "checkpoint")
-"""Of a round's time; field `NAME_seconds` of the record."""
+"""The parts of a round's time: field `NAME_seconds` of the record."""
 
 
 def numbers_of(record: RoundRecord) -> dict[str, float]:

@@ -25,26 +25,26 @@ __all__ = ["About", "main", "render", "write"]
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a report says of a run beside its records; whatever is left out is not shown."""
+    """What a report shows of a run beside its records; whatever is left out is not shown."""
 
     title: str = "Training run"
     """Shown on top."""
     status: str = ""
-    """"done", "failed", or what else it should be called."""
+    """"done", "failed", or another word for how it ended."""
     error: str = ""
     """Why it ended, if it failed."""
     num_rounds: int | None = None
-    """Of the whole run."""
+    """Seconds of the whole run."""
     rows: int | None = None
     """Training rows of all replicas together."""
     num_parameters: int | None = None
-    """Trained numbers in the model."""
+    """Number of trainable parameters."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Of the trained model on test rows."""
+    """Scores of the trained model on test rows."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """By name, as `FitInfo.settings`."""
+    """Settings by name, as in `FitInfo.settings`."""
     versions: Mapping[str, str] | None = None
-    """By package; None: of this process."""
+    """Versions by package; None: those of this process."""
 
 
 _TEMPLATE: Final = "report.html.jinja"
@@ -75,7 +75,7 @@ def write(records: Iterable[RoundRecord], path: str | Path, about: About | None 
     """Write the report of a run.
 
     Args:
-        records: its rounds, such as `model.history`; none is fine. Of a round that was run again, the last counts.
+        records: its rounds, such as `model.history`; none is fine. If a round was run again, its last record counts.
         path: the HTML file; its folder must be there.
         about: what else is known of the run.
     """
@@ -150,7 +150,7 @@ def _scores(rounds: Sequence[RoundRecord], name: str) -> list[tuple[float, float
 
 
 def _spent(record: RoundRecord) -> list[float]:
-    """Seconds of a round by part, what is left over last."""
+    """Seconds of a round by part, the rest last."""
     parts = [_known(getattr(record, field)) for _, _, field, _ in _PARTS]
     return [*parts, max(0.0, _known(record.seconds) - sum(parts))]
 
@@ -177,7 +177,7 @@ def _parts(rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
 
 
 def _replicas(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
-    """Each replica on each host that it ran on: rows a second of its own work, and for what it waited."""
+    """Each replica on each host that it ran on: rows a second of its own work, and what it waited for."""
     found: dict[tuple[int, str], list[tuple[ReplicaRecord, RoundRecord]]] = {}
     for record in rounds:
         for part in record.replicas:
@@ -221,7 +221,7 @@ def _hosts(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
 
 
 def _speeds(rounds: Sequence[RoundRecord]) -> Chart | None:
-    """Rows a second of each replica by round; None for more replicas than lines can be told apart."""
+    """Rows a second of each replica by round; None if there are too many replicas to tell their lines apart."""
     replicas = sorted({part.replica for record in rounds for part in record.replicas})
     if not replicas or len(replicas) > _MOST_REPLICA_LINES:
         return None
@@ -296,7 +296,7 @@ def _read(source: Path) -> list[RoundRecord]:
 
 
 def _about_beside(source: Path) -> About:
-    """What result.json beside the rounds says; nothing if there is none."""
+    """The contents of the result.json beside the rounds; nothing if there is none."""
     result = source.with_name("result.json")
     if not result.is_file():
         return About(versions={})

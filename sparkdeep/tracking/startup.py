@@ -26,7 +26,7 @@ class StartUp:
     rehearsal_s: float
     """The first rows through the model on the driver, and packing it."""
     opening_s: float
-    """Checkpoints read, callbacks told, and the first stage opened: tasks launched, replicas built, parameters sent."""
+    """Reading checkpoints, calling callbacks, opening the first stage: tasks launched, replicas built, parameters sent."""
 
     @property
     def total_s(self) -> float:
@@ -43,23 +43,23 @@ class StartUp:
 
 @final
 class Phases:
-    """The clock of one fit's start; a listener to its rounds, of which it takes note of the first."""
+    """The clock of one fit's start; it listens to the rounds for the first of them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last = clock()
         self._seconds: dict[str, float] = {}
         self.startup: StartUp | None = None
-        """None until the first round is done, and for a fit that has none left to do."""
+        """None until the first round is done, and for a fit that has no rounds left."""
 
     def end(self, phase: str) -> None:
-        """The phase that began with the last one's end is over: "checks", "ingest" or "rehearsal"."""
+        """End the phase that began when the last one ended: "checks", "ingest" or "rehearsal"."""
         now = self._clock()
         self._seconds[f"{phase}_s"] = now - self._last
         self._last = now
 
     def __call__(self, record: RoundRecord) -> Any:
-        """Take note of a round; the first one tells how long its work took, and so when it began."""
+        """Note a round: how long the first one took tells when it began."""
         if self.startup is None:
             opening_s = max(0.0, self._clock() - self._last - (record.seconds - record.stage_seconds))
             self.startup = StartUp(opening_s=opening_s, **self._seconds)

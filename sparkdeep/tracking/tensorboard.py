@@ -21,14 +21,14 @@ class TensorBoardCallback(Callback):
     """Writes event files for `tensorboard --logdir`; needs the extra `tensorboard`.
 
     Scalars, with the round as their step: `loss`, `validation/NAME`, `rows_per_second`, `seconds/NAME`, and each
-    replica's `replica_rows_per_second/N`. The settings are a text. A fit that goes on from a checkpoint hides what an
-    earlier one wrote for the rounds that it runs again.
+    replica's `replica_rows_per_second/N`. The settings are logged as text. A fit that goes on from a checkpoint hides
+    what an earlier one wrote for the rounds that it runs again.
 
     Args:
         log_dir: folder of this run's files; a local path, as the driver sees it.
 
     Raises:
-        ConfigError: TensorBoard is not installed; when the callback is made, so that no fit runs for nothing.
+        ConfigError: TensorBoard is not installed. It is raised when the callback is made, so that no fit runs in vain.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str]) -> None:
@@ -51,7 +51,7 @@ class TensorBoardCallback(Callback):
         self._writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), info.committed)
 
     def on_round_end(self, record: RoundRecord) -> None:
-        """Write a round, so that it can be seen at once."""
+        """Write a round, and flush so that it can be seen at once."""
         for name, value in numbers_of(record).items():
             self._writer.add_scalar(name, value, record.round)
         for part in record.replicas:

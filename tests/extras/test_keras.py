@@ -127,8 +127,8 @@ def test_copies_and_pickles_hold_the_same_network(keras):
 def test_a_pickle_names_one_module_of_ours_and_the_first_versions_is_read(keras):
     held = cloudpickle.dumps(build_model(network(keras, 0.3), {}, 0))
     told = [argument for _, argument, _ in pickletools.genops(held) if isinstance(argument, str)]
-    assert {name for name in told if name.startswith("sparkdeep")} == {"sparkdeep.models.keras"}, (
-        "files name it: it stays, see tests/test_names_in_files.py"
+    assert {name for name in told if name.startswith("sparkdeep")} == {"sparkdeep.keras_network"}, (
+        "files name it: it stays, see tests/repository/test_names_in_files.py"
     )
     first = TorchModel.load(str(FOLDER / "keras"), trust_pickle=True)
     assert first.model(torch.tensor(written.ROWS)).tolist() == [

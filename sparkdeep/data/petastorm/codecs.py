@@ -20,7 +20,7 @@ from sparkdeep.errors import ConfigError, DataError
 
 __all__ = ["ARROW_TYPES", "FieldDecoder", "decode_column", "row_bytes"]
 
-# Spark has no unsigned integers and no half floats: the smallest of its types that holds every value.
+# Spark has no unsigned integers and no half-precision floats: these are the smallest of its types that hold every value.
 ARROW_TYPES: Final[dict[str, pa.DataType]] = {
     "bool": pa.bool_(),
     "int8": pa.int8(),
@@ -37,19 +37,19 @@ ARROW_TYPES: Final[dict[str, pa.DataType]] = {
     "bytes": pa.binary(),
     "datetime64": pa.timestamp("us", tz="UTC"),  # an instant, as Spark's timestamp is
 }
-# As they become tensors: torch computes with no unsigned integers but uint8.
+# The dtypes of the tensors: uint8 is the only unsigned integer that torch computes with.
 _TENSORS: Final = {
     **{name: name for name in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")},
     "uint16": "int32",
     "uint32": "int64",
 }
 _MAX_VALUE_BYTES: Final = 1 << 30  # of one decompressed value of unknown shape
-_MAX_HEADER_BYTES: Final = 10_000  # numpy's own bound on what it parses
-_VARIABLE_BYTES: Final = 8 << 10  # what a value of unknown shape is taken to need
+_MAX_HEADER_BYTES: Final = 10_000  # numpy's own limit on the headers that it parses
+_VARIABLE_BYTES: Final = 8 << 10  # assumed size of a value of unknown shape
 
 
 def row_bytes(field: UnischemaField) -> int:
-    """Return how many bytes one decoded value takes, a guess where the shape is not fixed."""
+    """Return how many bytes one decoded value takes; an estimate where the shape is not fixed."""
     size = {"str": 32, "bytes": 32}.get(field.dtype) or ARROW_TYPES[field.dtype].bit_width // 8 or 1
     return max(size * prod(n for n in field.shape if n is not None), _VARIABLE_BYTES if None in field.shape else 1)
 
@@ -65,7 +65,7 @@ def decode_column(array: pa.Array, field: UnischemaField) -> pa.Array:
         (rows,) lists of `ARROW_TYPES[field.dtype]`, nested once for each dimension; plain values for shape ().
 
     Raises:
-        DataError: a value is damaged, or its dtype or shape is not the one that the schema says.
+        DataError: a value is damaged, or its dtype or shape is not the one in the schema.
         ConfigError: the field holds images and OpenCV is not installed.
     """
     column = _column_of(array, field)
@@ -80,7 +80,7 @@ def decode_column(array: pa.Array, field: UnischemaField) -> pa.Array:
 
 @dataclass(frozen=True)
 class FieldDecoder:
-    """`decode=` for a column that petastorm encoded: whole columns at a time, where other functions see one value."""
+    """`decode=` for a column that petastorm encoded. It takes whole columns at a time; other functions take one value."""
 
     field: UnischemaField
 
@@ -93,7 +93,8 @@ class FieldDecoder:
         """Return a column's values, (rows without nulls, *shape), in the smallest dtype that torch computes with.
 
         Raises:
-            DataError: a value is damaged or not of the schema's dtype and shape; values differ in shape; no numbers.
+            DataError: a value is damaged or not of the schema's dtype and shape; values differ in shape; they are not
+                numbers.
             ConfigError: the field holds images and OpenCV is not installed.
         """
         field = self.field
@@ -138,7 +139,7 @@ class _Column:
         )
 
     def check(self, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        """Hold one value's dtype and shape to the schema."""
+        """Check one value's dtype and shape against the schema."""
         kinds = {"str": "U", "bytes": "S", "datetime64": "M"}
         if dtype.newbyteorder("=") != self.dtype if self.dtype is not None else dtype.kind != kinds[self.field.dtype]:
             raise self.wrong(at, f"the value is {dtype}")
@@ -204,7 +205,7 @@ def _same_headers(column: _Column) -> Array | None:
 
 
 class _Header:
-    """What stands before the numbers of one value in numpy's own format, held to the schema."""
+    """The header of one value in numpy's own format, checked against the schema."""
 
     def __init__(self, column: _Column, at: int, value: Array) -> None:
         stream = io.BytesIO(value[: _MAX_HEADER_BYTES + 16].tobytes())
@@ -225,13 +226,13 @@ class _Header:
 
 
 def _arrays(column: _Column) -> Iterator[Array]:
-    """Yield the values one after the other, held to the schema."""
+    """Yield the values one after the other, checked against the schema."""
     known: dict[bytes, _Header] = {}
     for at in range(len(column)):
         value = column.value(at)
         if column.field.codec == "compressed_ndarray":
             value = _unzipped(column, at, value)
-        # The header's length stands in its first bytes, so one that was seen before is found without being parsed.
+        # The first bytes hold the header's length, so a header that was seen before is recognized without parsing it.
         size = 10 + int.from_bytes(value[8:10].tobytes(), "little") if len(value) > 10 and value[6] == 1 else 0
         header = known.get(value[:size].tobytes()) if size else None
         if header is None or len(value) - header.size != prod(header.shape) * header.dtype.itemsize:
@@ -243,7 +244,7 @@ def _arrays(column: _Column) -> Iterator[Array]:
 
 
 def _unzipped(column: _Column, at: int, value: Array) -> Array:
-    """Return the one array in numpy's zip format, as bytes."""
+    """Return the only array in a file of numpy's zip format, as bytes."""
     bound = _MAX_VALUE_BYTES
     if None not in column.shape and column.dtype is not None and None not in column.field.shape:
         bound = prod(column.shape) * column.dtype.itemsize + _MAX_HEADER_BYTES

@@ -17,7 +17,7 @@ _Values = npt.NDArray[Any] | Sequence[Any]
 
 
 def column_of(values: _Values, kind: pa.DataType, ndim: int, name: str) -> pa.Array:
-    """Make an Arrow column of one value a row.
+    """Make an Arrow column of one value per row.
 
     Args:
         values: (rows, ...) in one array, or a list of scalars or arrays, where None is a null.
@@ -29,7 +29,7 @@ def column_of(values: _Values, kind: pa.DataType, ndim: int, name: str) -> pa.Ar
         (rows,) of `kind`, or of lists nested `ndim` deep.
 
     Raises:
-        DataError: a row has another number of dimensions, or an element does not fit `kind`.
+        DataError: a row has a different number of dimensions, or an element does not fit `kind`.
     """
     try:
         if ndim == 0:
@@ -81,7 +81,7 @@ def _elements(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 def _lists(
     flat: npt.NDArray[Any], sizes: npt.NDArray[np.int64], kind: pa.DataType, missing: npt.NDArray[np.bool_] | None
 ) -> pa.Array:
-    """Wrap all elements of all rows, end to end, into lists: one level an axis, the innermost first.
+    """Wrap all elements of all rows, end to end, into lists: one level per axis, the innermost first.
 
     Args:
         flat: (elements,).

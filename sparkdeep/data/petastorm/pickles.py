@@ -1,7 +1,7 @@
 """A pickle read as data: its opcodes build plain values and inert records, and nothing is imported or called.
 
 `pickletools` only names the opcodes of a stream. What they would make is built here, on a stack of our own: a global
-stays a name, and a call stays a record of what would have been called with what.
+stays a name, and a call stays a record of the callable's name and its arguments.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["Global", "Made", "read_pickle"]
 
 MAX_BYTES: Final = 16 << 20
 MAX_OPCODES: Final = 1_000_000
-MAX_MARKS: Final = 200  # open at once
+MAX_MARKS: Final = 200  # open at the same time
 MAX_MEMO: Final = 1 << 20  # largest key that a memo entry may have
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a class or function; nothing is looked up."""
+    """The name of a class or function, which is never looked up."""
 
     module: str
     name: str
@@ -52,7 +52,7 @@ def read_pickle(data: bytes, *, allowed: Callable[[Global], bool], where: str) -
 
     Args:
         data: the pickle, protocol 0 to 5.
-        allowed: whether a global may occur at all; called once an occurrence.
+        allowed: whether a global may occur at all; called for each occurrence.
         where: what the bytes are, for messages.
 
     Raises:
@@ -67,7 +67,7 @@ def read_pickle(data: bytes, *, allowed: Callable[[Global], bool], where: str) -
     machine = _Machine(allowed, where)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old streams hold backslashes that today's Python warns of
+            warnings.simplefilter("ignore")  # old streams hold backslashes that today's Python warns about
             for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
                 if count > MAX_OPCODES:
                     raise DataError(
@@ -176,7 +176,7 @@ class _Machine:
         raise self._damaged("a mark is missing")
 
     def pass_by(self, _: Any) -> None:
-        """A version or a frame's length says nothing about the values."""
+        """Skipped: a protocol version or a frame's length adds nothing to the values."""
 
     def mark(self, _: Any) -> None:
         self._marks += 1

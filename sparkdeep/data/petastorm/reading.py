@@ -29,7 +29,7 @@ _WORKERS: Final = 4
 
 ARROW_TYPES: Final[Mapping[str, pa.DataType]] = {
     **{name: pa.type_for_alias(name) for name in ("bool", "int8", "int16", "int32", "int64", "float32", "float64")},
-    "uint8": pa.int16(),  # Spark has no unsigned numbers
+    "uint8": pa.int16(),  # Spark has no unsigned integers
     "uint16": pa.int32(),
     "uint32": pa.int64(),
     "float16": pa.float32(),
@@ -50,7 +50,7 @@ class Dataset:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of that reader."""
     timeout_s: float = 300.0
-    """A reader that gives nothing for so long has failed."""
+    """A reader that gives nothing for this long has failed."""
 
     @property
     def name(self) -> str:
@@ -83,12 +83,12 @@ class Contents:
 
     columns: Mapping[str, Column]
     refused: Mapping[str, str]
-    """Fields that no tensor can be made of -> why."""
+    """Fields that cannot become tensors, each with the reason."""
     row_groups: tuple[RowGroup, ...]
     """In petastorm's order: number i goes to replica i % num_workers."""
 
     def digest(self) -> str:
-        """Equal where the same row groups are met in the same order."""
+        """Equal for the same row groups in the same order."""
         return _digest(self.row_groups)
 
 
@@ -155,8 +155,8 @@ def _modules() -> tuple[Any, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        # petastorm calls what pyarrow 14 and Python 3.11 announce to remove; and it recommends make_reader, which is the
-        # caller's choice.
+        # petastorm calls functions that pyarrow 14 and Python 3.11 have deprecated; and it recommends make_reader,
+        # which is the caller's choice.
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         yield
@@ -168,7 +168,7 @@ def _named(dataset: Dataset) -> Iterator[None]:
         yield
     except SparkdeepError:
         raise
-    except Exception as error:  # whatever petastorm, its storage or a transform raises
+    except Exception as error:  # petastorm, its storage or a transform may raise anything
         raise DataError(
             f"petastorm's {dataset.reader} failed on {dataset.name}: {type(error).__name__}: {error}. Check the URL (with its "
             "scheme: file:///data/x), that every executor reaches it, and that the reader fits: make_reader for datasets "
@@ -211,7 +211,7 @@ def _dtype(given: Any) -> str:
 
 
 def _urls(dataset: Dataset) -> str | list[str]:
-    # petastorm tells a folder from files by the type.
+    # petastorm distinguishes a folder from files by the type.
     return dataset.url if isinstance(dataset.url, str) else list(dataset.url)
 
 
@@ -259,7 +259,7 @@ def _batches(
                 )
         finally:
             reader.stop()
-            # It waits for its threads without a limit; they are daemons, so one that hangs in storage may stay behind.
+            # It waits for its threads without a limit; they are daemons, so one that hangs in storage may be left behind.
             joiner = threading.Thread(target=reader.join, daemon=True)
             joiner.start()
             joiner.join(_JOIN_TIMEOUT_S)
@@ -268,19 +268,20 @@ def _batches(
 def _read_from_storage(dataset: Dataset, columns: Sequence[Column]) -> list[str] | None:
     """Patterns of the fields to read, or None for all."""
     if dataset.options.get("transform_spec") is not None:
-        return None  # any of them may go into the transform
+        return None  # the transform may use any of them
     names = {column.name for column in columns}
     if (predicate := dataset.options.get("predicate")) is not None:
         names |= set(predicate.get_fields())
-    # No field may be chosen by a longer name that begins with its own: patterns with both ends.
+    # Anchored at both ends, so that a name does not also choose the longer names that begin with it.
     return [f"^{re.escape(name)}$" for name in sorted(names)]
 
 
 def _complete(reader: Any, beat: Callable[[], None]) -> Iterator[Any]:
-    """Everything that the reader has.
+    """Everything that the reader gives.
 
-    petastorm ends a reading when its workers are idle and then the last row group was handed out: one that was handed out
-    between these two looks is lost to it. It comes when the reader is asked again, for by then everything was handed out.
+    petastorm stops when it finds its workers idle and then finds that the last row group was handed out. A row group
+    that is handed out between these two checks is missed. It comes when the reader is asked again, since by then
+    everything has been handed out.
     """
     for _ in range(2):
         for item in reader:
@@ -289,7 +290,7 @@ def _complete(reader: Any, beat: Callable[[], None]) -> Iterator[Any]:
 
 
 def _groups(items: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    """Row groups of make_batch_reader, each value an array of (rows, ...), cut to batches."""
+    """Row groups of make_batch_reader, each value an array of (rows, ...), cut into batches."""
     for group in items:
         values = group._asdict()
         rows = len(next(iter(values.values())))
@@ -300,7 +301,7 @@ def _groups(items: Iterator[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _chunks(items: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    """Rows of make_reader, gathered to lists by field."""
+    """Rows of make_reader, gathered into lists by field."""
     rows: list[Any] = []
     num_bytes = 0
     for row in items:

@@ -34,7 +34,7 @@ class UnischemaField:
     nullable: bool
     """Whether values may be missing."""
     codec: Codec | None
-    """How a value is stored; "none" as Parquet has it; None for a codec that is not known."""
+    """How a value is stored; "none": as Parquet stores it; None: the codec is not known."""
     codec_name: str
     """The codec's class, for messages; an image codec with its format."""
 
@@ -46,7 +46,7 @@ class Unischema:
     name: str
     """What the writer called the schema."""
     fields: tuple[UnischemaField, ...]
-    """At least one."""
+    """The fields, at least one."""
 
 
 def read_metadata(data: bytes, *, where: str) -> tuple[Unischema, frozenset[str]]:
@@ -168,7 +168,7 @@ def _allowed(found: Global) -> bool:
 
 
 class _Reader:
-    """Matches records against what petastorm writes; `where` is for messages."""
+    """Compares records with what petastorm writes; `where` is for messages."""
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -231,7 +231,7 @@ class _Reader:
         )
 
     def _field_values(self, value: Any) -> tuple[Any, ...]:
-        """Return name, dtype, shape, codec and nullable of a pickled namedtuple, in each of its spellings."""
+        """Return name, dtype, shape, codec and nullable of a namedtuple, in whichever way it was pickled."""
         if not isinstance(value, Made):
             raise self._unlike("a field is no UnischemaField")
         given: Any = value.arguments
@@ -274,7 +274,7 @@ class _Reader:
         return int(np.frombuffer(data, dtype)[0])
 
     def _plain_dtype(self, value: Any) -> np.dtype[Any] | None:
-        """Return the numpy dtype of a pickled one, None for what is none."""
+        """Return the numpy dtype of a pickled dtype; None for anything else."""
         if not isinstance(value, Made) or value.function != Global("numpy", "dtype") or not value.arguments:
             return None
         code = value.arguments[0]

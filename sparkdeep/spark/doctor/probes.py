@@ -43,7 +43,7 @@ class Look:
     port: int
     token: bytes = field(repr=False)
     certificate: bytes = b""
-    """See `channel.Address`."""
+    """See `plans.Address`."""
 
 
 def package_versions() -> dict[str, str]:
