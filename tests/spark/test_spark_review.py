@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from functools import partial
@@ -14,6 +13,7 @@ from spark_models import estimator, weights
 from torch import nn
 
 from sparkdeep import CheckpointError, ConfigError, DataError, ReplicaLostError
+from sparkdeep.spark import training
 
 pytestmark = pytest.mark.spark
 
@@ -51,20 +51,15 @@ def test_resuming_with_another_optimizer_is_refused_with_both_and_the_same_call_
     assert fresh.fit(blobs).history[0].round == 1
 
 
-class GivesUp(logging.Handler):
-    """Touches a file when the log tells that ingest had no slots in time; it is the clean-up that waits for them then."""
-
-    def __init__(self, sign):
-        super().__init__()
-        self.sign = sign
-
-    def emit(self, record):
-        if record.getMessage().startswith("ingest, attempt 1 of 1 failed"):
-            self.sign.touch()
-
-
-def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tmp_path):
+def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tmp_path, monkeypatch):
     given_up = tmp_path / "given up"
+    clean = training.clean_executors
+
+    def told(*arguments, **options):
+        given_up.touch()  # the slots are held for a moment more, so that the clean-up waits for them
+        return clean(*arguments, **options)
+
+    monkeypatch.setattr(training, "clean_executors", told)
 
     def hog(batches):
         numbers = [row.as_py() for batch in batches for row in batch.column(0)]
@@ -82,14 +77,11 @@ def test_slots_that_others_hold_are_waited_for_until_a_deadline(spark, blobs, tm
         assert time.monotonic() < deadline
         time.sleep(0.1)
     began = time.monotonic()
-    handler = GivesUp(given_up)
-    logging.getLogger("sparkdeep").addHandler(handler)
     try:
         with pytest.raises(ReplicaLostError, match=r"(?s)ingest had no running task for 1 s.*open_timeout_s"):
             estimator(open_timeout_s=1.0, max_retries=0).fit(blobs)
-        assert given_up.exists(), "the slots were held until then"
+        assert given_up.exists()
     finally:
-        logging.getLogger("sparkdeep").removeHandler(handler)
         given_up.touch()
         busy.join()
     assert time.monotonic() - began < 90  # the clean-up waited for slots too, under its own deadline
