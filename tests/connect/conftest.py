@@ -14,6 +14,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_NEIGHBOURS, *filter(None, [os.envi
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+# A JVM that lives for minutes: compiling well costs it more than it gains.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 sys.path[1:1] = [str(_HERE.parent / "jobs"), str(_HERE.parent / "spark")]
 
 # The server's own settings: a client may not set them.
