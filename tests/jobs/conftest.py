@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from paths import BENCHMARKS, JOBS, for_executors
 
 for_executors(Path(__file__).parent, JOBS, BENCHMARKS)
-# JVMs that live for a minute, here and in the programs that tests start: compiling well costs them more than it gains.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 # Before the JVM starts: workers are forked with torch imported, and the UI answers on a port that is free.
 _SUBMIT = (
