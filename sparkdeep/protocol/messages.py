@@ -2,7 +2,7 @@
 
 A round, seen from the replica:
 
-    driver -> train (RoundSpec; body: parameters, buffers)     replica -> beat ... (progress)
+    driver -> train (Order; body: parameters, buffers)         replica -> beat ... (progress)
     replica -> update (Update: the header, admitted first;     replica -> saved (its state is on disk, if promised)
         body: vector, buffers, checksum)
 
@@ -61,6 +61,11 @@ class Hello:
     """Of its shard, order included."""
     shard: str
     """"" when it can read its shard, else what is wrong with it."""
+
+    @property
+    def who(self) -> str:
+        """The replica with its host and process, for messages."""
+        return f"replica {self.replica} on {self.host} (process {self.pid})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

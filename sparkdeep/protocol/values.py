@@ -10,7 +10,7 @@ from torch import Tensor
 from sparkdeep.protocol.messages import Saved, Update
 from sparkdeep.protocol.plans import RoundSpec
 
-__all__ = ["Globals", "RoundResult", "RoundWork", "Traffic"]
+__all__ = ["Globals", "RoundResult", "RoundWork", "Traffic", "mean_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +86,9 @@ class RoundResult:
     """Whether nobody counts, and all replicas are where they were before the round."""
     arrivals: list[list[int]] = field(default_factory=list)
     """With `asynchronous`: [replica, staleness] in the order in which replicas came in."""
+
+
+def mean_loss(updates: Sequence[Update]) -> float:
+    """Of all steps of a round, by their weights; NaN where nobody counts."""
+    weight = sum(update.weight for update in updates)
+    return sum(update.loss_sum for update in updates) / weight if weight else float("nan")

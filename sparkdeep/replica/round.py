@@ -7,17 +7,17 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import TRIAL_BYTES, Update, field, parse
+from sparkdeep.protocol.messages import TRIAL_BYTES, Saved, Update, field, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.refusals import MAX_SECTIONS
 from sparkdeep.protocol.wire import Frame
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.overlapping import AbandonedError, Courier, Pace
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.ring import Ring
@@ -42,25 +42,11 @@ def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
         states.write(round_number, data)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Order:
-    """A round that was ordered, its parameters taken in."""
-
-    spec: RoundSpec
-    ahead: RoundSpec | None
-    sections: list[str]
-    inner: torch.Tensor
-    buffers: bytes
-    n_fetch: int = 0
-    n_push: int = 0
-    """Local steps between fetches and pushes; 0: the round is synchronous."""
-
-
 @final
 class _Rendezvous:
     """The stage's meeting on the driver, through this replica's own connection."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: ReplicaLink) -> None:
         self._channel = channel
 
     def put(self, key: str, value: bytes) -> None:
@@ -89,7 +75,7 @@ class ReplicaRounds:
         keep: whether to keep it after every round.
     """
 
-    def __init__(self, channel: Channel, replica: Replica, states: StateFiles, *, keep: bool) -> None:
+    def __init__(self, channel: ReplicaLink, replica: Replica, states: StateFiles, *, keep: bool) -> None:
         self._channel = channel
         self._replica = replica
         self._states = states
@@ -129,18 +115,16 @@ class ReplicaRounds:
 
     def run(self, frame: Frame) -> Frame | None:
         """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
-        if self.ring is not None and not field(frame.header, "ring", bool):
-            self.ring.close()  # it was tried, and the star was faster
-            self.ring = None
-        order = self._take(frame, None)
+        order, inner, buffers = self._take(frame, None)
+        assert order.spec is not None
         replica = self._replica
-        replica.catch_up(field(frame.header, "clock", int))
-        self._before = (order.spec, replica.save_state()) if field(frame.header, "may_undo", bool) else None
-        replica.begin_round(order.buffers)
+        replica.catch_up(order.clock)
+        self._before = (order.spec, replica.save_state()) if order.may_undo else None
+        replica.begin_round(buffers)
         replica.exchange.arrived()
-        replica.load_inner_state(order.sections, order.inner)
+        replica.load_inner_state(order.sections, inner)
         try:
-            result = self._result(order)
+            result = self._result(order, order.spec)
         except AbandonedError:
             self.go_back(self._channel.undone)
             return None
@@ -153,13 +137,12 @@ class ReplicaRounds:
         if (told := self._channel.undone) is not None:
             self.go_back(told)
             return None
-        began = time.perf_counter()
-        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        self._report(order.spec.round)
         return None
 
-    def _result(self, order: _Order) -> LocalResult:
+    def _result(self, order: Order, spec: RoundSpec) -> LocalResult:
         """Do the round; one that may be undone is broken off when the driver says so, and goes back if it is not finite."""
-        replica, spec = self._replica, order.spec
+        replica = self._replica
         if spec.skip:
             replica.skip(spec)
             return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
@@ -200,14 +183,14 @@ class ReplicaRounds:
         self._replica.forget_logged()
         self._replica.skip(spec)
 
-    def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:
+    def _go_on(self, order: Order, result: LocalResult) -> Frame | None:
         """Deliver updates while the rounds after them are trained, until none is to be begun ahead."""
         replica = self._replica
         while order.ahead is not None:
             result = result.encoded()  # what the code loses belongs to the state of this round
             state = replica.save_state()
             self._pace.reach(0.0)
-            courier = Courier(self._errand(order, result, state), lambda back: isinstance(back, Frame))
+            courier = Courier(self._errand(order.ahead, result, state), lambda back: isinstance(back, Frame))
             try:
                 replica.begin_round(None)
                 result = replica.train(order.ahead, self._between(courier))
@@ -222,11 +205,10 @@ class ReplicaRounds:
             replica.exchange.arrived()
             order = back
         self._channel.update(result)
-        began = time.perf_counter()
-        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        self._report(result.update.round)
         return None
 
-    def _between(self, courier: Courier[_Order | Frame]) -> Callable[[float], None]:
+    def _between(self, courier: Courier[Order | Frame]) -> Callable[[float], None]:
         def between(share: float) -> None:
             self._pace.reach(share)
             if share == 1.0:
@@ -235,26 +217,29 @@ class ReplicaRounds:
 
         return between
 
-    def _errand(self, order: _Order, result: LocalResult, state: bytes) -> Callable[[], _Order | Frame]:
+    def _errand(self, ahead: RoundSpec, result: LocalResult, state: bytes) -> Callable[[], Order | Frame]:
         """Send an update, keep the state after it, and take in the next order."""
 
-        def errand() -> _Order | Frame:
+        def errand() -> Order | Frame:
             self._channel.update(result, pace=self._pace)
-            self._report(order.spec.round, state if self._keep else b"", time.perf_counter())
+            self._report(result.update.round, state)
             frame = self._channel.command()
             if frame.kind != "train":
                 return frame
-            following = self._take(frame, self._pace)
-            if following.spec != order.ahead:
-                raise ProtocolError(f"{order.ahead} was begun ahead, but the driver orders {following.spec}.")
+            following, _, _ = self._take(frame, self._pace)
+            if following.spec != ahead:
+                raise ProtocolError(f"{ahead} was begun ahead, but the driver orders {following.spec}.")
             return following
 
         return errand
 
-    def _report(self, round_number: int, data: bytes, began: float) -> None:
-        if data:
+    def _report(self, round_number: int, state: bytes | None = None) -> None:
+        """The replica's part of a round is done; `state`: after it, if it was saved already."""
+        began, data = time.perf_counter(), b""
+        if self._keep:
+            data = self._replica.save_state() if state is None else state
             keep_state(self._states, round_number, data)
-        self._channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
+        self._channel.send("saved", to_header(Saved(bytes=len(data), seconds=time.perf_counter() - began)))
 
     def _add_up(self, result: LocalResult) -> None:
         """Send the header; once all are admitted, take part in the sum and send this replica's part of the mean."""
@@ -278,40 +263,28 @@ class ReplicaRounds:
             # The next round starts from the mean: it is here before the driver could send it.
             self.ring.gather(part, self._replica.exchange.known)
 
-    def _take(self, frame: Frame, pace: Pace | None) -> _Order:
-        """Read an order's body: parameters, averaged optimizer state, buffers."""
-        channel, replica, header = self._channel, self._replica, frame.header
-        exchange = replica.exchange
-        spec = parse(RoundSpec, field(header, "spec", dict[str, Any]))
-        if min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or (
-            spec.num_steps == 0 and not spec.own_clock
-        ):
-            raise ProtocolError(f"the driver orders {spec}, which is no round.")
-        if field(header, "previous", bool):
+    def _take(self, frame: Frame, pace: Pace | None) -> tuple[Order, torch.Tensor, bytes]:
+        """An order, once its parameters were taken in; with the averaged optimizer state and the buffers that follow them."""
+        channel, replica, exchange = self._channel, self._replica, self._replica.exchange
+        order = Order.of(frame.header)
+        if order.spec is None:
+            raise ProtocolError("the driver orders a round, and does not say which.")
+        if self.ring is not None and not order.in_ring:
+            self.ring.close()  # it was tried, and the star was faster
+            self.ring = None
+        if self.ring is None and order.in_ring:
+            raise ProtocolError("the driver orders a round of a ring that was not formed.")
+        if order.previous:
             channel.read_vector(exchange.known)
-        if field(header, "held", bool):
-            pass  # the last round's mean, which was handed round
-        elif field(header, "encoded", bool):
+        if order.parameters == "change":
             channel.read_change(exchange, pace)
-        elif field(header, "ring", bool):
-            if self.ring is None:
-                raise ProtocolError("the driver orders a round of a ring that was not formed.")
+        elif order.parameters == "whole":
+            channel.read_vector(exchange.arriving, pace)
+        elif order.parameters == "part":
+            assert self.ring is not None
             start, stop = self.ring.bounds(replica.layout.numel)
             channel.read_vector(exchange.arriving[start:stop])
             self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
-        else:
-            channel.read_vector(exchange.arriving, pace)
-        sections: list[str] = field(header, "sections", list[str])
-        if len(sections) > MAX_SECTIONS:
-            raise ProtocolError(f"the driver averages {len(sections)} optimizer states; at most {MAX_SECTIONS} exist.")
-        inner = replica.layout.empty(len(sections))
+        inner = replica.layout.empty(len(order.sections))
         channel.read_vector(inner)
-        return _Order(
-            spec=spec,
-            ahead=None if field(header, "ahead", Any) is None else parse(RoundSpec, header["ahead"]),
-            sections=sections,
-            inner=inner,
-            buffers=channel.read_bytes(field(header, "buffer_bytes", int)),
-            n_fetch=field(header, "n_fetch", int),
-            n_push=field(header, "n_push", int),
-        )
+        return order, inner, channel.read_bytes(order.buffer_bytes)

@@ -3,29 +3,95 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from sparkdeep import seams
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
-from sparkdeep.models.program import unpack_program
+from sparkdeep.models.program import Program, unpack_program
 from sparkdeep.protocol.messages import Failure, Hello, Open, field
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import ReplicaPlan
 from sparkdeep.protocol.wire import ConnectionLostError, Frame
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.round import ReplicaRounds, keep_state
-from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.storage.state_files import StateFiles, own_files
 from sparkdeep.tensors.state_dicts import pack
+from sparkdeep.versions import versions
 
-__all__ = ["open_replica", "serve"]
+__all__ = ["Place", "live", "open_replica", "serve"]
 
 
-def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: StateFiles) -> None:
-    """Answer the driver until it says stop.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a replica is."""
+
+    replica: int
+    host: str
+    device: str
+    shard: Path
+    problem: str = ""
+    """"" or why the shard cannot be used here."""
+    state_dir: Path
+
+
+def live(
+    link: ReplicaLink,
+    place: Place,
+    *,
+    run: str,
+    stage: str,
+    plan: Callable[[], ReplicaPlan],
+    open_program: Callable[[bytes], Program] = unpack_program,
+) -> Replica | None:
+    """Say hello, and answer the driver until it says stop; see `serve` for what is raised.
+
+    Args:
+        link: to the driver.
+        place: where the replica is.
+        run: which it belongs to.
+        stage: likewise.
+        plan: what it is made from; asked for when the driver has let it in.
+        open_program: makes the user's objects.
+    """
+    with ExitStack() as stack:
+        shard = None
+        if not place.problem:
+            with own_files("it opened the shard"):
+                shard = stack.enter_context(closing(Shard.open(place.shard)))
+        hello = Hello(
+            run=run,
+            stage=stage,
+            replica=place.replica,
+            host=place.host,
+            pid=os.getpid(),
+            device=place.device,
+            versions=versions(),
+            rows=shard.info.rows if shard else {},
+            digest=shard.info.digest if shard else "",
+            shard=place.problem,
+        )
+        if shard is None:
+            link.introduce(hello)  # the driver refuses it, and makes new shards where replicas run
+            return None
+        own = shard
+
+        def build() -> Replica:
+            return open_replica(plan(), link, own, place, open_program)
+
+        return serve(link, hello, build, StateFiles(place.state_dir, stage))
+
+
+def serve(channel: ReplicaLink, hello: Hello, build: Callable[[], Replica], states: StateFiles) -> Replica:
+    """Answer the driver until it says stop; returns the replica as it is then.
 
     A failure of the user's code, or of ours, is reported with its traceback before it is raised.
 
@@ -50,7 +116,7 @@ def serve(channel: Channel, hello: Hello, build: Callable[[], Replica], states: 
                     replica.catch_up(field(frame.header, "clock", int))
                     keep_state(states, field(frame.header, "save", int), replica.save_state())
                 channel.send("bye")
-                return
+                return replica
             if frame.kind == "train":
                 frame = rounds.run(frame)
                 continue
@@ -76,19 +142,21 @@ def _cause(error: Exception) -> str:
     return "ours" if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError) else "user"
 
 
-def _obey(channel: Channel, replica: Replica, rounds: ReplicaRounds, frame: Frame) -> None:
+def _obey(channel: ReplicaLink, replica: Replica, rounds: ReplicaRounds, frame: Frame) -> None:
     kind, header = frame.kind, frame.header
     if kind == "evaluate":
+        order = Order.of(header)
         # What the next round starts from may not be overwritten where it is not sent whole.
         follows = replica.exchange.overlap or replica.exchange.down.lossy
         parameters = replica.layout.empty() if follows else replica.exchange.known
         channel.read_vector(parameters)
-        replica.load_for_scoring(parameters, channel.read_bytes(field(header, "buffer_bytes", int)))
+        channel.read_vector(replica.layout.empty(len(order.sections)))  # averaged optimizer state scores nothing
+        replica.load_for_scoring(parameters, channel.read_bytes(order.buffer_bytes))
         channel.send("scores", {}, pack(replica.evaluate()))
     elif kind == "undo":
         rounds.go_back(field(header, "round", int))
     elif kind == "state":
-        replica.catch_up(field(header, "clock", int))
+        replica.catch_up(Order.of(header).clock)
         channel.send("state", {}, replica.save_state())
     elif kind == "probe":
         channel.send("probed", {}, channel.read_bytes(frame.body_bytes))
@@ -117,7 +185,13 @@ def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) ->
     return "fresh" if answer.state == "fresh" else "reset"
 
 
-def open_replica(plan: ReplicaPlan, channel: Channel, shard: Shard, *, number: int, device: torch.device) -> Replica:
+def open_replica(
+    plan: ReplicaPlan,
+    link: ReplicaLink,
+    shard: Shard,
+    place: Place,
+    open_program: Callable[[bytes], Program] = unpack_program,
+) -> Replica:
     """Build a replica from the plan; the user's model is made here."""
-    program = unpack_program(plan.program)
-    return Replica(program, plan.settings, plan.schema, shard, number=number, device=device, beat=channel.beat)
+    program, device = open_program(plan.program), torch.device(place.device)
+    return Replica(program, plan.settings, plan.schema, shard, number=place.replica, device=device, beat=link.beat)

@@ -11,7 +11,7 @@ import torch
 from sparkdeep.errors import ProtocolError
 from sparkdeep.protocol.messages import Visit
 from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.update import LocalResult
 
@@ -34,7 +34,7 @@ class ReplicaWindow:
         n_push: steps between pushes.
     """
 
-    def __init__(self, channel: Channel, replica: Replica, *, n_fetch: int, n_push: int) -> None:
+    def __init__(self, channel: ReplicaLink, replica: Replica, *, n_fetch: int, n_push: int) -> None:
         if n_fetch < 1 or n_push < 1:
             raise ProtocolError(f"the driver orders a fetch every {n_fetch} steps, and a push every {n_push}.")
         self._channel = channel

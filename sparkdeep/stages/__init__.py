@@ -10,7 +10,7 @@
 - `line.py`: one replica's connection, as the driver sees it
 - `meeting.py`: where the replicas of a stage tell each other how they can be reached: on the driver, through their own connections
 - `opener.py`: when stages open and close
-- `ring.py`: where the replicas of a ring find each other
+- `ring.py`: the ring at the driver: replicas add up, and each sends its part of the mean
 - `staffing.py`: how many replicas the next stage has
 - `stage.py`: the driver's end of one open stage
 - `star.py`: the star: every replica is sent the parameters by the driver, which adds their updates up as they arrive

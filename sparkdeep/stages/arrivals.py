@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Final, final
+from dataclasses import replace
+from typing import Final, final
 
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError
 from sparkdeep.optim.asynchronous import Turns, Window
 from sparkdeep.protocol.messages import Update, Visit, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.refusals import check_update, not_finite
 from sparkdeep.protocol.wire import Buffer, Frame
 from sparkdeep.stages.admission import Admission
@@ -53,11 +55,11 @@ class Arrivals:
         """[replica, staleness] in the order of arrival."""
         return self._turns.log
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """How often to come in, and the parameters at the window's start."""
         del replica
         rule = self._window.rule
-        return {"n_fetch": rule.n_fetch, "n_push": rule.n_push}, [raw_bytes(self._begin)]
+        return replace(order, n_fetch=rule.n_fetch, n_push=rule.n_push), [raw_bytes(self._begin)]
 
     def take(self, line: Line, admission: Admission) -> Taken | None:
         """Serve a replica until its window ends; its update's vector is its last push."""
@@ -74,7 +76,9 @@ class Arrivals:
                 self._turns.leave(replica)
                 self._news.notify_all()
         else:
-            buffers = line.read_update(frame, update, room)
+            body = line.body(frame, update, raw_bytes(room).nbytes)
+            body.fill(room)
+            buffers = body.buffers(update.buffer_bytes)
             last = Visit(round=update.round, steps=update.steps, pushes=True, fetches=False, finite=True)
             self._come(replica, last, room, last=True)
         admission.enter(replica, host, update)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, final
 
 from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import Saved, Update, parse
+from sparkdeep.protocol.messages import Saved, Update, parse, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.refusals import common_sections
-from sparkdeep.protocol.values import RoundResult, Traffic
+from sparkdeep.protocol.values import RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Collector, Round
@@ -76,24 +76,18 @@ class Gathering:
         """The header and the bodies of a replica's order."""
         given = self._given
         start, previous = given.start, given.start.previous if given.fresh else None
-        own, parameters = self._collector.order(replica)
-        header = {
-            "spec": asdict(given.work.specs[replica]),
-            "clock": given.work.clocks[replica],
-            "may_undo": given.plane.terms.may_undo,
-            "ahead": asdict(given.ahead) if given.ahead is not None else None,
-            "sections": start.sections,
-            "buffer_bytes": len(self._buffers),
-            "previous": previous is not None,
-            "encoded": False,
-            "held": False,
-            "ring": False,
-            "n_fetch": 0,
-            "n_push": 0,
-            **own,
-        }
+        order = Order(
+            spec=given.work.specs[replica],
+            clock=given.work.clocks[replica],
+            ahead=given.ahead,
+            may_undo=given.plane.terms.may_undo,
+            previous=previous is not None,
+            sections=start.sections,
+            buffer_bytes=len(self._buffers),
+        )
+        order, parameters = self._collector.order(replica, order)
         before = [] if previous is None else [raw_bytes(previous)]
-        return header, [*before, *parameters, raw_bytes(start.inner), self._buffers]
+        return to_header(order), [*before, *parameters, raw_bytes(start.inner), self._buffers]
 
     def _prepare(self, updates: list[Update]) -> None:
         seams.reach("average", round_number=self._given.work.round)
@@ -110,19 +104,18 @@ class Gathering:
         """The mean, once every replica's exchange has ended well."""
         updates = self._admission.updates
         start, count = self._given.start, self._given.num_replicas
-        total_weight = sum(self._weights)
         mean, pooled = start.parameters if start.base is None else start.base, start.buffers
-        if total_weight:
+        if any(self._weights):
             mean = self._collector.result()
             buffers_of = [self._received.get(i, start.buffers) for i in range(count)]
-            pooled = pool_buffers(buffers_of, self._weights, self._given.plane.layout.variance_of)
-        numel = self._given.plane.layout.numel
+            pooled = pool_buffers(buffers_of, self._weights, self._given.plane.averaging.layout.variance_of)
+        numel = self._given.plane.averaging.layout.numel
         return RoundResult(
             mean=mean[:numel],
             buffers=pooled,
             sections=self._sections,
             inner=mean[numel:],
-            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
+            loss=mean_loss(updates),
             updates=updates,
             saved=[self._saved[i] for i in range(count)],
             seconds=seconds,

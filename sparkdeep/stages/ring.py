@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from sparkdeep.protocol.messages import Update, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
@@ -36,15 +38,15 @@ class Ring:
     @property
     def held(self) -> bool:
         """Whether replicas hand the mean round, as the next round starts from it: averaging has nothing to do to it."""
-        return not self._given.plane.wide and not self._num_sections and bool(self._weights)
+        return not self._given.plane.averaging.wide and not self._num_sections and bool(self._weights)
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """The replica's part of the parameters, unless all of them are there."""
         given = self._given
         if given.held:
-            return {"ring": True, "held": True}, []
-        start, stop = Partition(given.plane.layout.numel, given.num_replicas).bounds(replica)
-        return {"ring": True}, [raw_bytes(given.start.parameters[start:stop])]
+            return replace(order, parameters="held"), []
+        start, stop = Partition(given.plane.averaging.layout.numel, given.num_replicas).bounds(replica)
+        return replace(order, parameters="part"), [raw_bytes(given.start.parameters[start:stop])]
 
     def take(self, line: Line, admission: Admission) -> Taken | None:
         """See `Collector`: its buffers come with the header, and its part once all headers are admitted."""
@@ -52,7 +54,7 @@ class Ring:
         assert frame is not None, "nobody gives up"
         update = parse(Update, frame.header)
         line.waiting = True
-        buffers = line.read_buffers(frame, update)
+        buffers = line.body(frame, update, 0).buffers(update.buffer_bytes)
         admission.enter(line.hello.replica, line.hello.host, update)
         line.waiting = False
         line.send("reduce", {"weights": self._weights, "sections": self._num_sections, "hold": self.held})
@@ -64,11 +66,11 @@ class Ring:
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
         """What replicas are to be told of the sum."""
-        plane = self._given.plane
+        plane, layout = self._given.plane, self._given.plane.averaging.layout
         weights = [update.weight for update in updates]
         self._weights = reduced_weights(weights) if any(weights) else []
         self._num_sections = num_sections
-        self._mean = plane.vector((1 + num_sections) * plane.layout.numel, plane.layout.dtype)
+        self._mean = plane.vector((1 + num_sections) * layout.numel, layout.dtype)
 
     def result(self) -> Tensor:
         """The mean, of which every replica has sent a part."""

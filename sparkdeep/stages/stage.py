@@ -11,6 +11,7 @@ from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
 from sparkdeep.protocol.messages import Hello, Open, Opened, parse, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
@@ -231,7 +232,7 @@ class Stage:
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""
         buffers = pack_tensors(model.buffers)
-        header = {"sections": [], "buffer_bytes": len(buffers)}
+        header = to_header(Order(buffer_bytes=len(buffers)))
 
         def score(replica: int) -> dict[str, Any]:
             line = self._settled(replica)
@@ -245,7 +246,7 @@ class Stage:
 
         def ask(replica: int) -> bytes:
             line = self._settled(replica)
-            line.send("state", {"clock": clocks[replica]})
+            line.send("state", to_header(Order(clock=clocks[replica])))
             return line.answer("state")
 
         return self._all(ask)

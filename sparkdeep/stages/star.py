@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
-from sparkdeep.optim.aggregators import aggregator_of, shares_of
 from sparkdeep.protocol.messages import Update, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer, Frame
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
@@ -34,13 +35,13 @@ class Star:
         self._total: Combining | None = None
         self.log: list[list[int]] = []
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """What changed, for replicas that know the parameters of the round before, or all parameters."""
         del replica
         start = self._given.start
         if start.encoded is None or self._given.fresh:
-            return {}, [raw_bytes(start.parameters)]
-        return {"encoded": True}, [start.encoded]
+            return order, [raw_bytes(start.parameters)]
+        return replace(order, parameters="change"), [start.encoded]
 
     def take(self, line: Line, admission: Admission) -> Taken | None:
         """See `Collector`; a replica that the round closes without goes back to where it began."""
@@ -63,24 +64,16 @@ class Star:
 
     def _add(self, line: Line, frame: Frame, update: Update) -> dict[str, Tensor]:
         assert self._total is not None
-        plane = self._given.plane
-        return line.add_update(
-            frame, update, self._total, plane.codec, dtype=plane.layout.dtype, check=self._given.check
-        )
+        averaging = self._given.plane.averaging
+        body = line.body(frame, update, averaging.vector_bytes(update))
+        return averaging.add(self._total, update, body, self._given.check)
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
         """Make what the bodies are added to."""
-        plane, start = self._given.plane, self._given.start
-        dtype = torch.float64 if plane.wide else plane.layout.dtype
-        mean = plane.vector((1 + num_sections) * plane.layout.numel, dtype)
-        self._total = aggregator_of(plane.aggregator).taking(
-            shares_of(updates, self._given.work.rows, plane.weighting),
-            layout=plane.layout,
-            start=start.parameters,
-            base=start.base,
-            out=mean,
-            plain=plane.embeddings,
-        )
+        plane, averaging = self._given.plane, self._given.plane.averaging
+        dtype = torch.float64 if averaging.wide else averaging.layout.dtype
+        mean = plane.vector((1 + num_sections) * averaging.layout.numel, dtype)
+        self._total = averaging.total(updates, self._given.start, self._given.work.rows, mean)
 
     def result(self) -> Tensor:
         """The mean."""

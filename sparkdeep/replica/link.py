@@ -16,12 +16,13 @@ from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Visit, fie
 from sparkdeep.protocol.plans import Address
 from sparkdeep.protocol.tls import TlsSocket, client_context
 from sparkdeep.protocol.wire import Buffer, Connection, ConnectionLostError, Frame
+from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.overlapping import Pace
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, checksummed, chunks_of
 from sparkdeep.tensors.parameters import raw_bytes
 
-__all__ = ["Channel", "LogStream"]
+__all__ = ["LogStream", "ReplicaLink"]
 
 # The driver gives a sign of life every few seconds while a replica waits; this long without one means that it is gone.
 DRIVER_SILENCE_S = 120.0
@@ -30,21 +31,21 @@ _PIECE_BYTES = 1 << 20
 
 
 @final
-class Channel:
-    """A replica's connection to the coordinator.
+class ReplicaLink:
+    """A replica's connection to the driver: to the coordinator, or by letter.
 
     Raises (all methods):
         ConnectionLostError: the driver is gone or silent.
         ProtocolError: it said something that does not belong here.
     """
 
-    def __init__(self, connection: Connection, driver_host: str = "") -> None:
+    def __init__(self, connection: Connection | Letter, driver_host: str = "") -> None:
         self._connection = connection
         self._driver_host = driver_host
         self._undo: int | None = None
 
     @classmethod
-    def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> Channel:
+    def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> ReplicaLink:
         """Connect to the coordinator, trying again until `connect_timeout_s` is over.
 
         Raises:
@@ -239,10 +240,11 @@ def _dial_port(address: Address, timeout_s: float) -> socket.socket | TlsSocket:
     )
 
 
+@final
 class LogStream(io.TextIOBase):
     """A text stream whose lines travel to the driver."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: ReplicaLink | Letter) -> None:
         self._channel = channel
         self._line = ""
         self._lock = threading.Lock()
@@ -261,3 +263,8 @@ class LogStream(io.TextIOBase):
 
     def flush(self) -> None:
         """Lines go out when they are complete; half a line waits."""
+
+    def end(self) -> None:
+        """Half a line goes out too."""
+        if self._line:
+            self.write("\n")
