@@ -66,22 +66,25 @@ def obey(
             raise
         raise failed(parse(Failure, failure), parse(Hello, letter.said["hello"])) from error
     header |= letter.said
-    if job.exchange is None or job.kind != "train":
+    if job.exchange is None:
         return Reply(header=header, bodies=letter.bodies)
     assert replica is not None, "a letter lets in no replica without a shard"
-    return _exchanged(job, place, letter, replica, header, check)
-
-
-def _exchanged(
-    job: Job, place: Place, letter: Letter, replica: Replica, header: dict[str, Any], check: Callable[[], None]
-) -> Reply:
-    """Lay the update down; the first replica gives the mean of all as its body."""
-    assert job.exchange is not None
-    assert job.order.spec is not None
     exchange = Exchange(job.exchange, job.run, job.name)
-    exchange.put(place.replica, place.host, parse(Update, letter.said["update"]), b"".join(letter.bodies))
+    exchange.put(place.replica, place.host, parse(Update, header["update"]), b"".join(letter.bodies))
     if place.replica != 0:
         return Reply(header=header)
+    return _averaged(exchange, job, letter, replica, header, check)
+
+
+def _averaged(
+    exchange: Exchange,
+    job: Job,
+    letter: Letter,
+    replica: Replica,
+    header: dict[str, Any],
+    check: Callable[[], None],
+) -> Reply:
+    """The first replica's reply: it has the mean of all updates that are laid down as its body."""
 
     def watch() -> None:
         letter.try_send("beat")
@@ -89,7 +92,7 @@ def _exchanged(
 
     updates, hosts = exchange.headers(len(job.facts), timeout_s=job.timeout_s, check=watch)
     try:
-        check_updates(updates, hosts, job.order.spec.round)
+        check_updates(updates, hosts, header["update"]["round"])
     except NonFiniteError:
         return Reply(header=header)  # the driver sees the same headers, and refuses the round by name
     if not any(update.weight for update in updates):

@@ -202,6 +202,22 @@ class ReplicaLink:
             check=self._listen,
         )
 
+    def put(self, key: str, value: bytes) -> None:
+        """Store a value where the replicas of the stage meet."""
+        self.send("put", {"key": key, "value": value.decode("latin-1")})
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value there, and give it."""
+        self.send("get", {"key": key})
+        frame = self.command()
+        if frame.kind != "value":
+            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
+        value: str = field(frame.header, "value", str)
+        try:
+            return value.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
+
     def fail(self, failure: Failure) -> None:
         """Last words; nobody may be listening any more."""
         try:

@@ -43,28 +43,6 @@ def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
 
 
 @final
-class _Rendezvous:
-    """The stage's meeting on the driver, through this replica's own connection."""
-
-    def __init__(self, channel: ReplicaLink) -> None:
-        self._channel = channel
-
-    def put(self, key: str, value: bytes) -> None:
-        self._channel.send("put", {"key": key, "value": value.decode("latin-1")})
-
-    def get(self, key: str) -> bytes:
-        self._channel.send("get", {"key": key})
-        frame = self._channel.command()
-        if frame.kind != "value":
-            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
-        value: str = field(frame.header, "value", str)
-        try:
-            return value.encode("latin-1")
-        except UnicodeEncodeError as error:
-            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
-
-
-@final
 class ReplicaRounds:
     """Does what `train` orders ask for.
 
@@ -98,7 +76,7 @@ class ReplicaRounds:
         if self.ring is not None:
             self.ring.close()
         self.ring = Ring(
-            _Rendezvous(self._channel),
+            self._channel,
             replica.number,
             size,
             host=self._channel.local_host,

@@ -27,7 +27,7 @@ from sparkdeep.storage.state_files import StateFiles, own_files
 from sparkdeep.tensors.state_dicts import pack
 from sparkdeep.versions import versions
 
-__all__ = ["Place", "live", "open_replica", "serve"]
+__all__ = ["Place", "live", "serve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,10 @@ def live(
         own = shard
 
         def build() -> Replica:
-            return open_replica(plan(), link, own, place, open_program)
+            parts = plan()
+            program, device = open_program(parts.program), torch.device(place.device)
+            number = place.replica
+            return Replica(program, parts.settings, parts.schema, own, number=number, device=device, beat=link.beat)
 
         return serve(link, hello, build, StateFiles(place.state_dir, stage))
 
@@ -183,15 +186,3 @@ def _restore(replica: Replica, answer: Open, sent: bytes, states: StateFiles) ->
             return "restored"
     replica.restart(answer.scheduler_steps)
     return "fresh" if answer.state == "fresh" else "reset"
-
-
-def open_replica(
-    plan: ReplicaPlan,
-    link: ReplicaLink,
-    shard: Shard,
-    place: Place,
-    open_program: Callable[[bytes], Program] = unpack_program,
-) -> Replica:
-    """Build a replica from the plan; the user's model is made here."""
-    program, device = open_program(plan.program), torch.device(place.device)
-    return Replica(program, plan.settings, plan.schema, shard, number=place.replica, device=device, beat=link.beat)

@@ -56,7 +56,7 @@ class JobReplicas:
 
     runner: JobRunner
     parts: FitParts
-    _state: RunState | None = field(default=None, init=False)
+    _state: RunState = field(init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
     _send_states: bool = field(default=True, init=False)
     _renew: bool = field(default=False, init=False)
@@ -106,21 +106,22 @@ class JobReplicas:
         """
         del ahead
         began = time.perf_counter()
-        assert self._state is not None
         what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)
         replies = self._run(self._job("train", start, work), what)
         hosts = [parse(Hello, reply.header["hello"]).host for reply in replies]
         updates = [parse(Update, reply.header["update"]) for reply in replies]
         sections = check_updates(updates, hosts, work.round)
+        parts = self.parts
+        averaging = Averaging(layout=parts.layout, codec=codec_named(parts.local.codec), wide=parts.wide)
         vector, buffers = start.parameters.to(torch.float64), start.buffers
         if any(update.weight for update in updates):
             if self.runner.exchange is not None:
                 vector, buffers = self._exchanged(replies[0], sections)
             else:
-                vector, buffers = self._averaging.mean(updates, lambda i: replies[i].body, start.base)
+                vector, buffers = averaging.mean(updates, lambda i: replies[i].body, start.base)
         self._send_states = False
         self._trained = (work.round, replies[0].header["job"])
-        numel = self.parts.layout.numel
+        numel = parts.layout.numel
         return RoundResult(
             mean=vector[:numel],
             buffers=buffers,
@@ -135,14 +136,8 @@ class JobReplicas:
             traffic=Traffic(sent_bytes=self._sent_bytes, received_bytes=sum(len(reply.body) for reply in replies)),
         )
 
-    @property
-    def _averaging(self) -> Averaging:
-        parts = self.parts
-        return Averaging(layout=parts.layout, codec=codec_named(parts.local.codec), wide=parts.wide)
-
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters as one job; one result a replica, in order."""
-        assert self._state is not None
         what = job_description("validation", self._state.committed, self._state.schedule.num_rounds)
         return [unpack_dict(reply.body) for reply in self._run(self._job("evaluate", model), what)]
 
@@ -151,15 +146,13 @@ class JobReplicas:
         del clocks
         if not self.runner.keeps_states:
             return []
-        assert self._state is not None
         what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
         return [reply.body for reply in self._run(self._job("state"), what)]
 
     def _job(
         self, kind: Literal["train", "evaluate", "state"], start: Globals | None = None, work: RoundWork | None = None
     ) -> Job:
-        assert self._state is not None
-        state, parts = self._state, self.parts
+        state, parts, settings = self._state, self.parts, self.parts.settings
         if state.committed == self._trained[0]:
             self._kept_by = self._trained[1]
         sent = self._sent() if start is not None else ()
@@ -186,7 +179,7 @@ class JobReplicas:
             schema=parts.plan.schema,
             facts=state.generation.shards,
             versions=versions(),
-            durable=parts.settings.replica_state == "durable",
+            durable=settings.replica_state == "durable",
             body=body,
             program=None if start is None else self.runner.ship("program", parts.plan.program),
             fixed=self.runner.ship("fixed", self._fixed) if self._fixed and start is not None else None,
@@ -194,7 +187,7 @@ class JobReplicas:
             exchange=exchange,
             wide=parts.wide,
             stale=self._stale(body) if exchange is not None else (),
-            timeout_s=self._timeout_s(),
+            timeout_s=settings.open_timeout_s + _PATIENCE * max(settings.stall_timeout_s, self._longest_s),
         )
 
     def _ordered(self, start: Globals, work: RoundWork | None, clock: int) -> tuple[Order, Parcel]:
@@ -213,7 +206,6 @@ class JobReplicas:
         return order, self.runner.ship("start", data)
 
     def _sent(self) -> tuple[Parcel, ...]:
-        assert self._state is not None
         snapshot = self._snapshot
         if not self._send_states or snapshot is None or snapshot.round != self._state.committed:
             return ()
@@ -224,11 +216,6 @@ class JobReplicas:
         """Earlier jobs' folders, but that of the mean from which the round starts."""
         names = start.names if isinstance(start, Stored) else ()
         return tuple(job for job in self._jobs if not any(f"/{job}/" in name for name in names))
-
-    def _timeout_s(self) -> float:
-        return self.parts.settings.open_timeout_s + _PATIENCE * max(
-            self.parts.settings.stall_timeout_s, self._longest_s
-        )
 
     def _run(self, job: Job, what: str) -> list[Reply]:
         began = time.monotonic()
