@@ -135,8 +135,8 @@ class Order:
         return self.parameters in {"part", "held"}
 
 
-def _round(told: dict[str, Any] | None) -> RoundSpec | None:
-    spec = None if told is None else RoundSpec(**told)
+def _round(header: dict[str, Any] | None) -> RoundSpec | None:
+    spec = None if header is None else RoundSpec(**header)
     if spec and (
         min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or not (spec.num_steps or spec.own_clock)
     ):

@@ -81,7 +81,7 @@ class RoundResult:
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Replicas that the round does not count, and why: "late", "nonfinite" or "rolled back"."""
     passed_over: Mapping[int, int] = field(default_factory=dict)
-    """Steps that they had taken, as far as they told."""
+    """Steps that they had taken, as far as they said."""
     rolled_back: bool = False
     """Whether nobody counts, and all replicas are where they were before the round."""
     arrivals: list[list[int]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The replica's end of the parameter plane: it dials the driver, and then does as it is told."""
+"""The replica's end of the parameter plane: it dials the driver, and then does what it is asked for."""
 
 from __future__ import annotations
 
@@ -167,9 +167,9 @@ class ReplicaLink:
 
     @property
     def undone(self) -> int | None:
-        """The round that the driver wants undone, as far as `look` or `update` has heard; told once."""
-        told, self._undo = self._undo, None
-        return told
+        """The round that the driver wants undone, as far as `look` or `update` has heard; given once."""
+        undone, self._undo = self._undo, None
+        return undone
 
     def look(self) -> bool:
         """Whether the driver wants the present round undone; what it says meanwhile is read without waiting."""
@@ -260,8 +260,8 @@ def _dial_port(address: Address, timeout_s: float) -> socket.socket | TlsSocket:
 class LogStream(io.TextIOBase):
     """A text stream whose lines travel to the driver."""
 
-    def __init__(self, channel: ReplicaLink | Letter) -> None:
-        self._channel = channel
+    def __init__(self, link: ReplicaLink | Letter) -> None:
+        self._link = link
         self._line = ""
         self._lock = threading.Lock()
 
@@ -274,7 +274,7 @@ class LogStream(io.TextIOBase):
         with self._lock:
             *lines, self._line = (self._line + text).split("\n")
             for line in lines:
-                self._channel.send("log", {"text": line[:8192]})
+                self._link.send("log", {"text": line[:8192]})
         return len(text)
 
     def flush(self) -> None:

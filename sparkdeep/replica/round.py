@@ -47,14 +47,14 @@ class ReplicaRounds:
     """Does what `train` orders ask for.
 
     Args:
-        channel: to the driver.
+        link: to the driver.
         replica: the model and its data.
         states: where its state is kept.
         keep: whether to keep it after every round.
     """
 
-    def __init__(self, channel: ReplicaLink, replica: Replica, states: StateFiles, *, keep: bool) -> None:
-        self._channel = channel
+    def __init__(self, link: ReplicaLink, replica: Replica, states: StateFiles, *, keep: bool) -> None:
+        self._link = link
         self._replica = replica
         self._states = states
         self._keep = keep
@@ -76,10 +76,10 @@ class ReplicaRounds:
         if self.ring is not None:
             self.ring.close()
         self.ring = Ring(
-            self._channel,
+            self._link,
             replica.number,
             size,
-            host=self._channel.local_host,
+            host=self._link.local_host,
             device=replica.device,
             timeout_s=timeout_s,
         )
@@ -104,16 +104,16 @@ class ReplicaRounds:
         try:
             result = self._result(order, order.spec)
         except AbandonedError:
-            self.go_back(self._channel.undone)
+            self.go_back(self._link.undone)
             return None
         if replica.exchange.overlap:
             return self._go_on(order, result)
         if self.ring is None:
-            self._channel.update(result)
+            self._link.update(result)
         else:
             self._add_up(result)
-        if (told := self._channel.undone) is not None:
-            self.go_back(told)
+        if (undone := self._link.undone) is not None:
+            self.go_back(undone)
             return None
         self._report(order.spec.round)
         return None
@@ -125,7 +125,7 @@ class ReplicaRounds:
             replica.skip(spec)
             return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
         if order.n_fetch or order.n_push:
-            window = ReplicaWindow(self._channel, replica, n_fetch=order.n_fetch, n_push=order.n_push)
+            window = ReplicaWindow(self._link, replica, n_fetch=order.n_fetch, n_push=order.n_push)
             return window.train(spec)
         if self._before is None:
             return replica.train(spec)
@@ -134,11 +134,11 @@ class ReplicaRounds:
             return result
         self._restore()
         # Where it was before the round, it has nothing that could be counted.
-        told = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
-        return LocalResult.nothing(told, replica.exchange, replica.number)
+        header = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
+        return LocalResult.nothing(header, replica.exchange, replica.number)
 
     def _unless_undone(self, share: float) -> None:
-        if share < 1.0 and self._channel.look():
+        if share < 1.0 and self._link.look():
             raise AbandonedError
 
     def go_back(self, round_number: int | None) -> None:
@@ -152,7 +152,7 @@ class ReplicaRounds:
         self._restore()
         if self._keep:
             keep_state(self._states, self._before[0].round, self._replica.save_state())
-        self._channel.send("undone", {"round": round_number})
+        self._link.send("undone", {"round": round_number})
 
     def _restore(self) -> None:
         assert self._before is not None
@@ -182,7 +182,7 @@ class ReplicaRounds:
                 return back
             replica.exchange.arrived()
             order = back
-        self._channel.update(result)
+        self._link.update(result)
         self._report(result.update.round)
         return None
 
@@ -199,9 +199,9 @@ class ReplicaRounds:
         """Send an update, keep the state after it, and take in the next order."""
 
         def errand() -> Order | Frame:
-            self._channel.update(result, pace=self._pace)
+            self._link.update(result, pace=self._pace)
             self._report(result.update.round, state)
-            frame = self._channel.command()
+            frame = self._link.command()
             if frame.kind != "train":
                 return frame
             following, _, _ = self._take(frame, self._pace)
@@ -217,13 +217,13 @@ class ReplicaRounds:
         if self._keep:
             data = self._replica.save_state() if state is None else state
             keep_state(self._states, round_number, data)
-        self._channel.send("saved", to_header(Saved(bytes=len(data), seconds=time.perf_counter() - began)))
+        self._link.send("saved", to_header(Saved(bytes=len(data), seconds=time.perf_counter() - began)))
 
     def _add_up(self, result: LocalResult) -> None:
         """Send the header; once all are admitted, take part in the sum and send this replica's part of the mean."""
         assert self.ring is not None
-        self._channel.update(result, vector=False)
-        frame = self._channel.command()
+        self._link.update(result, vector=False)
+        frame = self._link.command()
         if frame.kind != "reduce":
             raise ProtocolError(f"expected 'reduce' after the update's header, got {frame.kind!r}.")
         weights: list[float] = field(frame.header, "weights", list[float])
@@ -236,14 +236,14 @@ class ReplicaRounds:
             )
         numel = (1 + sections) * self._replica.layout.numel
         part = self.ring.reduce(result.vector, numel, weights)
-        self._channel.send_body("part", raw_bytes(part))
+        self._link.send_body("part", raw_bytes(part))
         if field(frame.header, "hold", bool):
             # The next round starts from the mean: it is here before the driver could send it.
             self.ring.gather(part, self._replica.exchange.known)
 
     def _take(self, frame: Frame, pace: Pace | None) -> tuple[Order, torch.Tensor, bytes]:
         """An order, once its parameters were taken in; with the averaged optimizer state and the buffers that follow them."""
-        channel, replica, exchange = self._channel, self._replica, self._replica.exchange
+        link, replica, exchange = self._link, self._replica, self._replica.exchange
         order = Order.of(frame.header)
         if order.spec is None:
             raise ProtocolError("the driver orders a round, and does not say which.")
@@ -253,16 +253,16 @@ class ReplicaRounds:
         if self.ring is None and order.in_ring:
             raise ProtocolError("the driver orders a round of a ring that was not formed.")
         if order.previous:
-            channel.read_vector(exchange.known)
+            link.read_vector(exchange.known)
         if order.parameters == "change":
-            channel.read_change(exchange, pace)
+            link.read_change(exchange, pace)
         elif order.parameters == "whole":
-            channel.read_vector(exchange.arriving, pace)
+            link.read_vector(exchange.arriving, pace)
         elif order.parameters == "part":
             assert self.ring is not None
             start, stop = self.ring.bounds(replica.layout.numel)
-            channel.read_vector(exchange.arriving[start:stop])
+            link.read_vector(exchange.arriving[start:stop])
             self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
         inner = replica.layout.empty(len(order.sections))
-        channel.read_vector(inner)
-        return order, inner, channel.read_bytes(order.buffer_bytes)
+        link.read_vector(inner)
+        return order, inner, link.read_bytes(order.buffer_bytes)

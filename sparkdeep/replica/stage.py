@@ -93,7 +93,7 @@ def live(
         return serve(link, hello, build, StateFiles(place.state_dir, stage))
 
 
-def serve(channel: ReplicaLink, hello: Hello, build: Callable[[], Replica], states: StateFiles) -> Replica:
+def serve(link: ReplicaLink, hello: Hello, build: Callable[[], Replica], states: StateFiles) -> Replica:
     """Answer the driver until it says stop; returns the replica as it is then.
 
     A failure of the user's code, or of ours, is reported with its traceback before it is raised.
@@ -103,32 +103,32 @@ def serve(channel: ReplicaLink, hello: Hello, build: Callable[[], Replica], stat
     """
     where = "introduction"
     try:
-        answer, tensors, sent = channel.introduce(hello)
+        answer, tensors, sent = link.introduce(hello)
         where = "building the model and optimizer"
         replica = build()
         seams.reach("load", round_number=answer.committed + 1, replica=hello.replica)
         replica.load_tensors(tensors)
-        channel.opened(_restore(replica, answer, sent, states))
-        rounds = ReplicaRounds(channel, replica, states, keep=answer.keep)
+        link.opened(_restore(replica, answer, sent, states))
+        rounds = ReplicaRounds(link, replica, states, keep=answer.keep)
         frame: Frame | None = None
         while True:
-            frame = frame or channel.command()
+            frame = frame or link.command()
             where = f"command {frame.kind!r}"
             if frame.kind == "stop":
                 if frame.header.get("save") is not None:
                     replica.catch_up(field(frame.header, "clock", int))
                     keep_state(states, field(frame.header, "save", int), replica.save_state())
-                channel.send("bye")
+                link.send("bye")
                 return replica
             if frame.kind == "train":
                 frame = rounds.run(frame)
                 continue
-            _obey(channel, replica, rounds, frame)
+            _obey(link, replica, rounds, frame)
             frame = None
     except (ConnectionLostError, ProtocolError):
         raise
     except Exception as error:
-        channel.fail(
+        link.fail(
             Failure(
                 cause=_cause(error),
                 message=f"{type(error).__name__}: {error}"[:8192],
@@ -145,30 +145,30 @@ def _cause(error: Exception) -> str:
     return "ours" if isinstance(error, SparkdeepError) and not isinstance(error, UserCodeError) else "user"
 
 
-def _obey(channel: ReplicaLink, replica: Replica, rounds: ReplicaRounds, frame: Frame) -> None:
+def _obey(link: ReplicaLink, replica: Replica, rounds: ReplicaRounds, frame: Frame) -> None:
     kind, header = frame.kind, frame.header
     if kind == "evaluate":
         order = Order.of(header)
         # What the next round starts from may not be overwritten where it is not sent whole.
         follows = replica.exchange.overlap or replica.exchange.down.lossy
         parameters = replica.layout.empty() if follows else replica.exchange.known
-        channel.read_vector(parameters)
-        channel.read_vector(replica.layout.empty(len(order.sections)))  # averaged optimizer state scores nothing
-        replica.load_for_scoring(parameters, channel.read_bytes(order.buffer_bytes))
-        channel.send("scores", {}, pack(replica.evaluate()))
+        link.read_vector(parameters)
+        link.read_vector(replica.layout.empty(len(order.sections)))  # averaged optimizer state scores nothing
+        replica.load_for_scoring(parameters, link.read_bytes(order.buffer_bytes))
+        link.send("scores", {}, pack(replica.evaluate()))
     elif kind == "undo":
         rounds.go_back(field(header, "round", int))
     elif kind == "state":
         replica.catch_up(Order.of(header).clock)
-        channel.send("state", {}, replica.save_state())
+        link.send("state", {}, replica.save_state())
     elif kind == "probe":
-        channel.send("probed", {}, channel.read_bytes(frame.body_bytes))
+        link.send("probed", {}, link.read_bytes(frame.body_bytes))
     elif kind == "trial":
         rounds.try_ring(field(header, "numel", int))
-        channel.send("tried")
+        link.send("tried")
     elif kind == "ring":
         rounds.join_ring(field(header, "size", int), field(header, "timeout_s", float))
-        channel.send("formed")
+        link.send("formed")
     else:
         raise ProtocolError(f"unknown command {kind!r}.")
 

@@ -16,7 +16,7 @@ from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundWork
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission, Terms
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 
 __all__ = ["Collector", "Plane", "Round", "Taken"]
 
@@ -77,7 +77,7 @@ class Collector(Protocol):
     def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """A replica's order with what it says of the parameters, and the parameters."""
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """Take in a replica's update; None if the round goes on without it.
 
         Raises:

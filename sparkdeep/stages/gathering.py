@@ -16,7 +16,7 @@ from sparkdeep.protocol.values import RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Collector, Round
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import pool_buffers
 from sparkdeep.tensors.parameters import raw_bytes, unlike
 from sparkdeep.tensors.state_dicts import pack_tensors
@@ -44,33 +44,33 @@ class Gathering:
         self._saved: dict[int, Saved] = {}
         self._traffic: dict[int, Traffic] = {}
 
-    def exchange(self, replica: int, line: Line) -> None:
+    def exchange(self, replica: int, link: DriverLink) -> None:
         """Send the order, and take in the replica's update; see `Collector.take` for what is raised."""
-        connection = line.connection
+        connection = link.connection
         sent, received = connection.sent_bytes, connection.received_bytes
         self._saved[replica] = Saved(bytes=0, seconds=0.0)
-        line.begin_round(self._given.work.deadline_s)
-        if line.settle(lambda: self._admission.closed_without(replica)):
-            self._ask(replica, line)
+        link.begin_round(self._given.work.deadline_s)
+        if link.settle(lambda: self._admission.closed_without(replica)):
+            self._ask(replica, link)
         self._traffic[replica] = Traffic(
             sent_bytes=connection.sent_bytes - sent, received_bytes=connection.received_bytes - received
         )
 
-    def _ask(self, replica: int, line: Line) -> None:
-        line.waiting = False
-        line.buffer_limit_bytes = 2 * len(self._buffers) + 4096
+    def _ask(self, replica: int, link: DriverLink) -> None:
+        link.waiting = False
+        link.buffer_limit_bytes = 2 * len(self._buffers) + 4096
         header, bodies = self.order(replica)
-        line.send("train", header, *bodies)
-        taken = self._collector.take(line, self._admission)
+        link.send("train", header, *bodies)
+        taken = self._collector.take(link, self._admission)
         if taken is None:
             return
         update, buffers = taken
         if update.weight > 0:
             if odd := unlike(buffers, self._given.start.buffers):
-                raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
+                raise ProtocolError(f"{link.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
-        self._saved[replica] = parse(Saved, line.expect("saved").header)
-        line.kept_round = self._given.work.round
+        self._saved[replica] = parse(Saved, link.expect("saved").header)
+        link.kept_round = self._given.work.round
 
     def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
         """The header and the bodies of a replica's order."""

@@ -251,11 +251,11 @@ class JobReplicas:
 
     def _exchanged(self, reply: Reply, sections: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean that the first replica took, in float64, and the pooled buffers."""
-        told, body = reply.header["mean"], reply.body
+        stored, body = reply.header["mean"], reply.body
         dtype = torch.float64 if self.parts.wide else self.parts.layout.dtype
         size = (1 + len(sections)) * self.parts.layout.numel * dtype.itemsize
         if len(body) < size:
             raise ProtocolError(f"the mean has {len(body)} bytes; its vector alone has {size}.")
-        self._mean = Stored(**{**told, "folder": str(self.runner.exchange), "names": tuple(told["names"])})
+        self._mean = Stored(**{**stored, "folder": str(self.runner.exchange), "names": tuple(stored["names"])})
         vector: Tensor = torch.frombuffer(bytearray(body[:size]), dtype=dtype).to(torch.float64)
         return vector, unpack_tensors(body[size:])

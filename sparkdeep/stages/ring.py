@@ -13,7 +13,7 @@ from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import Partition, reduced_weights
 from sparkdeep.tensors.parameters import raw_bytes
 
@@ -48,24 +48,24 @@ class Ring:
         start, stop = Partition(given.plane.averaging.layout.numel, given.num_replicas).bounds(replica)
         return replace(order, parameters="part"), [raw_bytes(given.start.parameters[start:stop])]
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """See `Collector`: its buffers come with the header, and its part once all headers are admitted."""
-        frame = line.await_update(lambda: False)
+        frame = link.await_update(lambda: False)
         assert frame is not None, "nobody gives up"
         update = parse(Update, frame.header)
-        line.waiting = True
-        buffers = line.body(frame, update, 0).buffers(update.buffer_bytes)
-        admission.enter(line.hello.replica, line.hello.host, update)
-        line.waiting = False
-        line.send("reduce", {"weights": self._weights, "sections": self._num_sections, "hold": self.held})
+        link.waiting = True
+        buffers = link.body(frame, update, 0).buffers(update.buffer_bytes)
+        admission.enter(link.hello.replica, link.hello.host, update)
+        link.waiting = False
+        link.send("reduce", {"weights": self._weights, "sections": self._num_sections, "hold": self.held})
         if self._weights:
-            start, stop = Partition(self._mean.numel(), self._given.num_replicas).bounds(line.hello.replica)
-            line.read_change(line.expect("part"), self._mean[start:stop])
-        line.waiting = True
+            start, stop = Partition(self._mean.numel(), self._given.num_replicas).bounds(link.hello.replica)
+            link.read_change(link.expect("part"), self._mean[start:stop])
+        link.waiting = True
         return update, buffers
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
-        """What replicas are to be told of the sum."""
+        """What the sum is to be of."""
         plane, layout = self._given.plane, self._given.plane.averaging.layout
         weights = [update.weight for update in updates]
         self._weights = reduced_weights(weights) if any(weights) else []

@@ -13,7 +13,7 @@ from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer, Frame
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import Combining
 from sparkdeep.tensors.parameters import raw_bytes
 
@@ -43,29 +43,29 @@ class Star:
             return order, [raw_bytes(start.parameters)]
         return replace(order, parameters="change"), [start.encoded]
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """See `Collector`; a replica that the round closes without goes back to where it began."""
-        replica, number = line.hello.replica, self._given.work.round
-        frame = line.await_update(lambda: admission.closed_without(replica))
+        replica, number = link.hello.replica, self._given.work.round
+        frame = link.await_update(lambda: admission.closed_without(replica))
         if frame is None:
-            line.undo(number)
+            link.undo(number)
             return None
         update = parse(Update, frame.header)
-        line.waiting = True
-        verdict = admission.enter(replica, line.hello.host, update)
+        link.waiting = True
+        verdict = admission.enter(replica, link.hello.host, update)
         if verdict in {"late", "rolled back"}:
-            line.leave(frame)
-            line.undo(number)
+            link.leave(frame)
+            link.undo(number)
             if verdict == "rolled back":
-                line.settle(lambda: False)
+                link.settle(lambda: False)
             return None
         # Of one that is not finite nothing comes: it has gone back by itself.
-        return update, self._add(line, frame, update) if update.weight > 0 else {}
+        return update, self._add(link, frame, update) if update.weight > 0 else {}
 
-    def _add(self, line: Line, frame: Frame, update: Update) -> dict[str, Tensor]:
+    def _add(self, link: DriverLink, frame: Frame, update: Update) -> dict[str, Tensor]:
         assert self._total is not None
         averaging = self._given.plane.averaging
-        body = line.body(frame, update, averaging.vector_bytes(update))
+        body = link.body(frame, update, averaging.vector_bytes(update))
         return averaging.add(self._total, update, body, self._given.check)
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:

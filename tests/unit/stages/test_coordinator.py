@@ -315,7 +315,7 @@ def test_replicas_of_the_same_host_come_by_the_unix_socket_and_others_by_tcp(coo
     far = ReplicaLink.dial(elsewhere, coordinator.token, connect_timeout_s=2.0, who="replica 1")
     far.send("hello", to_header(hello(1)))
     until(lambda: stage.hellos.keys() == {0, 1})
-    assert [line.connection.peer.startswith("a process") for _, line in sorted(stage._lines.items())] == [True, False]
+    assert [line.connection.peer.startswith("a process") for _, line in sorted(stage._links.items())] == [True, False]
 
 
 @nearby_only

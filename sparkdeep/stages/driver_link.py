@@ -17,7 +17,7 @@ from sparkdeep.protocol.wire import Buffer, Connection, Frame, SilentError
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES
 from sparkdeep.tensors.parameters import raw_bytes
 
-__all__ = ["Line"]
+__all__ = ["DriverLink"]
 
 _PIECE_BYTES: Final = 1 << 20
 _MAX_STATE_BYTES: Final = 1 << 36
@@ -25,7 +25,7 @@ _LOOK_S: Final = 0.25
 
 
 @final
-class Line:
+class DriverLink:
     """One replica, as the driver sees it.
 
     Args:
@@ -48,7 +48,7 @@ class Line:
         self.hello = hello
         self.connection = connection
         self.waiting = True
-        """Whether the replica waits for the driver, and should be told now and then that it is alive."""
+        """Whether the replica waits for the driver, and should hear now and then that it is alive."""
         self._stall_s = stall_timeout_s
         self._on_beat = on_beat
         self._on_log = on_log
@@ -122,7 +122,7 @@ class Line:
         self._since = time.monotonic()
         self._deadline = math.inf if deadline_s is None else self._since + deadline_s
         self._limit = "" if deadline_s is None else f"{deadline_s:.0f}"
-        # Also while bytes come and go: a line that crawls never falls silent.
+        # Also while bytes come and go: a link that crawls never falls silent.
         self.connection.until, self.connection.late = self._deadline, self._check_deadline
 
     def await_update(self, give_up: Callable[[], bool], *before: str) -> Frame | None:
@@ -151,7 +151,7 @@ class Line:
         self.waiting = True
 
     def settle(self, give_up: Callable[[], bool]) -> bool:
-        """Wait until the replica has gone back, if it was told to; whether it has.
+        """Wait until the replica has gone back, if it was to; whether it has.
 
         What it sent before it heard of that is read and forgotten.
         """
