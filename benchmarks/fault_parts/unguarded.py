@@ -64,13 +64,13 @@ def _without_deadline(transfer: Callable[..., None]) -> Callable[..., None]:
 # (module, name or Class.name, what takes its place, what it is): what makes a wrapper is given what was there.
 GUARDS: Final[Sequence[tuple[str, str, Any, str]]] = (
     ("sparkdeep.tensors.encoding", "Checksum", _NoChecksum, "the checksum of every body, where it is sent"),
-    ("sparkdeep.stages.line", "Checksum", _NoChecksum, "and where it is received"),
+    ("sparkdeep.protocol.bodies", "Checksum", _NoChecksum, "and where it is received"),
     ("sparkdeep.replica.update", "LocalUpdate.finite", _yes, "whether an update is finite, at the replica"),
     ("sparkdeep.stages.admission", "check_update", _nothing, "whether a header may be counted, at the driver"),
     ("sparkdeep.protocol.wire", "hmac", SimpleNamespace(compare_digest=_yes), "the token of every frame"),
     ("sparkdeep.stages.opener", "check_shard", _nothing, "a shard's digest and rows"),
     ("sparkdeep.stages.opener", "check_versions", _nothing, "versions of the replicas"),
-    ("sparkdeep.replica.channel", "Channel.beat", _nothing, "signs of life of a replica at work"),
+    ("sparkdeep.replica.link", "ReplicaLink.beat", _nothing, "signs of life of a replica at work"),
     ("sparkdeep.stages.stage", "Stage._stay_alive", _nothing, "and of the driver"),
 )
 _WRAPPED: Final[Sequence[tuple[str, str, Callable[[Any], Any], str]]] = (

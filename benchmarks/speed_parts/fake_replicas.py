@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import Hello, Update
 from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import serve
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
@@ -111,7 +111,7 @@ def _replica(
     number: int, connection: Connection, ticket: Ticket, numel: int, local: LocalSettings, states: str
 ) -> None:
     del connection
-    channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=_OPEN_S, who=f"stand-in {number}")
+    channel = ReplicaLink.dial(ticket.address, ticket.token, connect_timeout_s=_OPEN_S, who=f"stand-in {number}")
     hello = Hello(
         run=ticket.run,
         stage=ticket.stage,

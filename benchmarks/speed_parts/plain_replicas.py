@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from measuring.process_launcher import ProcessLauncher
 
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.messages import Hello
 from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
-from sparkdeep.replica.channel import Channel
-from sparkdeep.replica.stage import open_replica, serve
+from sparkdeep.replica.link import ReplicaLink
+from sparkdeep.replica.stage import Place, live
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
-from sparkdeep.storage.state_files import StateFiles
-from sparkdeep.versions import versions
 from speed_parts.images import Images
 
 __all__ = ["plain_fit", "serve_replica", "write_shards"]
@@ -75,27 +70,12 @@ def serve_replica(
 ) -> None:
     """A replica's process: dials, serves, ends."""
     del connection
-    channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=60.0, who=f"replica {number}")
-    with contextlib.closing(channel), contextlib.closing(Shard.open(shards[number])) as shard:
-        hello = Hello(
-            run=ticket.run,
-            stage=ticket.stage,
-            replica=number,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device="cpu",
-            versions=versions(),
-            rows=shard.info.rows,
-            digest=shard.info.digest,
-            shard="",
-        )
-        device = torch.device("cpu")
-        serve(
-            channel,
-            hello,
-            lambda: open_replica(plan, channel, shard, number=number, device=device),
-            StateFiles(states / str(number), ticket.stage),
-        )
+    link = ReplicaLink.dial(ticket.address, ticket.token, connect_timeout_s=60.0, who=f"replica {number}")
+    place = Place(
+        replica=number, host=socket.gethostname(), device="cpu", shard=shards[number], state_dir=states / str(number)
+    )
+    with contextlib.closing(link):
+        live(link, place, run=ticket.run, stage=ticket.stage, plan=lambda: plan)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A round, seen from the replica:
 
-    driver -> train (RoundSpec; body: parameters, buffers)     replica -> beat ... (progress)
+    driver -> train (Order; body: parameters, buffers)         replica -> beat ... (progress)
     replica -> update (Update: the header, admitted first;     replica -> saved (its state is on disk, if promised)
         body: vector, buffers, checksum)
 
@@ -62,6 +62,11 @@ class Hello:
     shard: str
     """"" when it can read its shard, else what is wrong with it."""
 
+    @property
+    def who(self) -> str:
+        """The replica with its host and process, for messages."""
+        return f"replica {self.replica} on {self.host} (process {self.pid})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Open:
@@ -113,8 +118,8 @@ class Update:
     """Means of what the model logged itself."""
 
     @classmethod
-    def absent(cls, round_number: int, told: Update | None = None) -> Update:
-        """What stands for a replica that a round does not count, with the times that it told, if it did."""
+    def absent(cls, round_number: int, header: Update | None = None) -> Update:
+        """What stands for a replica that a round does not count, with the times that its header gives, if it sent one."""
         return cls(
             round=round_number,
             rows=0,
@@ -124,8 +129,8 @@ class Update:
             finite=True,
             sections=[],
             buffer_bytes=0,
-            compute_s=told.compute_s if told is not None else 0.0,
-            input_s=told.input_s if told is not None else 0.0,
+            compute_s=header.compute_s if header is not None else 0.0,
+            input_s=header.input_s if header is not None else 0.0,
         )
 
 

@@ -1,33 +1,28 @@
-"""What crosses between driver and replica where no connection does: an order goes out with a job, replies come back.
+"""What the driver asks of a replica: an order. A stage obeys many over a connection, a job one.
 
-The wire of `messages.py` is a conversation; an order holds all of its driver's side at once, and a reply all of the
-replica's. Bytes of any size travel as parcels: inside the order, or by a name under which the replica finds them.
+The wire of `messages.py` is a conversation; a job holds all of its driver's side at once, and a reply all of the
+replica's. Bytes of any size travel as parcels: inside the job, or by a name under which the replica finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
-import torch
-from torch import Tensor
-
-from sparkdeep.errors import ReplicaLostError
+from sparkdeep.errors import ProtocolError, ReplicaLostError
+from sparkdeep.protocol.messages import Open, parse
 from sparkdeep.protocol.plans import RoundSpec, ShardFacts
-from sparkdeep.protocol.values import Globals
+from sparkdeep.protocol.refusals import MAX_SECTIONS
+from sparkdeep.protocol.wire import Buffer
 from sparkdeep.storage.opening import open_store
-from sparkdeep.tensors.parameters import Layout, raw_bytes
-from sparkdeep.tensors.state_dicts import pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from sparkdeep.data.schema import Schema
     from sparkdeep.settings.local import LocalSettings
 
-__all__ = ["Inline", "JobRunner", "Order", "Parcel", "Reply", "Stored", "digest_of", "pack_globals", "unpack_globals"]
-
-Buffer = bytes | bytearray | memoryview
+__all__ = ["Inline", "Job", "JobRunner", "Order", "Parcel", "Reply", "Stored", "digest_of"]
 
 
 def digest_of(data: Buffer) -> str:
@@ -52,7 +47,7 @@ class Parcel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Inline:
-    """Inside the order itself."""
+    """Inside the job itself."""
 
     data: bytes
     digest: str
@@ -92,41 +87,91 @@ def checked(data: bytes, digest: str, what: str) -> bytes:
     return data
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What every replica of one job does: a round, the scores of the global parameters, or a look at its state."""
+    """What the driver asks of a replica: a round, the scores of parameters, or its state.
+
+    Its body: parameters (before them those of a round ago, if `previous`), averaged optimizer state, buffers.
+    """
+
+    spec: RoundSpec | None = None
+    """Of a round."""
+    clock: int = 0
+    """Steps of the replica's learning-rate schedule before it."""
+    ahead: RoundSpec | None = None
+    """The round that follows if the replica may begin it on its own (`overlap`)."""
+    may_undo: bool = False
+    """Whether the replica must be able to go back to where it was before the round."""
+    previous: bool = False
+    """Whether the parameters of a round ago come before those of the round."""
+    parameters: Literal["whole", "change", "part", "held"] = "whole"
+    """What the body has of them: all; what changed since the round before; in a ring, this replica's part of them, or nothing,
+    as the replica holds the mean of the round before."""
+    sections: list[str] = field(default_factory=list)
+    """Names of averaged optimizer state."""
+    buffer_bytes: int = 0
+    n_fetch: int = 0
+    n_push: int = 0
+    """Local steps between fetches and pushes; 0: the round is synchronous."""
+
+    @classmethod
+    def of(cls, header: dict[str, Any]) -> Order:
+        """The order that a header holds.
+
+        Raises:
+            ProtocolError: it is none, or no round can be done by it.
+        """
+        order = parse(cls, header)
+        if len(order.sections) > MAX_SECTIONS:
+            raise ProtocolError(
+                f"the driver averages {len(order.sections)} optimizer states; at most {MAX_SECTIONS} exist."
+            )
+        return replace(order, spec=_round(header["spec"]), ahead=_round(header["ahead"]))
+
+    @property
+    def in_ring(self) -> bool:
+        """Whether replicas add their updates up among themselves."""
+        return self.parameters in {"part", "held"}
+
+
+def _round(header: dict[str, Any] | None) -> RoundSpec | None:
+    spec = None if header is None else RoundSpec(**header)
+    if spec and (
+        min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or not (spec.num_steps or spec.own_clock)
+    ):
+        raise ProtocolError(f"the driver orders {spec}, which is no round.")
+    return spec
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One order to all replicas of a run, with what each needs that is built for it alone."""
 
     run: str
-    job: str
+    name: str
     """Unique to this attempt: files and replies that carry another one are a zombie's."""
-    kind: Literal["train", "evaluate", "states"]
+    kind: Literal["train", "evaluate", "state"]
+    order: Order
+    opening: Open
+    """Where each replica's state comes from."""
     settings: LocalSettings
     schema: Schema
     facts: tuple[ShardFacts, ...]
     """The ledger; a replica whose shard differs refuses."""
     versions: dict[str, str]
     """The driver's."""
-    committed: int
-    """Committed rounds."""
-    scheduler_steps: int
-    """The common clock so far, for a state that starts anew in mid-run."""
-    source: Literal["fresh", "local", "sent"]
-    """Where each replica's state comes from."""
-    kept_by: str
-    """With "local": the job that kept the states after the committed round."""
     durable: bool
     """Whether a state that is gone voids the job, instead of starting anew."""
-    sections: tuple[str, ...]
-    """Names of averaged optimizer state that follows the parameters in `start`."""
-    start: Parcel | None = None
-    """`pack_globals`: what the round starts from, or what is scored."""
+    body: Parcel | None = None
+    """Of the order."""
     program: Parcel | None = None
     """`program.pack_program`."""
     fixed: Parcel | None = None
     """Parameters that are not trained, as `state_dicts.pack_tensors`."""
     states: tuple[Parcel, ...] = ()
-    """With source "sent": one a replica."""
-    spec: RoundSpec | None = None
+    """With states that are sent: one a replica."""
     exchange: str | None = None
     """The folder in which replicas lay their updates for the first one to average; None: they are in the replies."""
     wide: bool = True
@@ -139,7 +184,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """One replica's answer to an order."""
+    """One replica's answer to a job."""
 
     header: dict[str, Any]
     """JSON-ready."""
@@ -152,7 +197,7 @@ class Reply:
 
 
 class JobRunner(Protocol):
-    """Runs orders: one job, one task a replica."""
+    """Runs jobs, one task a replica."""
 
     num_replicas: int
     keeps_states: bool
@@ -165,8 +210,8 @@ class JobRunner(Protocol):
     def ship(self, slot: str, data: bytes) -> Parcel:
         """Get `data` on its way; what the slot held before is let go unless it is the same."""
 
-    def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
-        """Run the order on every replica.
+    def run(self, job: Job, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
+        """Run the job on every replica.
 
         Raises:
             SparkdeepError: what failed, by name; the job is over then, or cancelled.
@@ -174,16 +219,3 @@ class JobRunner(Protocol):
 
     def renew(self) -> None:
         """Make the shards anew before the next job: a replica did not find its own."""
-
-
-def pack_globals(values: Globals) -> bytes:
-    """Parameters, averaged optimizer state and buffers, one after the other."""
-    return b"".join([raw_bytes(values.parameters), raw_bytes(values.inner), pack_tensors(values.buffers)])
-
-
-def unpack_globals(data: Buffer, layout: Layout, sections: Sequence[str]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The parameters (numel,), the optimizer state (len(sections) * numel,) and the buffers."""
-    split = layout.num_bytes
-    end = split * (1 + len(sections))
-    vector = torch.frombuffer(bytearray(memoryview(data)[:end]), dtype=layout.dtype)
-    return vector[: layout.numel], vector[layout.numel :], unpack_tensors(bytes(memoryview(data)[end:]))

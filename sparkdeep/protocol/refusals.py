@@ -6,11 +6,28 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from sparkdeep.errors import NonFiniteError, ProtocolError, ShardMismatchError, VersionMismatchError
-from sparkdeep.protocol.messages import Hello, Update
+from sparkdeep.errors import (
+    NonFiniteError,
+    ProtocolError,
+    ReplicaLostError,
+    ShardMismatchError,
+    SparkdeepError,
+    UserCodeError,
+    VersionMismatchError,
+)
+from sparkdeep.protocol.messages import Failure, Hello, Update
 from sparkdeep.protocol.plans import ShardFacts
 
-__all__ = ["MAX_SECTIONS", "check_shard", "check_update", "check_versions", "common_sections", "not_finite"]
+__all__ = [
+    "MAX_SECTIONS",
+    "check_shard",
+    "check_update",
+    "check_updates",
+    "check_versions",
+    "common_sections",
+    "failed",
+    "not_finite",
+]
 
 MAX_SECTIONS: Final = 8
 """Optimizer states that replicas may average, at most."""
@@ -61,6 +78,17 @@ def check_update(replica: int, host: str, update: Update, round_number: int, *, 
         raise ProtocolError(f"replica {replica} sent an update of weight {update.weight}, rows {update.rows}.")
 
 
+def check_updates(updates: Sequence[Update], hosts: Sequence[str], round_number: int) -> list[str]:
+    """Refuse a round of which one header is not good; gives what `common_sections` gives.
+
+    Raises:
+        NonFiniteError, ProtocolError: see `check_update`.
+    """
+    for replica, (update, host) in enumerate(zip(updates, hosts, strict=True)):
+        check_update(replica, host, update, round_number)
+    return common_sections(updates)
+
+
 def not_finite(replica: int, host: str, round_number: int, more: str = "") -> NonFiniteError:
     """The error of a replica whose loss or parameters are NaN or infinite."""
     return NonFiniteError(
@@ -70,6 +98,21 @@ def not_finite(replica: int, host: str, round_number: int, more: str = "") -> No
         round_number=round_number,
         replica=replica,
     )
+
+
+def failed(failure: Failure, hello: Hello) -> SparkdeepError:
+    """The error of a replica whose last words were `failure`."""
+    if failure.cause == "user":
+        return UserCodeError(
+            f"{failure.traceback.rstrip()}\n\n{failure.message}\n(raised on {hello.who}, in {failure.where}; not retried)",
+            replica=hello.replica,
+            host=hello.host,
+            traceback_text=failure.traceback,
+        )
+    text = f"{hello.who} failed in {failure.where}: {failure.message}\n{failure.traceback.rstrip()}"
+    if failure.cause == "lost":
+        return ReplicaLostError(text, replica=hello.replica, host=hello.host)
+    return SparkdeepError(text)
 
 
 def common_sections(updates: Sequence[Update]) -> list[str]:

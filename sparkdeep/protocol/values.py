@@ -10,7 +10,7 @@ from torch import Tensor
 from sparkdeep.protocol.messages import Saved, Update
 from sparkdeep.protocol.plans import RoundSpec
 
-__all__ = ["Globals", "RoundResult", "RoundWork", "Traffic"]
+__all__ = ["Globals", "RoundResult", "RoundWork", "Traffic", "mean_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,14 @@ class RoundResult:
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Replicas that the round does not count, and why: "late", "nonfinite" or "rolled back"."""
     passed_over: Mapping[int, int] = field(default_factory=dict)
-    """Steps that they had taken, as far as they told."""
+    """Steps that they had taken, as far as they said."""
     rolled_back: bool = False
     """Whether nobody counts, and all replicas are where they were before the round."""
     arrivals: list[list[int]] = field(default_factory=list)
     """With `asynchronous`: [replica, staleness] in the order in which replicas came in."""
+
+
+def mean_loss(updates: Sequence[Update]) -> float:
+    """Of all steps of a round, by their weights; NaN where nobody counts."""
+    weight = sum(update.weight for update in updates)
+    return sum(update.loss_sum for update in updates) / weight if weight else float("nan")

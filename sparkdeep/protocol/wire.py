@@ -3,7 +3,7 @@
     magic "SPD1" | token (32 bytes) | header length u32 | body length u64 | header (JSON) | body
 
 Every frame carries the run's token and is checked before its header is read; sizes are bounded before anything is
-allocated. Both ends of the parameter plane (`coordinator.py`, `channel.py`) speak through `Connection`.
+allocated. Both ends of the parameter plane (`driver_link.py`, `link.py`) speak through `Connection`.
 """
 
 from __future__ import annotations

@@ -1,231 +1,113 @@
-"""A replica's life in one job: it is built, takes its state and the parameters, does one order and keeps its state."""
+"""A replica's life in one job: that of a stage by letter, with one order; its reply is what it said."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from sparkdeep.data.shards import Shard
-from sparkdeep.errors import (
-    CheckpointError,
-    NonFiniteError,
-    ReplicaLostError,
-    ShardLostError,
-    SparkdeepError,
-    UserCodeError,
-)
+from sparkdeep.errors import NonFiniteError
 from sparkdeep.models.program import Program, unpack_program
-from sparkdeep.optim.combining import check_updates, combine
+from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.exchange import Exchange
-from sparkdeep.protocol.messages import Hello, Saved, Update, to_header
-from sparkdeep.protocol.orders import Order, Reply, unpack_globals
-from sparkdeep.protocol.refusals import check_shard, check_versions
+from sparkdeep.protocol.messages import Failure, Hello, Update, parse
+from sparkdeep.protocol.orders import Job, Reply
+from sparkdeep.protocol.plans import ReplicaPlan
+from sparkdeep.protocol.refusals import check_updates, failed
+from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
-from sparkdeep.replica.update import LocalResult
+from sparkdeep.replica.stage import Place, live
 from sparkdeep.storage.state_files import StateFiles, own_files
-from sparkdeep.tensors.encoding import CHECKSUM_BYTES, Codec, codec_named, encoded_bytes
-from sparkdeep.tensors.parameters import Layout, fill, raw_bytes
-from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack_tensors
-from sparkdeep.versions import versions
+from sparkdeep.tensors.encoding import codec_named
+from sparkdeep.tensors.parameters import raw_bytes
+from sparkdeep.tensors.state_dicts import pack_tensors
 
-__all__ = ["Place", "obey"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a replica is, and how it is watched."""
-
-    replica: int
-    host: str
-    device: str
-    shard: Path
-    problem: str
-    """"" or why the shard cannot be used here."""
-    state_dir: Path
-    beat: Callable[[], None]
-    """Called whenever something got further: what watches over the replica starts its clock anew."""
-    check: Callable[[], None] = lambda: None
-    """Called while it waits for others; raises to give up."""
-    open_program: Callable[[bytes], Program] = unpack_program
-    keeps_state: bool = True
-    """Whether the state after a round is kept in `state_dir`."""
+__all__ = ["obey"]
 
 
-def obey(order: Order, place: Place) -> Reply:
-    """Do what the order says.
+def obey(
+    job: Job,
+    place: Place,
+    letter: Letter,
+    *,
+    open_program: Callable[[bytes], Program] = unpack_program,
+    check: Callable[[], None] = lambda: None,
+) -> Reply:
+    """Do what the job's order says.
+
+    Args:
+        job: the order, and what the replica is made from.
+        place: where it is.
+        letter: of the job.
+        open_program: makes the user's objects.
+        check: called while the first replica waits for the updates of others; raises to give up.
 
     Raises:
         UserCodeError: the user's model, loss or callable raised.
         ReplicaLostError: the environment failed; the order can be repeated.
         ShardLostError, ShardMismatchError, VersionMismatchError: this is not the replica that was meant.
     """
-    if place.problem:
-        raise ShardLostError(
-            f"replica {place.replica} on {place.host}: {place.problem}", replica=place.replica, host=place.host
-        )
-    with own_files("it opened the shard"):
-        shard = Shard.open(place.shard)
-    with contextlib.closing(shard):
-        hello = _hello(order, place, shard)
-        check_versions(order.versions, [hello])
-        check_shard(hello, order.facts[place.replica])
-        header: dict[str, Any] = {"job": order.job, "replica": place.replica, "hello": asdict(hello)}
-        states = StateFiles(place.state_dir, order.job)
-        if order.kind == "states":
-            with own_files("it read the replica's state"):
-                return Reply(header=header, bodies=(states.read(order.committed, order.kept_by),))
-        with _named(place, "building the model and optimizer"):
-            replica = _build(order, place, shard)
-        header["state"] = _restore(replica, order, place, states)
-        place.beat()
-        if order.kind == "evaluate":
-            with _named(place, "command 'evaluate'"):
-                return Reply(header=header, bodies=(pack(replica.evaluate()),))
-        return _train(replica, order, place, states, header)
+    header: dict[str, Any] = {"job": job.name, "replica": place.replica}
+    if job.kind == "state" and not place.problem:  # which needs no model
+        with own_files("it read the replica's state"):
+            data = StateFiles(place.state_dir, job.name).read(job.opening.kept_round, job.opening.kept_by)
+        return Reply(header=header, bodies=(data,))
 
+    def plan() -> ReplicaPlan:
+        assert job.program is not None
+        return ReplicaPlan(program=bytes(job.program.open()), settings=job.settings, schema=job.schema)
 
-def _hello(order: Order, place: Place, shard: Shard) -> Hello:
-    return Hello(
-        run=order.run,
-        stage=order.job,
-        replica=place.replica,
-        host=place.host,
-        pid=os.getpid(),
-        device=place.device,
-        versions=versions(),
-        rows=shard.info.rows,
-        digest=shard.info.digest,
-        shard="",
-    )
-
-
-def _build(order: Order, place: Place, shard: Shard) -> Replica:
-    assert order.program is not None
-    replica = Replica(
-        place.open_program(bytes(order.program.open())),
-        order.settings,
-        order.schema,
-        shard,
-        number=place.replica,
-        device=torch.device(place.device),
-        beat=lambda _rows, _steps: place.beat(),
-    )
-    if order.fixed is not None:
-        fill(replica.model, unpack_tensors(bytes(order.fixed.open())))
-    return replica
-
-
-def _restore(replica: Replica, order: Order, place: Place, states: StateFiles) -> str:
-    """Put parameters and state where the driver wants them; says what came of the state."""
-    assert order.start is not None
-    parameters, inner, buffers = unpack_globals(order.start.open(), replica.layout, order.sections)
-    replica.exchange.known.copy_(parameters)
-    replica.begin_round(pack_tensors(buffers))
-    outcome = "fresh"
-    if order.source == "sent":
-        replica.load_state(bytes(order.states[place.replica].open()))
-        outcome = "restored"
-    elif order.source == "local":
-        # Damaged or gone: reported as "reset", and the driver names the loss in the round's record.
-        with contextlib.suppress(CheckpointError, OSError):
-            replica.load_state(states.read(order.committed, order.kept_by))
-            outcome = "restored"
-    if outcome == "fresh":
-        if order.source == "local" and order.durable:
-            raise ReplicaLostError(
-                f"the state of replica {place.replica} after round {order.committed} is gone with its executor; going "
-                "back to the last durable snapshot.",
-                replica=place.replica,
-                host=place.host,
-            )
-        replica.restart(order.scheduler_steps)
-        outcome = "reset" if order.source == "local" else "fresh"
-    replica.load_inner_state(list(order.sections), inner)
-    return outcome
-
-
-def _train(replica: Replica, order: Order, place: Place, states: StateFiles, header: dict[str, Any]) -> Reply:
-    assert order.spec is not None
-    with _named(place, "command 'train'"):
-        result = replica.train(order.spec).encoded()  # what the code loses belongs to the state that is kept
-    place.beat()
-    saved = Saved(bytes=0, seconds=0.0)
-    if result.update.finite and place.keeps_state:
-        began = time.perf_counter()
-        data = replica.save_state()
-        with own_files("it kept the replica's state"):
-            states.write(order.spec.round, data)
-        saved = Saved(bytes=len(data), seconds=time.perf_counter() - began)
-    header |= {"update": to_header(result.update), "saved": to_header(saved)}
-    if order.exchange is None:
-        return Reply(header=header, bodies=tuple(result.body()))
-    return _exchanged(replica.layout, order, place, header, result)
-
-
-def _exchanged(layout: Layout, order: Order, place: Place, header: dict[str, Any], result: LocalResult) -> Reply:
-    """Lay the update down; the first replica gives the mean of all as its body."""
-    assert order.exchange is not None
-    assert order.spec is not None
-    exchange = Exchange(order.exchange, order.run, order.job)
-    exchange.put(place.replica, place.host, result.update, b"".join(result.body()))
+    try:
+        replica = live(ReplicaLink(letter), place, run=job.run, stage=job.name, plan=plan, open_program=open_program)
+    except Exception as error:
+        failure = letter.said.get("error")
+        if failure is None or failure["cause"] != "user":
+            raise
+        raise failed(parse(Failure, failure), parse(Hello, letter.said["hello"])) from error
+    header |= letter.said
+    if job.exchange is None:
+        return Reply(header=header, bodies=letter.bodies)
+    assert replica is not None, "a letter lets in no replica without a shard"
+    exchange = Exchange(job.exchange, job.run, job.name)
+    exchange.put(place.replica, place.host, parse(Update, header["update"]), b"".join(letter.bodies))
     if place.replica != 0:
         return Reply(header=header)
+    return _averaged(exchange, job, letter, replica, header, check)
+
+
+def _averaged(
+    exchange: Exchange,
+    job: Job,
+    letter: Letter,
+    replica: Replica,
+    header: dict[str, Any],
+    check: Callable[[], None],
+) -> Reply:
+    """The first replica's reply: it has the mean of all updates that are laid down as its body."""
 
     def watch() -> None:
-        place.beat()
-        place.check()
+        letter.try_send("beat")
+        check()
 
-    updates, hosts = exchange.headers(len(order.facts), timeout_s=order.timeout_s, check=watch)
+    updates, hosts = exchange.headers(len(job.facts), timeout_s=job.timeout_s, check=watch)
     try:
-        check_updates(updates, hosts, order.spec.round)
+        check_updates(updates, hosts, header["update"]["round"])
     except NonFiniteError:
         return Reply(header=header)  # the driver sees the same headers, and refuses the round by name
-    codec = codec_named(order.settings.codec)
-    mean = combine(
-        updates,
-        lambda replica: exchange.body(replica, _body_bytes(updates[replica], layout, codec)),
-        layout,
-        codec,
-        result.exchange.known if codec.lossy else None,
-    )
-    if mean is None:
+    if not any(update.weight for update in updates):
         return Reply(header=header)
-    place.beat()
-    narrow = mean.vector.to(layout.dtype)
-    buffers = pack_tensors(mean.buffers)
+    averaging = Averaging(layout=replica.layout, codec=codec_named(job.settings.codec), wide=job.wide)
+    known = replica.exchange.known
+    vector, pooled = averaging.mean(
+        updates,
+        lambda i: exchange.body(i, averaging.body_bytes(updates[i])),
+        known if averaging.codec.lossy else None,
+    )
+    letter.try_send("beat")
+    narrow = vector.to(replica.layout.dtype)
+    buffers = pack_tensors(pooled)
     stored = exchange.put_mean(b"".join([raw_bytes(narrow), buffers]))
-    exchange.sweep(order.stale)
-    header["mean"] = {**asdict(stored), "sections": mean.sections, "buffer_bytes": len(buffers)}
-    return Reply(header=header, bodies=(raw_bytes(mean.vector if order.wide else narrow), buffers))
-
-
-def _body_bytes(update: Update, layout: Layout, codec: Codec) -> int:
-    numel = (1 + len(update.sections)) * layout.numel
-    return encoded_bytes(codec, numel, layout.dtype) + update.buffer_bytes + CHECKSUM_BYTES
-
-
-@contextmanager
-def _named(place: Place, where: str) -> Iterator[None]:
-    """What the user's code raises travels with its traceback, the replica and the host."""
-    try:
-        yield
-    except SparkdeepError:
-        raise
-    except Exception as error:
-        text = "".join(traceback.format_exception(error))[-65536:]
-        who = f"replica {place.replica} on {place.host} (process {os.getpid()})"
-        raise UserCodeError(
-            f"{text.rstrip()}\n\n{type(error).__name__}: {error}\n(raised on {who}, in {where}; not retried)",
-            replica=place.replica,
-            host=place.host,
-            traceback_text=text,
-        ) from error
+    exchange.sweep(job.stale)
+    header["mean"] = asdict(stored)
+    return Reply(header=header, bodies=(raw_bytes(vector if job.wide else narrow), buffers))

@@ -34,10 +34,6 @@ class Pace:
         self._done = 0.0
         self._moved = threading.Condition()
 
-    def begin(self) -> None:
-        """A round begins."""
-        self.reach(0.0)
-
     def reach(self, share: float) -> None:
         """So much of the round's steps is done, from 0 to 1."""
         with self._moved:

@@ -7,17 +7,17 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import TRIAL_BYTES, Update, field, parse
+from sparkdeep.protocol.messages import TRIAL_BYTES, Saved, Update, field, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.refusals import MAX_SECTIONS
 from sparkdeep.protocol.wire import Frame
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.overlapping import AbandonedError, Courier, Pace
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.ring import Ring
@@ -42,55 +42,19 @@ def keep_state(states: StateFiles, round_number: int, data: bytes) -> None:
         states.write(round_number, data)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Order:
-    """A round that was ordered, its parameters taken in."""
-
-    spec: RoundSpec
-    ahead: RoundSpec | None
-    sections: list[str]
-    inner: torch.Tensor
-    buffers: bytes
-    n_fetch: int = 0
-    n_push: int = 0
-    """Local steps between fetches and pushes; 0: the round is synchronous."""
-
-
-@final
-class _Rendezvous:
-    """The stage's meeting on the driver, through this replica's own connection."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def put(self, key: str, value: bytes) -> None:
-        self._channel.send("put", {"key": key, "value": value.decode("latin-1")})
-
-    def get(self, key: str) -> bytes:
-        self._channel.send("get", {"key": key})
-        frame = self._channel.command()
-        if frame.kind != "value":
-            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
-        value: str = field(frame.header, "value", str)
-        try:
-            return value.encode("latin-1")
-        except UnicodeEncodeError as error:
-            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
-
-
 @final
 class ReplicaRounds:
     """Does what `train` orders ask for.
 
     Args:
-        channel: to the driver.
+        link: to the driver.
         replica: the model and its data.
         states: where its state is kept.
         keep: whether to keep it after every round.
     """
 
-    def __init__(self, channel: Channel, replica: Replica, states: StateFiles, *, keep: bool) -> None:
-        self._channel = channel
+    def __init__(self, link: ReplicaLink, replica: Replica, states: StateFiles, *, keep: bool) -> None:
+        self._link = link
         self._replica = replica
         self._states = states
         self._keep = keep
@@ -112,10 +76,10 @@ class ReplicaRounds:
         if self.ring is not None:
             self.ring.close()
         self.ring = Ring(
-            _Rendezvous(self._channel),
+            self._link,
             replica.number,
             size,
-            host=self._channel.local_host,
+            host=self._link.local_host,
             device=replica.device,
             timeout_s=timeout_s,
         )
@@ -129,42 +93,39 @@ class ReplicaRounds:
 
     def run(self, frame: Frame) -> Frame | None:
         """Do the round of a `train` frame; returns the command that broke off a round begun ahead, if one did."""
-        if self.ring is not None and not field(frame.header, "ring", bool):
-            self.ring.close()  # it was tried, and the star was faster
-            self.ring = None
-        order = self._take(frame, None)
+        order, inner, buffers = self._take(frame, None)
+        assert order.spec is not None
         replica = self._replica
-        replica.catch_up(field(frame.header, "clock", int))
-        self._before = (order.spec, replica.save_state()) if field(frame.header, "may_undo", bool) else None
-        replica.begin_round(order.buffers)
+        replica.catch_up(order.clock)
+        self._before = (order.spec, replica.save_state()) if order.may_undo else None
+        replica.begin_round(buffers)
         replica.exchange.arrived()
-        replica.load_inner_state(order.sections, order.inner)
+        replica.load_inner_state(order.sections, inner)
         try:
-            result = self._result(order)
+            result = self._result(order, order.spec)
         except AbandonedError:
-            self.go_back(self._channel.undone)
+            self.go_back(self._link.undone)
             return None
         if replica.exchange.overlap:
             return self._go_on(order, result)
         if self.ring is None:
-            self._channel.update(result)
+            self._link.update(result)
         else:
             self._add_up(result)
-        if (told := self._channel.undone) is not None:
-            self.go_back(told)
+        if (undone := self._link.undone) is not None:
+            self.go_back(undone)
             return None
-        began = time.perf_counter()
-        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        self._report(order.spec.round)
         return None
 
-    def _result(self, order: _Order) -> LocalResult:
+    def _result(self, order: Order, spec: RoundSpec) -> LocalResult:
         """Do the round; one that may be undone is broken off when the driver says so, and goes back if it is not finite."""
-        replica, spec = self._replica, order.spec
+        replica = self._replica
         if spec.skip:
             replica.skip(spec)
             return LocalResult.nothing(Update.absent(spec.round), replica.exchange, replica.number)
         if order.n_fetch or order.n_push:
-            window = ReplicaWindow(self._channel, replica, n_fetch=order.n_fetch, n_push=order.n_push)
+            window = ReplicaWindow(self._link, replica, n_fetch=order.n_fetch, n_push=order.n_push)
             return window.train(spec)
         if self._before is None:
             return replica.train(spec)
@@ -173,11 +134,11 @@ class ReplicaRounds:
             return result
         self._restore()
         # Where it was before the round, it has nothing that could be counted.
-        told = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
-        return LocalResult.nothing(told, replica.exchange, replica.number)
+        header = dataclasses.replace(Update.absent(spec.round, result.update), finite=False, steps=result.update.steps)
+        return LocalResult.nothing(header, replica.exchange, replica.number)
 
     def _unless_undone(self, share: float) -> None:
-        if share < 1.0 and self._channel.look():
+        if share < 1.0 and self._link.look():
             raise AbandonedError
 
     def go_back(self, round_number: int | None) -> None:
@@ -191,7 +152,7 @@ class ReplicaRounds:
         self._restore()
         if self._keep:
             keep_state(self._states, self._before[0].round, self._replica.save_state())
-        self._channel.send("undone", {"round": round_number})
+        self._link.send("undone", {"round": round_number})
 
     def _restore(self) -> None:
         assert self._before is not None
@@ -200,14 +161,14 @@ class ReplicaRounds:
         self._replica.forget_logged()
         self._replica.skip(spec)
 
-    def _go_on(self, order: _Order, result: LocalResult) -> Frame | None:
+    def _go_on(self, order: Order, result: LocalResult) -> Frame | None:
         """Deliver updates while the rounds after them are trained, until none is to be begun ahead."""
         replica = self._replica
         while order.ahead is not None:
             result = result.encoded()  # what the code loses belongs to the state of this round
             state = replica.save_state()
             self._pace.reach(0.0)
-            courier = Courier(self._errand(order, result, state), lambda back: isinstance(back, Frame))
+            courier = Courier(self._errand(order.ahead, result, state), lambda back: isinstance(back, Frame))
             try:
                 replica.begin_round(None)
                 result = replica.train(order.ahead, self._between(courier))
@@ -221,12 +182,11 @@ class ReplicaRounds:
                 return back
             replica.exchange.arrived()
             order = back
-        self._channel.update(result)
-        began = time.perf_counter()
-        self._report(order.spec.round, replica.save_state() if self._keep else b"", began)
+        self._link.update(result)
+        self._report(result.update.round)
         return None
 
-    def _between(self, courier: Courier[_Order | Frame]) -> Callable[[float], None]:
+    def _between(self, courier: Courier[Order | Frame]) -> Callable[[float], None]:
         def between(share: float) -> None:
             self._pace.reach(share)
             if share == 1.0:
@@ -235,32 +195,35 @@ class ReplicaRounds:
 
         return between
 
-    def _errand(self, order: _Order, result: LocalResult, state: bytes) -> Callable[[], _Order | Frame]:
+    def _errand(self, ahead: RoundSpec, result: LocalResult, state: bytes) -> Callable[[], Order | Frame]:
         """Send an update, keep the state after it, and take in the next order."""
 
-        def errand() -> _Order | Frame:
-            self._channel.update(result, pace=self._pace)
-            self._report(order.spec.round, state if self._keep else b"", time.perf_counter())
-            frame = self._channel.command()
+        def errand() -> Order | Frame:
+            self._link.update(result, pace=self._pace)
+            self._report(result.update.round, state)
+            frame = self._link.command()
             if frame.kind != "train":
                 return frame
-            following = self._take(frame, self._pace)
-            if following.spec != order.ahead:
-                raise ProtocolError(f"{order.ahead} was begun ahead, but the driver orders {following.spec}.")
+            following, _, _ = self._take(frame, self._pace)
+            if following.spec != ahead:
+                raise ProtocolError(f"{ahead} was begun ahead, but the driver orders {following.spec}.")
             return following
 
         return errand
 
-    def _report(self, round_number: int, data: bytes, began: float) -> None:
-        if data:
+    def _report(self, round_number: int, state: bytes | None = None) -> None:
+        """The replica's part of a round is done; `state`: after it, if it was saved already."""
+        began, data = time.perf_counter(), b""
+        if self._keep:
+            data = self._replica.save_state() if state is None else state
             keep_state(self._states, round_number, data)
-        self._channel.send("saved", {"bytes": len(data), "seconds": time.perf_counter() - began})
+        self._link.send("saved", to_header(Saved(bytes=len(data), seconds=time.perf_counter() - began)))
 
     def _add_up(self, result: LocalResult) -> None:
         """Send the header; once all are admitted, take part in the sum and send this replica's part of the mean."""
         assert self.ring is not None
-        self._channel.update(result, vector=False)
-        frame = self._channel.command()
+        self._link.update(result, vector=False)
+        frame = self._link.command()
         if frame.kind != "reduce":
             raise ProtocolError(f"expected 'reduce' after the update's header, got {frame.kind!r}.")
         weights: list[float] = field(frame.header, "weights", list[float])
@@ -273,45 +236,33 @@ class ReplicaRounds:
             )
         numel = (1 + sections) * self._replica.layout.numel
         part = self.ring.reduce(result.vector, numel, weights)
-        self._channel.send_body("part", raw_bytes(part))
+        self._link.send_body("part", raw_bytes(part))
         if field(frame.header, "hold", bool):
             # The next round starts from the mean: it is here before the driver could send it.
             self.ring.gather(part, self._replica.exchange.known)
 
-    def _take(self, frame: Frame, pace: Pace | None) -> _Order:
-        """Read an order's body: parameters, averaged optimizer state, buffers."""
-        channel, replica, header = self._channel, self._replica, frame.header
-        exchange = replica.exchange
-        spec = parse(RoundSpec, field(header, "spec", dict[str, Any]))
-        if min(spec.round, spec.epoch, spec.first_step, spec.num_steps) < 0 or (
-            spec.num_steps == 0 and not spec.own_clock
-        ):
-            raise ProtocolError(f"the driver orders {spec}, which is no round.")
-        if field(header, "previous", bool):
-            channel.read_vector(exchange.known)
-        if field(header, "held", bool):
-            pass  # the last round's mean, which was handed round
-        elif field(header, "encoded", bool):
-            channel.read_change(exchange, pace)
-        elif field(header, "ring", bool):
-            if self.ring is None:
-                raise ProtocolError("the driver orders a round of a ring that was not formed.")
+    def _take(self, frame: Frame, pace: Pace | None) -> tuple[Order, torch.Tensor, bytes]:
+        """An order, once its parameters were taken in; with the averaged optimizer state and the buffers that follow them."""
+        link, replica, exchange = self._link, self._replica, self._replica.exchange
+        order = Order.of(frame.header)
+        if order.spec is None:
+            raise ProtocolError("the driver orders a round, and does not say which.")
+        if self.ring is not None and not order.in_ring:
+            self.ring.close()  # it was tried, and the star was faster
+            self.ring = None
+        if self.ring is None and order.in_ring:
+            raise ProtocolError("the driver orders a round of a ring that was not formed.")
+        if order.previous:
+            link.read_vector(exchange.known)
+        if order.parameters == "change":
+            link.read_change(exchange, pace)
+        elif order.parameters == "whole":
+            link.read_vector(exchange.arriving, pace)
+        elif order.parameters == "part":
+            assert self.ring is not None
             start, stop = self.ring.bounds(replica.layout.numel)
-            channel.read_vector(exchange.arriving[start:stop])
+            link.read_vector(exchange.arriving[start:stop])
             self.ring.gather(exchange.arriving[start:stop], exchange.arriving)
-        else:
-            channel.read_vector(exchange.arriving, pace)
-        sections: list[str] = field(header, "sections", list[str])
-        if len(sections) > MAX_SECTIONS:
-            raise ProtocolError(f"the driver averages {len(sections)} optimizer states; at most {MAX_SECTIONS} exist.")
-        inner = replica.layout.empty(len(sections))
-        channel.read_vector(inner)
-        return _Order(
-            spec=spec,
-            ahead=None if field(header, "ahead", Any) is None else parse(RoundSpec, header["ahead"]),
-            sections=sections,
-            inner=inner,
-            buffers=channel.read_bytes(field(header, "buffer_bytes", int)),
-            n_fetch=field(header, "n_fetch", int),
-            n_push=field(header, "n_push", int),
-        )
+        inner = replica.layout.empty(len(order.sections))
+        link.read_vector(inner)
+        return order, inner, link.read_bytes(order.buffer_bytes)

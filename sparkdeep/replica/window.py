@@ -11,7 +11,7 @@ import torch
 from sparkdeep.errors import ProtocolError
 from sparkdeep.protocol.messages import Visit
 from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.update import LocalResult
 
@@ -28,16 +28,16 @@ class ReplicaWindow:
     Memory: two vectors beside the replica's.
 
     Args:
-        channel: to the driver.
+        link: to the driver.
         replica: the model and its data, at the window's start.
         n_fetch: steps between fetches.
         n_push: steps between pushes.
     """
 
-    def __init__(self, channel: Channel, replica: Replica, *, n_fetch: int, n_push: int) -> None:
+    def __init__(self, link: ReplicaLink, replica: Replica, *, n_fetch: int, n_push: int) -> None:
         if n_fetch < 1 or n_push < 1:
             raise ProtocolError(f"the driver orders a fetch every {n_fetch} steps, and a push every {n_push}.")
-        self._channel = channel
+        self._link = link
         self._replica = replica
         self._n_fetch = n_fetch
         self._n_push = n_push
@@ -95,10 +95,10 @@ class ReplicaWindow:
             fetches=fetches,
             finite=exchange.finite(change) if pushes else True,
         )
-        self._channel.visit(visit, change, self._replica.number)
+        self._link.visit(visit, change, self._replica.number)
         if pushes:
             change.zero_()
         if fetches:
-            self._channel.fetched(exchange.known)
+            self._link.fetched(exchange.known)
             exchange.write(exchange.known)
             self._begin()

@@ -4,13 +4,13 @@
 - `arrivals.py`: an asynchronous window at the driver: pushes are applied as they come, none too stale
 - `collector.py`: what a run's rounds have in common, one round of them, and what collects its updates: a star, a ring, or as they arrive
 - `coordinator.py`: the driver's port: admits this run's replicas and nobody else
+- `driver_link.py`: one replica's connection, as the driver sees it
 - `gathering.py`: one round at the driver: order, headers, bodies, mean
 - `jobs.py`: the driver's end of a job a round
 - `launch.py`: who starts replicas: the interface, and its in-process twin
-- `line.py`: one replica's connection, as the driver sees it
 - `meeting.py`: where the replicas of a stage tell each other how they can be reached: on the driver, through their own connections
 - `opener.py`: when stages open and close
-- `ring.py`: where the replicas of a ring find each other
+- `ring.py`: the ring at the driver: replicas add up, and each sends its part of the mean
 - `staffing.py`: how many replicas the next stage has
 - `stage.py`: the driver's end of one open stage
 - `star.py`: the star: every replica is sent the parameters by the driver, which adds their updates up as they arrive

@@ -84,8 +84,8 @@ class Admission:
     @property
     def passed_over(self) -> dict[int, int]:
         """Steps that replicas which do not count had taken of rows that are not to be met again."""
-        told = {i: self._headers[i] for i, verdict in self.verdicts.items() if verdict in {"nonfinite", "rolled back"}}
-        return {i: update.steps for i, update in told.items()}
+        known = {i: self._headers[i] for i, verdict in self.verdicts.items() if verdict in {"nonfinite", "rolled back"}}
+        return {i: update.steps for i, update in known.items()}
 
     def closed_without(self, replica: int) -> bool:
         """Whether the round has closed, and the replica is late."""

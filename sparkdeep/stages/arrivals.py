@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Final, final
+from dataclasses import replace
+from typing import Final, final
 
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError
 from sparkdeep.optim.asynchronous import Turns, Window
 from sparkdeep.protocol.messages import Update, Visit, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.refusals import check_update, not_finite
 from sparkdeep.protocol.wire import Buffer, Frame
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.parameters import raw_bytes
 
 __all__ = ["Arrivals"]
@@ -53,20 +55,20 @@ class Arrivals:
         """[replica, staleness] in the order of arrival."""
         return self._turns.log
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """How often to come in, and the parameters at the window's start."""
         del replica
         rule = self._window.rule
-        return {"n_fetch": rule.n_fetch, "n_push": rule.n_push}, [raw_bytes(self._begin)]
+        return replace(order, n_fetch=rule.n_fetch, n_push=rule.n_push), [raw_bytes(self._begin)]
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """Serve a replica until its window ends; its update's vector is its last push."""
-        replica, host = line.hello.replica, line.hello.host
-        # Each has its own room, so that a slow line holds up no other.
+        replica, host = link.hello.replica, link.hello.host
+        # Each has its own room, so that a slow link holds up no other.
         room = self._given.plane.vector(self._parameters.numel(), self._parameters.dtype, replica)
-        frame = self._follow(line, room)
+        frame = self._follow(link, room)
         update = parse(Update, frame.header)
-        line.waiting = True
+        link.waiting = True
         check_update(replica, host, update, self._given.work.round)
         buffers: dict[str, Tensor] = {}
         if update.weight == 0:
@@ -74,34 +76,36 @@ class Arrivals:
                 self._turns.leave(replica)
                 self._news.notify_all()
         else:
-            buffers = line.read_update(frame, update, room)
+            body = link.body(frame, update, raw_bytes(room).nbytes)
+            body.fill(room)
+            buffers = body.buffers(update.buffer_bytes)
             last = Visit(round=update.round, steps=update.steps, pushes=True, fetches=False, finite=True)
             self._come(replica, last, room, last=True)
         admission.enter(replica, host, update)
         return update, buffers
 
-    def _follow(self, line: Line, room: Tensor) -> Frame:
+    def _follow(self, link: DriverLink, room: Tensor) -> Frame:
         """Until the frame of its update comes."""
-        replica = line.hello.replica
+        replica = link.hello.replica
         spec = self._given.work.specs[replica]
         while True:
-            frame = line.await_update(lambda: False, "visit")
+            frame = link.await_update(lambda: False, "visit")
             assert frame is not None, "nobody gives up"
             if frame.kind != "visit":
                 return frame
             visit = parse(Visit, frame.header)
             inside = self._turns.steps(replica) < visit.steps < spec.num_steps and not spec.skip
             if visit.round != spec.round or not inside or not (visit.pushes or visit.fetches):
-                raise ProtocolError(f"{line.who} came in with {visit} in round {spec.round}.")
+                raise ProtocolError(f"{link.who} came in with {visit} in round {spec.round}.")
             if not visit.finite:
-                raise not_finite(replica, line.hello.host, spec.round)
+                raise not_finite(replica, link.hello.host, spec.round)
             if visit.pushes:
-                line.read_change(frame, room)
+                link.read_change(frame, room)
             elif frame.body_bytes:
-                raise ProtocolError(f"{line.who} sent {frame.body_bytes} bytes with a visit that pushes nothing.")
-            line.waiting = True
+                raise ProtocolError(f"{link.who} sent {frame.body_bytes} bytes with a visit that pushes nothing.")
+            link.waiting = True
             self._come(replica, visit, room)
-            line.go_on(room if visit.fetches else None)
+            link.go_on(room if visit.fetches else None)
 
     def _come(self, replica: int, visit: Visit, room: Tensor, *, last: bool = False) -> None:
         with self._news:

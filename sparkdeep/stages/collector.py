@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from sparkdeep.optim.aggregators import Aggregator
+from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Update
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundWork
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission, Terms
-from sparkdeep.stages.line import Line
-from sparkdeep.tensors.encoding import Codec
-from sparkdeep.tensors.parameters import Layout
+from sparkdeep.stages.driver_link import DriverLink
 
 __all__ = ["Collector", "Plane", "Round", "Taken"]
 
@@ -30,19 +29,9 @@ Taken = tuple[Update, dict[str, Tensor]]
 class Plane:
     """How this run's parameters travel; the same for all its rounds."""
 
-    layout: Layout
-    codec: Codec
-    """Of updates."""
-    wide: bool
-    """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
+    averaging: Averaging
     collector: Callable[[Round], Collector]
     """`Star`, or `Arrivals` of a window; in its place a stage takes `Ring` where that is chosen."""
-    weighting: Literal["rows", "equal", "fednova"] = "rows"
-    """How much each replica counts."""
-    aggregator: Aggregator | Literal["mean"] = "mean"
-    """How their updates become one."""
-    embeddings: frozenset[str] = frozenset()
-    """Names of the embeddings' parameters."""
     terms: Terms = field(default_factory=Terms)
     """When a round closes, and whom it counts."""
     _vectors: dict[int, Tensor] = field(default_factory=dict, init=False)
@@ -85,10 +74,10 @@ class Collector(Protocol):
     def log(self) -> list[list[int]]:
         """[replica, staleness] in the order in which replicas came in; empty where they come at the end only."""
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
-        """What an order says of its parameters, and the parameters."""
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
+        """A replica's order with what it says of the parameters, and the parameters."""
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """Take in a replica's update; None if the round goes on without it.
 
         Raises:

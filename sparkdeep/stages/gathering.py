@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, final
 
 from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import Saved, Update, parse
+from sparkdeep.protocol.messages import Saved, Update, parse, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.refusals import common_sections
-from sparkdeep.protocol.values import RoundResult, Traffic
+from sparkdeep.protocol.values import RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Collector, Round
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import pool_buffers
 from sparkdeep.tensors.parameters import raw_bytes, unlike
 from sparkdeep.tensors.state_dicts import pack_tensors
@@ -44,56 +44,50 @@ class Gathering:
         self._saved: dict[int, Saved] = {}
         self._traffic: dict[int, Traffic] = {}
 
-    def exchange(self, replica: int, line: Line) -> None:
+    def exchange(self, replica: int, link: DriverLink) -> None:
         """Send the order, and take in the replica's update; see `Collector.take` for what is raised."""
-        connection = line.connection
+        connection = link.connection
         sent, received = connection.sent_bytes, connection.received_bytes
         self._saved[replica] = Saved(bytes=0, seconds=0.0)
-        line.begin_round(self._given.work.deadline_s)
-        if line.settle(lambda: self._admission.closed_without(replica)):
-            self._ask(replica, line)
+        link.begin_round(self._given.work.deadline_s)
+        if link.settle(lambda: self._admission.closed_without(replica)):
+            self._ask(replica, link)
         self._traffic[replica] = Traffic(
             sent_bytes=connection.sent_bytes - sent, received_bytes=connection.received_bytes - received
         )
 
-    def _ask(self, replica: int, line: Line) -> None:
-        line.waiting = False
-        line.buffer_limit_bytes = 2 * len(self._buffers) + 4096
+    def _ask(self, replica: int, link: DriverLink) -> None:
+        link.waiting = False
+        link.buffer_limit_bytes = 2 * len(self._buffers) + 4096
         header, bodies = self.order(replica)
-        line.send("train", header, *bodies)
-        taken = self._collector.take(line, self._admission)
+        link.send("train", header, *bodies)
+        taken = self._collector.take(link, self._admission)
         if taken is None:
             return
         update, buffers = taken
         if update.weight > 0:
             if odd := unlike(buffers, self._given.start.buffers):
-                raise ProtocolError(f"{line.who} sent other buffers than it was given: {str(odd)[:200]}.")
+                raise ProtocolError(f"{link.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
-        self._saved[replica] = parse(Saved, line.expect("saved").header)
-        line.kept_round = self._given.work.round
+        self._saved[replica] = parse(Saved, link.expect("saved").header)
+        link.kept_round = self._given.work.round
 
     def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
         """The header and the bodies of a replica's order."""
         given = self._given
         start, previous = given.start, given.start.previous if given.fresh else None
-        own, parameters = self._collector.order(replica)
-        header = {
-            "spec": asdict(given.work.specs[replica]),
-            "clock": given.work.clocks[replica],
-            "may_undo": given.plane.terms.may_undo,
-            "ahead": asdict(given.ahead) if given.ahead is not None else None,
-            "sections": start.sections,
-            "buffer_bytes": len(self._buffers),
-            "previous": previous is not None,
-            "encoded": False,
-            "held": False,
-            "ring": False,
-            "n_fetch": 0,
-            "n_push": 0,
-            **own,
-        }
+        order = Order(
+            spec=given.work.specs[replica],
+            clock=given.work.clocks[replica],
+            ahead=given.ahead,
+            may_undo=given.plane.terms.may_undo,
+            previous=previous is not None,
+            sections=start.sections,
+            buffer_bytes=len(self._buffers),
+        )
+        order, parameters = self._collector.order(replica, order)
         before = [] if previous is None else [raw_bytes(previous)]
-        return header, [*before, *parameters, raw_bytes(start.inner), self._buffers]
+        return to_header(order), [*before, *parameters, raw_bytes(start.inner), self._buffers]
 
     def _prepare(self, updates: list[Update]) -> None:
         seams.reach("average", round_number=self._given.work.round)
@@ -110,19 +104,18 @@ class Gathering:
         """The mean, once every replica's exchange has ended well."""
         updates = self._admission.updates
         start, count = self._given.start, self._given.num_replicas
-        total_weight = sum(self._weights)
         mean, pooled = start.parameters if start.base is None else start.base, start.buffers
-        if total_weight:
+        if any(self._weights):
             mean = self._collector.result()
             buffers_of = [self._received.get(i, start.buffers) for i in range(count)]
-            pooled = pool_buffers(buffers_of, self._weights, self._given.plane.layout.variance_of)
-        numel = self._given.plane.layout.numel
+            pooled = pool_buffers(buffers_of, self._weights, self._given.plane.averaging.layout.variance_of)
+        numel = self._given.plane.averaging.layout.numel
         return RoundResult(
             mean=mean[:numel],
             buffers=pooled,
             sections=self._sections,
             inner=mean[numel:],
-            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
+            loss=mean_loss(updates),
             updates=updates,
             saved=[self._saved[i] for i in range(count)],
             seconds=seconds,

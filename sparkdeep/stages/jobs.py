@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, SparkdeepError
-from sparkdeep.optim.combining import Mean, check_updates, combine
-from sparkdeep.protocol.messages import Hello, Saved, Update, parse
-from sparkdeep.protocol.orders import JobRunner, Order, Parcel, Reply, Stored, digest_of, pack_globals
+from sparkdeep.optim.averaging import Averaging
+from sparkdeep.protocol.messages import Hello, Open, Opened, Saved, Update, parse
+from sparkdeep.protocol.orders import Job, JobRunner, Order, Parcel, Reply, Stored, digest_of
 from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic
+from sparkdeep.protocol.refusals import check_updates
+from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic, mean_loss
 from sparkdeep.rounds.planning import job_description, stage_description
 from sparkdeep.rounds.run_state import RunState, deal_rest
 from sparkdeep.rounds.snapshots import Snapshot
 from sparkdeep.rounds.transport import FitParts, Opening
 from sparkdeep.tensors.encoding import codec_named
-from sparkdeep.tensors.state_dicts import unpack_dict, unpack_tensors
+from sparkdeep.tensors.parameters import raw_bytes
+from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict, unpack_tensors
 from sparkdeep.versions import versions
 
 __all__ = ["JobReplicas", "JobStages"]
@@ -54,9 +56,7 @@ class JobReplicas:
 
     runner: JobRunner
     parts: FitParts
-    _hellos: list[Hello] = field(default_factory=list, init=False)
-    """Of the last job."""
-    _state: RunState | None = field(default=None, init=False)
+    _state: RunState = field(init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
     _send_states: bool = field(default=True, init=False)
     _renew: bool = field(default=False, init=False)
@@ -105,32 +105,32 @@ class JobReplicas:
             ReplicaLostError: a task was lost, or gave no reply in time; the round can be repeated.
         """
         del ahead
-        spec = work.specs[0]
         began = time.perf_counter()
-        assert self._state is not None
         what = stage_description(self._state.committed, 1, self._state.schedule.num_rounds)
-        replies = self._run(self._order("train", start, spec), what)
+        replies = self._run(self._job("train", start, work), what)
+        hosts = [parse(Hello, reply.header["hello"]).host for reply in replies]
         updates = [parse(Update, reply.header["update"]) for reply in replies]
-        check_updates(updates, [hello.host for hello in self._hellos], spec.round)
-        codec = codec_named(self.parts.plan.settings.codec)
-        mean = None
-        if self.runner.exchange is None:
-            mean = combine(updates, lambda i: replies[i].body, self.parts.layout, codec, start.base)
-        if self.runner.exchange is not None:
-            mean = self._exchanged(replies[0])
+        sections = check_updates(updates, hosts, work.round)
+        parts = self.parts
+        averaging = Averaging(layout=parts.layout, codec=codec_named(parts.local.codec), wide=parts.wide)
+        vector, buffers = start.parameters.to(torch.float64), start.buffers
+        if any(update.weight for update in updates):
+            if self.runner.exchange is not None:
+                vector, buffers = self._exchanged(replies[0], sections)
+            else:
+                vector, buffers = averaging.mean(updates, lambda i: replies[i].body, start.base)
         self._send_states = False
-        self._trained = (spec.round, replies[0].header["job"])
-        total_weight = sum(update.weight for update in updates)
-        vector = start.parameters.to(torch.float64) if mean is None else mean.vector
+        self._trained = (work.round, replies[0].header["job"])
+        numel = parts.layout.numel
         return RoundResult(
-            mean=vector[: self.parts.layout.numel],
-            buffers=start.buffers if mean is None else mean.buffers,
-            sections=[] if mean is None else mean.sections,
-            inner=vector[self.parts.layout.numel :],
-            loss=sum(update.loss_sum for update in updates) / total_weight if total_weight else float("nan"),
+            mean=vector[:numel],
+            buffers=buffers,
+            sections=sections,
+            inner=vector[numel:],
+            loss=mean_loss(updates),
             updates=updates,
-            hosts=[hello.host for hello in self._hellos],
-            reset=[i for i, reply in enumerate(replies) if reply.header["state"] == "reset"],
+            hosts=hosts,
+            reset=[i for i, reply in enumerate(replies) if parse(Opened, reply.header["opened"]).state == "reset"],
             saved=[parse(Saved, reply.header["saved"]) for reply in replies],
             seconds=time.perf_counter() - began,
             traffic=Traffic(sent_bytes=self._sent_bytes, received_bytes=sum(len(reply.body) for reply in replies)),
@@ -138,65 +138,74 @@ class JobReplicas:
 
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters as one job; one result a replica, in order."""
-        assert self._state is not None
         what = job_description("validation", self._state.committed, self._state.schedule.num_rounds)
-        return [unpack_dict(reply.body) for reply in self._run(self._order("evaluate", model), what)]
+        return [unpack_dict(reply.body) for reply in self._run(self._job("evaluate", model), what)]
 
     def states(self, clocks: Sequence[int]) -> list[bytes]:
         """Every replica's state, from its executor's disk, as one job; none where none are kept."""
         del clocks
         if not self.runner.keeps_states:
             return []
-        assert self._state is not None
         what = job_description("states", self._state.committed, self._state.schedule.num_rounds)
-        return [reply.body for reply in self._run(self._order("states"), what)]
+        return [reply.body for reply in self._run(self._job("state"), what)]
 
-    def _order(
-        self, kind: Literal["train", "evaluate", "states"], start: Globals | None = None, spec: RoundSpec | None = None
-    ) -> Order:
-        assert self._state is not None
-        state = self._state
+    def _job(
+        self, kind: Literal["train", "evaluate", "state"], start: Globals | None = None, work: RoundWork | None = None
+    ) -> Job:
+        state, parts, settings = self._state, self.parts, self.parts.settings
         if state.committed == self._trained[0]:
             self._kept_by = self._trained[1]
         sent = self._sent() if start is not None else ()
-        exchange = self.runner.exchange if kind == "train" else None
-        parcel = None if start is None else self._shipped(start)
+        clock = state.schedule.clock(state.committed, state.consumed, 0)
+        exchange = self.runner.exchange if work is not None else None
+        order, body = (Order(), None) if start is None else self._ordered(start, work, clock)
         if self._fixed is None:
-            self._fixed = self.parts.fixed()
-        return Order(
-            run=self.parts.run,
-            job=secrets.token_hex(8),
+            self._fixed = parts.fixed()
+        return Job(
+            run=parts.run,
+            name=secrets.token_hex(8),
             kind=kind,
-            settings=self.parts.plan.settings,
-            schema=self.parts.plan.schema,
+            order=order,
+            opening=Open(
+                committed=state.committed,
+                scheduler_steps=clock,
+                state="sent" if sent else "local" if state.committed and self.runner.keeps_states else "fresh",
+                kept_round=state.committed,
+                kept_by=self._kept_by,
+                tensor_bytes=0,
+                keep=self.runner.keeps_states,
+            ),
+            settings=parts.plan.settings,
+            schema=parts.plan.schema,
             facts=state.generation.shards,
             versions=versions(),
-            committed=state.committed,
-            scheduler_steps=state.schedule.clock(state.committed, state.consumed, 0),
-            source="sent" if sent else "local" if state.committed and self.runner.keeps_states else "fresh",
-            kept_by=self._kept_by,
-            durable=self.parts.settings.replica_state == "durable",
-            sections=() if start is None else tuple(start.sections),
-            start=parcel,
-            program=None if start is None else self.runner.ship("program", self.parts.plan.program),
+            durable=settings.replica_state == "durable",
+            body=body,
+            program=None if start is None else self.runner.ship("program", parts.plan.program),
             fixed=self.runner.ship("fixed", self._fixed) if self._fixed and start is not None else None,
             states=sent,
-            spec=spec,
             exchange=exchange,
-            wide=self.parts.wide,
-            stale=self._stale(parcel) if exchange is not None else (),
-            timeout_s=self._timeout_s(),
+            wide=parts.wide,
+            stale=self._stale(body) if exchange is not None else (),
+            timeout_s=settings.open_timeout_s + _PATIENCE * max(settings.stall_timeout_s, self._longest_s),
         )
 
-    def _shipped(self, start: Globals) -> Parcel:
-        data = pack_globals(start)
+    def _ordered(self, start: Globals, work: RoundWork | None, clock: int) -> tuple[Order, Parcel]:
+        """The order of a round, or of scores, and its body on its way."""
+        buffers = pack_tensors(start.buffers)
+        data = b"".join([raw_bytes(start.parameters), raw_bytes(start.inner), buffers])
         self._sent_bytes = len(data)  # once: Spark hands it on to the executors
+        order = Order(
+            spec=None if work is None else work.specs[0],
+            clock=clock,
+            sections=start.sections,
+            buffer_bytes=len(buffers),
+        )
         if self._mean is not None and self._mean.digest == digest_of(data):
-            return self._mean
-        return self.runner.ship("start", data)
+            return order, self._mean
+        return order, self.runner.ship("start", data)
 
     def _sent(self) -> tuple[Parcel, ...]:
-        assert self._state is not None
         snapshot = self._snapshot
         if not self._send_states or snapshot is None or snapshot.round != self._state.committed:
             return ()
@@ -208,18 +217,13 @@ class JobReplicas:
         names = start.names if isinstance(start, Stored) else ()
         return tuple(job for job in self._jobs if not any(f"/{job}/" in name for name in names))
 
-    def _timeout_s(self) -> float:
-        return self.parts.settings.open_timeout_s + _PATIENCE * max(
-            self.parts.settings.stall_timeout_s, self._longest_s
-        )
-
-    def _run(self, order: Order, what: str) -> list[Reply]:
+    def _run(self, job: Job, what: str) -> list[Reply]:
         began = time.monotonic()
-        if order.exchange is not None:
-            self._jobs = [*(job for job in self._jobs if job not in order.stale), order.job]
+        if job.exchange is not None:
+            self._jobs = [*(name for name in self._jobs if name not in job.stale), job.name]
         try:
             replies = self.runner.run(
-                order, what, timeout_s=order.timeout_s, idle_timeout_s=self.parts.settings.open_timeout_s
+                job, what, timeout_s=job.timeout_s, idle_timeout_s=self.parts.settings.open_timeout_s
             )
         except ShardLostError:
             self._renew = True
@@ -229,41 +233,29 @@ class JobReplicas:
         except Exception as error:
             raise ReplicaLostError(f"the job failed: {type(error).__name__}: {error}") from error
         self._longest_s = max(self._longest_s, time.monotonic() - began)
-        ordered = self._checked(order, replies)
-        self._hellos = [parse(Hello, reply.header["hello"]) for reply in ordered]
+        ordered = self._checked(job, replies)
         for i, reply in enumerate(ordered):
             for line in reply.header.get("lines", ()):
                 self.parts.on_log(i, str(line))
         return ordered
 
-    def _checked(self, order: Order, replies: Sequence[Reply]) -> list[Reply]:
+    def _checked(self, job: Job, replies: Sequence[Reply]) -> list[Reply]:
         """The replies in replica order; what does not belong to this job is refused."""
-        by_replica = {int(reply.header["replica"]): reply for reply in replies if reply.header["job"] == order.job}
+        by_replica = {int(reply.header["replica"]): reply for reply in replies if reply.header["job"] == job.name}
         if len(replies) != len(by_replica) or sorted(by_replica) != list(range(self.runner.num_replicas)):
             raise ProtocolError(
-                f"job {order.job} had {len(replies)} replies, from replicas {sorted(by_replica)} of "
+                f"job {job.name} had {len(replies)} replies, from replicas {sorted(by_replica)} of "
                 f"{self.runner.num_replicas}."
             )
         return [by_replica[i] for i in range(self.runner.num_replicas)]
 
-    def _exchanged(self, reply: Reply) -> Mean | None:
-        """The mean that the first replica took."""
-        told = reply.header.get("mean")
-        if told is None:
-            return None
+    def _exchanged(self, reply: Reply, sections: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean that the first replica took, in float64, and the pooled buffers."""
+        stored, body = reply.header["mean"], reply.body
         dtype = torch.float64 if self.parts.wide else self.parts.layout.dtype
-        sections = [str(name) for name in told["sections"]]
         size = (1 + len(sections)) * self.parts.layout.numel * dtype.itemsize
-        body = reply.body
-        if len(body) != size + int(told["buffer_bytes"]):
-            raise ProtocolError(
-                f"the mean has {len(body)} bytes; {size} and {told['buffer_bytes']} of buffers were told."
-            )
+        if len(body) < size:
+            raise ProtocolError(f"the mean has {len(body)} bytes; its vector alone has {size}.")
+        self._mean = Stored(**{**stored, "folder": str(self.runner.exchange), "names": tuple(stored["names"])})
         vector: Tensor = torch.frombuffer(bytearray(body[:size]), dtype=dtype).to(torch.float64)
-        self._mean = Stored(
-            folder=str(self.runner.exchange),
-            names=tuple(told["names"]),
-            num_bytes=int(told["num_bytes"]),
-            digest=str(told["digest"]),
-        )
-        return Mean(vector=vector, buffers=unpack_tensors(body[size:]), sections=sections)
+        return vector, unpack_tensors(body[size:])

@@ -9,7 +9,7 @@ from typing import Final, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError
 from sparkdeep.protocol.messages import field
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 
 __all__ = ["Meeting"]
 
@@ -35,24 +35,24 @@ class Meeting:
         self._stored = 0
         self._news = threading.Condition()
 
-    def host(self, line: Line, size: int) -> None:
+    def host(self, link: DriverLink, size: int) -> None:
         """Have a replica join the ring; returns when its connections to all others stand.
 
         Raises:
             ReplicaLostError: it could not reach them in time.
         """
-        line.waiting = False
-        line.connection.send("ring", {"size": size, "timeout_s": self._timeout_s})
+        link.waiting = False
+        link.connection.send("ring", {"size": size, "timeout_s": self._timeout_s})
         while True:
-            frame = line.expect("put", "get", "formed", timeout_s=self._timeout_s)
+            frame = link.expect("put", "get", "formed", timeout_s=self._timeout_s)
             if frame.kind == "formed":
-                line.waiting = True
+                link.waiting = True
                 return
             key = field(frame.header, "key", str)
             if frame.kind == "put":
                 self._put(key, field(frame.header, "value", str))
             else:
-                line.connection.send("value", {"value": self._get(key, line.who)})
+                link.connection.send("value", {"value": self._get(key, link.who)})
 
     def _put(self, key: str, value: str) -> None:
         with self._news:

@@ -12,6 +12,7 @@ from typing import Any, Final, final
 from sparkdeep import seams
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.optim.aggregators import embeddings_of
+from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, Open
 from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
 from sparkdeep.protocol.refusals import check_shard, check_versions
@@ -92,13 +93,16 @@ class SocketReplicas:
     def __post_init__(self) -> None:
         parts, settings = self.parts, self.parts.settings
         self.staffing = Staffing(launcher=self.launcher, shards=parts.shards, local=parts.local, settings=settings)
-        self.plane = Plane(
+        averaging = Averaging(
             layout=parts.layout,
             codec=codec_named(parts.local.codec),
             wide=parts.wide,
             weighting=settings.shares,
             aggregator=settings.aggregator,
             embeddings=embeddings_of(parts.module),
+        )
+        self.plane = Plane(
+            averaging=averaging,
             collector=Star if parts.window is None else partial(Arrivals, parts.window),
             terms=Terms(quorum=settings.quorum, grace_s=settings.quorum_grace_s, on_nonfinite=settings.on_nonfinite),
         )
@@ -205,7 +209,7 @@ class SocketReplicas:
 
     def _settle(self, state: RunState, stage: Stage) -> None:
         """Choose once where updates are added up, and have the stage's replicas form a ring if that is how."""
-        count, size = stage.num_replicas, self.plane.layout.num_bytes
+        count, size = stage.num_replicas, self.parts.layout.num_bytes
         settings = self.parts.settings
         wanted = settings.aggregation
         if settings.closing:  # also where an earlier call, without these settings, chose a ring
@@ -214,7 +218,7 @@ class SocketReplicas:
             state.aggregation = "star"  # what a ring that cannot be formed leaves behind for the next attempt
             if self._may_ring and needs_trial(count, size):
                 stage.form_ring(timeout_s=min(_RING_TRIAL_S, settings.stall_timeout_s))
-                state.aggregation = choose(count, size, stage.try_both(size), outer=self.plane.wide)
+                state.aggregation = choose(count, size, stage.try_both(size), outer=self.parts.wide)
         elif wanted != "auto":
             state.aggregation = wanted
         if state.aggregation == "ring":

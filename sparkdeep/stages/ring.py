@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from sparkdeep.protocol.messages import Update, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import Partition, reduced_weights
 from sparkdeep.tensors.parameters import raw_bytes
 
@@ -36,39 +38,39 @@ class Ring:
     @property
     def held(self) -> bool:
         """Whether replicas hand the mean round, as the next round starts from it: averaging has nothing to do to it."""
-        return not self._given.plane.wide and not self._num_sections and bool(self._weights)
+        return not self._given.plane.averaging.wide and not self._num_sections and bool(self._weights)
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """The replica's part of the parameters, unless all of them are there."""
         given = self._given
         if given.held:
-            return {"ring": True, "held": True}, []
-        start, stop = Partition(given.plane.layout.numel, given.num_replicas).bounds(replica)
-        return {"ring": True}, [raw_bytes(given.start.parameters[start:stop])]
+            return replace(order, parameters="held"), []
+        start, stop = Partition(given.plane.averaging.layout.numel, given.num_replicas).bounds(replica)
+        return replace(order, parameters="part"), [raw_bytes(given.start.parameters[start:stop])]
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """See `Collector`: its buffers come with the header, and its part once all headers are admitted."""
-        frame = line.await_update(lambda: False)
+        frame = link.await_update(lambda: False)
         assert frame is not None, "nobody gives up"
         update = parse(Update, frame.header)
-        line.waiting = True
-        buffers = line.read_buffers(frame, update)
-        admission.enter(line.hello.replica, line.hello.host, update)
-        line.waiting = False
-        line.send("reduce", {"weights": self._weights, "sections": self._num_sections, "hold": self.held})
+        link.waiting = True
+        buffers = link.body(frame, update, 0).buffers(update.buffer_bytes)
+        admission.enter(link.hello.replica, link.hello.host, update)
+        link.waiting = False
+        link.send("reduce", {"weights": self._weights, "sections": self._num_sections, "hold": self.held})
         if self._weights:
-            start, stop = Partition(self._mean.numel(), self._given.num_replicas).bounds(line.hello.replica)
-            line.read_change(line.expect("part"), self._mean[start:stop])
-        line.waiting = True
+            start, stop = Partition(self._mean.numel(), self._given.num_replicas).bounds(link.hello.replica)
+            link.read_change(link.expect("part"), self._mean[start:stop])
+        link.waiting = True
         return update, buffers
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
-        """What replicas are to be told of the sum."""
-        plane = self._given.plane
+        """What the sum is to be of."""
+        plane, layout = self._given.plane, self._given.plane.averaging.layout
         weights = [update.weight for update in updates]
         self._weights = reduced_weights(weights) if any(weights) else []
         self._num_sections = num_sections
-        self._mean = plane.vector((1 + num_sections) * plane.layout.numel, plane.layout.dtype)
+        self._mean = plane.vector((1 + num_sections) * layout.numel, layout.dtype)
 
     def result(self) -> Tensor:
         """The mean, of which every replica has sent a part."""

@@ -11,13 +11,14 @@ from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
 from sparkdeep.protocol.messages import Hello, Open, Opened, parse, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
 from sparkdeep.stages.collector import Collector, Plane, Round
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.stages.gathering import Gathering
 from sparkdeep.stages.launch import RunningStage
-from sparkdeep.stages.line import Line
 from sparkdeep.stages.meeting import Meeting
 from sparkdeep.stages.topology import Trial, measure
 from sparkdeep.tensors.parameters import raw_bytes
@@ -74,7 +75,7 @@ class Stage:
         self._on_beat = on_beat
         self._on_log = on_log
         self._arrived = threading.Condition()
-        self._lines: dict[int, Line] = {}
+        self._links: dict[int, DriverLink] = {}
         self.hellos: dict[int, Hello] = {}
         self._aborted = threading.Event()
         self._running: RunningStage | None = None
@@ -93,7 +94,7 @@ class Stage:
             if not 0 <= hello.replica < self.num_replicas or hello.replica in self.hellos or self._aborted.is_set():
                 raise ProtocolError(f"there is no place for replica {hello.replica}.")
             connection.check = self._check
-            self._lines[hello.replica] = Line(
+            self._links[hello.replica] = DriverLink(
                 hello, connection, stall_timeout_s=self._stall_s, on_beat=self._on_beat, on_log=self._on_log
             )
             self.hellos[hello.replica] = hello
@@ -146,15 +147,15 @@ class Stage:
 
         def welcome(replica: int) -> str:
             answer, tensors, state = answers[replica]
-            line = self._lines[replica]
-            line.send("open", to_header(answer), tensors, state)
-            return parse(Opened, line.expect("opened", timeout_s=timeout_s).header).state
+            link = self._links[replica]
+            link.send("open", to_header(answer), tensors, state)
+            return parse(Opened, link.expect("opened", timeout_s=timeout_s).header).state
 
         return self._all(welcome)
 
     def try_both(self, num_bytes: int) -> Trial:
         """Measure the star and the ring, which must have been formed, with up to `num_bytes` a replica."""
-        return measure(num_bytes, lambda work: self._all(lambda replica: work(self._lines[replica])))
+        return measure(num_bytes, lambda work: self._all(lambda replica: work(self._links[replica])))
 
     def form_ring(self, *, timeout_s: float) -> None:
         """Have the replicas connect to each other; updates are then added up among them.
@@ -163,7 +164,7 @@ class Stage:
             ReplicaLostError: they cannot reach each other.
         """
         meeting = Meeting(timeout_s=timeout_s, check=self._check)
-        self._all(lambda replica: meeting.host(self._lines[replica], self.num_replicas))
+        self._all(lambda replica: meeting.host(self._links[replica], self.num_replicas))
 
     def close(self, *, save: int | None, clocks: Sequence[int], timeout_s: float = 60.0) -> None:
         """Tell the replicas to stop, to keep their state as that of round `save` if it is given, and wait for them.
@@ -175,9 +176,9 @@ class Stage:
         """
 
         def farewell(replica: int) -> None:
-            line = self._settled(replica)
-            line.send("stop", {"save": save, "clock": clocks[replica]})
-            line.expect("bye")
+            link = self._settled(replica)
+            link.send("stop", {"save": save, "clock": clocks[replica]})
+            link.expect("bye")
 
         self._all(farewell)
         self._hang_up()
@@ -193,8 +194,8 @@ class Stage:
     def _hang_up(self) -> None:
         self._aborted.set()
         with self._arrived:
-            for line in self._lines.values():
-                line.connection.close()
+            for link in self._links.values():
+                link.connection.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # -- rounds --------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class Stage:
             check=self._check,
         )
         gathering = Gathering(given, self.collector(given))
-        self._all(lambda replica: gathering.exchange(replica, self._lines[replica]))
+        self._all(lambda replica: gathering.exchange(replica, self._links[replica]))
         self._fresh, self._held = False, gathering.held
         hosts = [self.hellos[i].host for i in range(self.num_replicas)]
         return replace(gathering.result(time.perf_counter() - began), hosts=hosts)
@@ -231,12 +232,12 @@ class Stage:
     def evaluate(self, model: Globals) -> list[dict[str, Any]]:
         """Score the global parameters on every replica's validation rows; one result a replica, in order."""
         buffers = pack_tensors(model.buffers)
-        header = {"sections": [], "buffer_bytes": len(buffers)}
+        header = to_header(Order(buffer_bytes=len(buffers)))
 
         def score(replica: int) -> dict[str, Any]:
-            line = self._settled(replica)
-            line.send("evaluate", header, raw_bytes(model.parameters), buffers)
-            return unpack_dict(line.answer("scores"))
+            link = self._settled(replica)
+            link.send("evaluate", header, raw_bytes(model.parameters), buffers)
+            return unpack_dict(link.answer("scores"))
 
         return self._all(score)
 
@@ -244,22 +245,22 @@ class Stage:
         """Every replica's optimizer, clock and random state; `clocks`: steps of their learning-rate schedules."""
 
         def ask(replica: int) -> bytes:
-            line = self._settled(replica)
-            line.send("state", {"clock": clocks[replica]})
-            return line.answer("state")
+            link = self._settled(replica)
+            link.send("state", to_header(Order(clock=clocks[replica])))
+            return link.answer("state")
 
         return self._all(ask)
 
     def kept_rounds(self) -> dict[int, int]:
         """Replica -> the last round of this stage after which its state is known to be kept."""
-        return {i: line.kept_round for i, line in self._lines.items() if line.kept_round is not None}
+        return {i: link.kept_round for i, link in self._links.items() if link.kept_round is not None}
 
-    def _settled(self, replica: int) -> Line:
-        """A replica's line, once it has gone back to where a round that it was too late for began."""
-        line = self._lines[replica]
-        line.begin_round(None)
-        line.settle(lambda: False)
-        return line
+    def _settled(self, replica: int) -> DriverLink:
+        """A replica's link, once it has gone back to where a round that it was too late for began."""
+        link = self._links[replica]
+        link.begin_round(None)
+        link.settle(lambda: False)
+        return link
 
     # -- all replicas at once ----------------------------------------------------------------------------------------
 
@@ -290,14 +291,14 @@ class Stage:
 
     def _root_cause(self, futures: Sequence[Future[Any]], failure: BaseException | None) -> BaseException:
         errors = {i: e for i, f in enumerate(futures) if (e := f.exception()) and not isinstance(e, _AbortedError)}
-        # A replica's own words come before a dead line, and what repeating cannot mend before what it can.
+        # A replica's own words come before a dead link, and what repeating cannot mend before what it can.
         for error in errors.values():
             if not isinstance(error, ConnectionLostError | ReplicaLostError):
                 return error
         for error in errors.values():
             if isinstance(error, ReplicaLostError):
                 return error
-        # Spark often knows better why a line went dead; of a replica that is merely silent it knows nothing.
+        # Spark often knows better why a link went dead; of a replica that is merely silent it knows nothing.
         silent = all(isinstance(error, SilentError) for error in errors.values())
         deadline = time.monotonic() + (0.0 if silent else _REASON_S)
         while failure is None and time.monotonic() < deadline:
@@ -310,7 +311,7 @@ class Stage:
             return failure
         for replica, error in errors.items():
             return ReplicaLostError(
-                f"{self._lines[replica].who} was lost: {error}{f' ({failure})' if failure else ''}",
+                f"{self._links[replica].who} was lost: {error}{f' ({failure})' if failure else ''}",
                 replica=replica,
                 host=self.hellos[replica].host,
             )
@@ -323,10 +324,10 @@ class Stage:
 
     def _stay_alive(self) -> None:
         while not self._aborted.wait(timeout=_ALIVE_EVERY_S):
-            for line in list(self._lines.values()):
+            for link in list(self._links.values()):
                 try:
-                    if line.waiting:
-                        line.connection.try_send("alive")
+                    if link.waiting:
+                        link.connection.try_send("alive")
                 except (ConnectionLostError, _AbortedError):
                     continue  # whoever reads from this connection next reports it
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
-from sparkdeep.optim.aggregators import aggregator_of, shares_of
 from sparkdeep.protocol.messages import Update, parse
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import Buffer, Frame
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Round, Taken
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.tensors.mean import Combining
 from sparkdeep.tensors.parameters import raw_bytes
 
@@ -34,53 +35,45 @@ class Star:
         self._total: Combining | None = None
         self.log: list[list[int]] = []
 
-    def order(self, replica: int) -> tuple[dict[str, Any], list[Buffer]]:
+    def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """What changed, for replicas that know the parameters of the round before, or all parameters."""
         del replica
         start = self._given.start
         if start.encoded is None or self._given.fresh:
-            return {}, [raw_bytes(start.parameters)]
-        return {"encoded": True}, [start.encoded]
+            return order, [raw_bytes(start.parameters)]
+        return replace(order, parameters="change"), [start.encoded]
 
-    def take(self, line: Line, admission: Admission) -> Taken | None:
+    def take(self, link: DriverLink, admission: Admission) -> Taken | None:
         """See `Collector`; a replica that the round closes without goes back to where it began."""
-        replica, number = line.hello.replica, self._given.work.round
-        frame = line.await_update(lambda: admission.closed_without(replica))
+        replica, number = link.hello.replica, self._given.work.round
+        frame = link.await_update(lambda: admission.closed_without(replica))
         if frame is None:
-            line.undo(number)
+            link.undo(number)
             return None
         update = parse(Update, frame.header)
-        line.waiting = True
-        verdict = admission.enter(replica, line.hello.host, update)
+        link.waiting = True
+        verdict = admission.enter(replica, link.hello.host, update)
         if verdict in {"late", "rolled back"}:
-            line.leave(frame)
-            line.undo(number)
+            link.leave(frame)
+            link.undo(number)
             if verdict == "rolled back":
-                line.settle(lambda: False)
+                link.settle(lambda: False)
             return None
         # Of one that is not finite nothing comes: it has gone back by itself.
-        return update, self._add(line, frame, update) if update.weight > 0 else {}
+        return update, self._add(link, frame, update) if update.weight > 0 else {}
 
-    def _add(self, line: Line, frame: Frame, update: Update) -> dict[str, Tensor]:
+    def _add(self, link: DriverLink, frame: Frame, update: Update) -> dict[str, Tensor]:
         assert self._total is not None
-        plane = self._given.plane
-        return line.add_update(
-            frame, update, self._total, plane.codec, dtype=plane.layout.dtype, check=self._given.check
-        )
+        averaging = self._given.plane.averaging
+        body = link.body(frame, update, averaging.vector_bytes(update))
+        return averaging.add(self._total, update, body, self._given.check)
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
         """Make what the bodies are added to."""
-        plane, start = self._given.plane, self._given.start
-        dtype = torch.float64 if plane.wide else plane.layout.dtype
-        mean = plane.vector((1 + num_sections) * plane.layout.numel, dtype)
-        self._total = aggregator_of(plane.aggregator).taking(
-            shares_of(updates, self._given.work.rows, plane.weighting),
-            layout=plane.layout,
-            start=start.parameters,
-            base=start.base,
-            out=mean,
-            plain=plane.embeddings,
-        )
+        plane, averaging = self._given.plane, self._given.plane.averaging
+        dtype = torch.float64 if averaging.wide else averaging.layout.dtype
+        mean = plane.vector((1 + num_sections) * averaging.layout.numel, dtype)
+        self._total = averaging.total(updates, self._given.start, self._given.work.rows, mean)
 
     def result(self) -> Tensor:
         """The mean."""

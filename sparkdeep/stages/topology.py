@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sparkdeep.errors import ProtocolError
 from sparkdeep.protocol.messages import TRIAL_BYTES
-from sparkdeep.stages.line import Line
+from sparkdeep.stages.driver_link import DriverLink
 
 __all__ = ["Trial", "available", "choose", "measure", "needs_trial", "ring_s", "star_s"]
 
@@ -40,27 +40,27 @@ class Trial:
     """Seconds for them to add up and hand round so much among themselves."""
 
 
-def measure(num_bytes: int, each: Callable[[Callable[[Line], None]], object]) -> Trial:
+def measure(num_bytes: int, each: Callable[[Callable[[DriverLink], None]], object]) -> Trial:
     """Try the star and the ring, which must have been formed, with up to `num_bytes` a replica.
 
     Args:
         num_bytes: of the parameters.
-        each: runs a function for every replica's line at the same time, and returns when all are done.
+        each: runs a function for every replica's link at the same time, and returns when all are done.
     """
     size = max(4, min(num_bytes, TRIAL_BYTES) // 4 * 4)
     load = bytes(size)
 
-    def star(line: Line) -> None:
-        line.send("probe", None, load)
-        frame = line.expect("probed")
+    def star(link: DriverLink) -> None:
+        link.send("probe", None, load)
+        frame = link.expect("probed")
         if frame.body_bytes != size:
-            raise ProtocolError(f"{line.who} sent {frame.body_bytes} bytes back; {size} were sent to it.")
-        replica = line.hello.replica
-        line.read(memoryview(rooms.get(replica) or rooms.setdefault(replica, bytearray(size))))
+            raise ProtocolError(f"{link.who} sent {frame.body_bytes} bytes back; {size} were sent to it.")
+        replica = link.hello.replica
+        link.read(memoryview(rooms.get(replica) or rooms.setdefault(replica, bytearray(size))))
 
-    def ring(line: Line) -> None:
-        line.send("trial", {"numel": size // 4})
-        line.expect("tried")
+    def ring(link: DriverLink) -> None:
+        link.send("trial", {"numel": size // 4})
+        link.expect("tried")
 
     rooms: dict[int, bytearray] = {}
     seconds: dict[str, float] = {}

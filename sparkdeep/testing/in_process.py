@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
 import threading
@@ -12,22 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import final
 
-import torch
-
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.protocol.exchange import run_folder
-from sparkdeep.protocol.messages import Hello
-from sparkdeep.protocol.orders import Inline, Order, Parcel, Reply, Stored, digest_of
+from sparkdeep.protocol.orders import Inline, Job, Parcel, Reply, Stored, digest_of
 from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
-from sparkdeep.replica.channel import Channel
-from sparkdeep.replica.job import Place, obey
-from sparkdeep.replica.stage import open_replica, serve
+from sparkdeep.replica.job import obey
+from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.link import ReplicaLink
+from sparkdeep.replica.stage import Place, live
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.stages.launch import RunningStage
 from sparkdeep.storage.opening import open_store
-from sparkdeep.storage.state_files import StateFiles
-from sparkdeep.versions import versions
 
 __all__ = ["InProcessLauncher", "InProcessRunner"]
 
@@ -61,9 +56,9 @@ class InProcessLauncher:
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Start one thread a replica."""
         del description
-        return _Threads(
-            [(i, self._plan, path, self._state_dir / f"{i}") for i, path in enumerate(self._shards)], ticket
-        )
+        device = _device(self._plan.settings)
+        places = [_place(i, device, path, self._state_dir) for i, path in enumerate(self._shards)]
+        return _Threads(self._plan, places, ticket)
 
     def renew(self) -> None:
         """Nothing: the folders are the caller's."""
@@ -87,50 +82,29 @@ class InProcessLauncher:
 class _Threads:
     """A stage whose replicas are threads."""
 
-    def __init__(self, work: list[tuple[int, ReplicaPlan, Path, Path]], ticket: Ticket) -> None:
+    def __init__(self, plan: ReplicaPlan, places: Sequence[Place], ticket: Ticket) -> None:
         self._failure: BaseException | None = None
-        self._channels: dict[int, Channel] = {}
+        self._links: dict[int, ReplicaLink] = {}
         self._threads = [
-            threading.Thread(target=self._run, args=(*item, ticket), name=f"sparkdeep-replica-{item[0]}", daemon=True)
-            for item in work
+            threading.Thread(
+                target=self._run, args=(plan, place, ticket), name=f"sparkdeep-replica-{place.replica}", daemon=True
+            )
+            for place in places
         ]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, number: int, plan: ReplicaPlan, path: Path, state_dir: Path, ticket: Ticket) -> None:
+    def _run(self, plan: ReplicaPlan, place: Place, ticket: Ticket) -> None:
         try:
-            channel = Channel.dial(
-                ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=f"replica {number}"
+            link = ReplicaLink.dial(
+                ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=f"replica {place.replica}"
             )
-            self._channels[number] = channel
-            with contextlib.closing(channel), contextlib.closing(Shard.open(path)) as shard:
-                self._serve(channel, shard, number, plan, state_dir, ticket)
+            self._links[place.replica] = link
+            with contextlib.closing(link):
+                live(link, place, run=ticket.run, stage=ticket.stage, plan=lambda: plan)
         except Exception as error:  # noqa: BLE001 (it is handed to the driver's thread by `failure`)
             # The first is the cause; the others lost their connections because of it.
             self._failure = self._failure or error
-
-    def _serve(
-        self, channel: Channel, shard: Shard, number: int, plan: ReplicaPlan, state_dir: Path, ticket: Ticket
-    ) -> None:
-        device = torch.device("cpu" if plan.settings.device == "auto" else plan.settings.device)
-        hello = Hello(
-            run=ticket.run,
-            stage=ticket.stage,
-            replica=number,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=str(device),
-            versions=versions(),
-            rows=shard.info.rows,
-            digest=shard.info.digest,
-            shard="",
-        )
-        serve(
-            channel,
-            hello,
-            lambda: open_replica(plan, channel, shard, number=number, device=device),
-            StateFiles(state_dir, ticket.stage),
-        )
 
     def failure(self) -> BaseException | None:
         """The first exception of a thread."""
@@ -147,13 +121,22 @@ class _Threads:
 
     def cancel(self) -> None:
         """Close the replicas' connections; each ends when it next talks to the driver."""
-        for channel in list(self._channels.values()):
-            channel.close()
+        for link in list(self._links.values()):
+            link.close()
+
+
+def _device(settings: LocalSettings) -> str:
+    return "cpu" if settings.device == "auto" else settings.device
+
+
+def _place(replica: int, device: str, shard: Path, state_dir: Path) -> Place:
+    host = socket.gethostname()
+    return Place(replica=replica, host=host, device=device, shard=shard, state_dir=state_dir / f"{replica}")
 
 
 @final
 class InProcessRunner:
-    """Runs orders in threads of this process.
+    """Runs jobs in threads of this process.
 
     Args:
         settings: of the local work; only the device is read.
@@ -177,7 +160,7 @@ class InProcessRunner:
         self.num_replicas = len(shards)
         self.keeps_states = keeps_states
         self.exchange = exchange
-        self._device = "cpu" if settings.device == "auto" else settings.device
+        self._device = _device(settings)
         self._shards = list(shards)
         self._state_dir = state_dir
         self._run = run
@@ -200,7 +183,7 @@ class InProcessRunner:
         self._slots[slot] = parcel
         return parcel
 
-    def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> list[Reply]:
+    def run(self, job: Job, description: str, *, timeout_s: float, idle_timeout_s: float) -> list[Reply]:
         """One thread a replica; the first failure is raised once all have ended."""
         del description, idle_timeout_s
         failures: list[Exception] = []
@@ -211,19 +194,9 @@ class InProcessRunner:
                 raise ReplicaLostError("another replica failed.")
 
         def work(replica: int) -> None:
-            place = Place(
-                replica=replica,
-                host=socket.gethostname(),
-                device=self._device,
-                shard=self._shards[replica],
-                problem="",
-                state_dir=self._state_dir / f"{replica}",
-                keeps_state=self.keeps_states,
-                beat=lambda: None,
-                check=check,
-            )
+            place = _place(replica, self._device, self._shards[replica], self._state_dir)
             try:
-                reply = obey(order, place)
+                reply = obey(job, place, Letter(job), check=check)
                 # The bodies are views of the replica's memory, which goes away with the replica.
                 replies.append(Reply(header=reply.header, bodies=tuple(bytes(body) for body in reply.bodies)))
             except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)

@@ -16,6 +16,7 @@ from twin import local_coordinator
 
 from sparkdeep.models.validation import merge_scores
 from sparkdeep.optim.asynchronous import Asynchronous, Window
+from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, Open, Update, to_header
 from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.values import Globals, RoundWork
@@ -225,7 +226,8 @@ class Driver:
                 apply=lambda change, clock, steps: start.parameters.add_(change, alpha=1 / (1 + clock + steps)),
             )
             collector = partial(Arrivals, window)
-        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring, collector=collector)
+        averaging = Averaging(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring)
+        plane = Plane(averaging=averaging, collector=collector)
         stage = Stage(
             run="run",
             name="stage",

@@ -19,11 +19,13 @@ from twin import schema_of, write_shards
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
 from sparkdeep.optim.asynchronous import Asynchronous, Window
-from sparkdeep.protocol.messages import Hello
+from sparkdeep.optim.averaging import Averaging
+from sparkdeep.protocol.messages import Hello, to_header
+from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.values import Globals, RoundWork
 from sparkdeep.protocol.wire import Connection
-from sparkdeep.replica import channel as channel_module
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica import link as link_module
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import serve
 from sparkdeep.settings.local import LocalSettings
@@ -50,7 +52,7 @@ class ReplicaEnd:
         self._states = StateFiles(folder / "states", "stage")
         self._settings = LocalSettings(batch_size=2)
         self.state = self._build(None).save_state()
-        channel_module.DRIVER_SILENCE_S = SILENCE_S
+        link_module.DRIVER_SILENCE_S = SILENCE_S
 
     def _build(self, channel):
         program = Program(model=net(), loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.1, momentum=0.9))
@@ -61,7 +63,7 @@ class ReplicaEnd:
 
     def seeds(self):
         """What a driver says in a whole stage: fresh and with one round's order, or restored and with all else."""
-        plane = Plane(layout=LAYOUT, codec=codec_named("identity"), wide=False, collector=Star)
+        plane = Plane(averaging=Averaging(layout=LAYOUT, codec=codec_named("identity"), wide=False), collector=Star)
         start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
         given = Round(
             plane=plane,
@@ -84,7 +86,7 @@ class ReplicaEnd:
         tensors = pack_tensors(dict(net().named_parameters()))
         answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}
         answer |= {"kept_round": 0, "kept_by": ""}
-        evaluate = {"sections": [], "buffer_bytes": len(buffers)}
+        evaluate = to_header(Order(buffer_bytes=len(buffers)))
         return [
             frame_of("open", answer) + train + frame_of("alive") + frame_of("stop", {"save": 1, "clock": 1}),
             b"".join(
@@ -96,7 +98,7 @@ class ReplicaEnd:
                     ),
                     frame_of("probe", None, b"load"),
                     frame_of("evaluate", evaluate, raw_bytes(start.parameters).tobytes() + buffers),
-                    frame_of("state", {"clock": 0}),
+                    frame_of("state", to_header(Order())),
                     undoable,
                     frame_of("undo", {"round": SPEC.round}),
                     train,
@@ -110,7 +112,7 @@ class ReplicaEnd:
         """Serve a driver that says `script`; what the replica answers is read and dropped."""
         left, right = socket.socketpair(socket.AF_UNIX)
         talker = threading.Thread(target=_talk, args=(left, script), daemon=True)
-        channel = Channel(Connection(right, TOKEN), "127.0.0.1")
+        channel = ReplicaLink(Connection(right, TOKEN), "127.0.0.1")
         talker.start()
         try:
             serve(channel, Hello(**hello()), lambda: self._build(channel), self._states)
@@ -146,7 +148,7 @@ def targets(folder):
             name="replica",
             seeds=[fresh, restored, window],
             cases=[
-                *[replaced(fresh, "train", **{name: None}) for name in ("spec", "held", "encoded", "previous", "ring")],
+                *[replaced(fresh, "train", **{name: None}) for name in ("spec", "parameters", "previous", "clock")],
                 replaced(fresh, "train", spec={"round": 1, "epoch": 0, "first_step": 0}),
                 replaced(fresh, "train", spec={"round": 1, "epoch": "x", "first_step": 0, "num_steps": 1}),
                 replaced(fresh, "train", ahead=7),
@@ -154,7 +156,7 @@ def targets(folder):
                 window.replace(b'"n_push": 2', b'"n_push":-2'),
                 window.replace(b"fetched", b"scored!"),
                 replaced(fresh, "train", sections=3),
-                replaced(fresh, "train", ring=True),
+                *[replaced(fresh, "train", parameters=what) for what in ("part", "held", "change", "x")],
                 replaced(fresh, "stop", save="x"),
                 fresh.replace(b"running_var", b"runnin'_var"),
                 replaced(restored, "open", tensor_bytes=1 << 33),

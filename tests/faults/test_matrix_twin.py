@@ -177,7 +177,9 @@ def test_two_fits_at_the_same_time_do_not_meet(tmp_path, undisturbed):
         options = {"epochs": 2, "batch_size": 4, "sync_every": 2, "rounds_per_stage": 2}
         began = time.monotonic()
         module, records, own = run(tmp_path, program_of[name], rows, schema_of(X, Y), **options)
-        outcomes[name] = Outcome(tensors_of(module), records, own.coordinator.address, time.monotonic() - began, Plan())
+        outcomes[name] = Outcome(
+            tensors_of(module), records, own.stages.coordinator.address, time.monotonic() - began, Plan()
+        )
 
     program_of = {name: program() for name in ("first", "second")}
     workers = [threading.Thread(target=fit, args=(name,)) for name in program_of]

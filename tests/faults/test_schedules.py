@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from invariants import ROUNDS, assert_invariants, train
 from twin_faults import Plan
 
+from sparkdeep.protocol.bodies import Body
 from sparkdeep.replica import stage as session
 from sparkdeep.rounds import loop as rounds
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.stages.line import Line
 from sparkdeep.testing.injection import Injector
 
 EXAMPLES = int(os.environ.get("SPARKDEEP_FAULT_EXAMPLES", "60"))
@@ -139,9 +139,7 @@ def count_twice(monkeypatch):
 
 
 def believe_damage(monkeypatch):
-    monkeypatch.setattr(
-        Line, "_verify", lambda self, checksum: self.connection.read_body(8, limit_bytes=8, timeout_s=5.0)
-    )
+    monkeypatch.setattr(Body, "verify", lambda self: self._read(memoryview(bytearray(8))))
 
 
 def forget_the_state(monkeypatch):

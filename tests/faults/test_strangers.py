@@ -26,7 +26,7 @@ from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import Hello, to_header
 from sparkdeep.protocol.tls import server_context
 from sparkdeep.protocol.wire import TOKEN_BYTES, ConnectionLostError
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.versions import versions
 
@@ -95,7 +95,7 @@ class Insiders:
         }  # fmt: skip
 
     def is_refused(self, data):
-        channel = Channel.dial(self.port.address, self.port.token, connect_timeout_s=5.0, who="insider")
+        channel = ReplicaLink.dial(self.port.address, self.port.token, connect_timeout_s=5.0, who="insider")
         try:
             channel._connection._write(memoryview(data), 5.0)
             channel.command()
@@ -122,7 +122,7 @@ class Insiders:
         }
 
     def is_hung_up_on(self, data):
-        channel = Channel.dial(self.port.address, self.port.token, connect_timeout_s=5.0, who="insider")
+        channel = ReplicaLink.dial(self.port.address, self.port.token, connect_timeout_s=5.0, who="insider")
         try:
             channel._connection._write(memoryview(data), 5.0)
             channel.command()
@@ -232,7 +232,7 @@ def test_every_call_without_the_token_or_a_place_is_refused_and_the_fit_goes_on_
 def other_certificate(port):
     address = dataclasses.replace(port.address, certificate=server_context()[1])
     try:
-        Channel.dial(address, port.token, connect_timeout_s=5.0, who="replica").close()
+        ReplicaLink.dial(address, port.token, connect_timeout_s=5.0, who="replica").close()
     except ProtocolError as error:
         return "showed another certificate" in str(error)
     return False

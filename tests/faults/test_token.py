@@ -14,7 +14,7 @@ from twin import local_coordinator
 
 from sparkdeep.protocol.messages import Hello
 from sparkdeep.protocol.wire import TOKEN_BYTES, ConnectionLostError
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 
 KINDS = [
     "hello",
@@ -119,7 +119,7 @@ def test_with_the_token_the_same_call_is_let_in(coordinator, way):
 def test_a_replica_of_another_run_is_a_stranger(coordinator):
     other = local_coordinator()
     try:
-        channel = Channel.dial(coordinator.address, other.token, connect_timeout_s=5.0, who="replica 0")
+        channel = ReplicaLink.dial(coordinator.address, other.token, connect_timeout_s=5.0, who="replica 0")
         with pytest.raises(ConnectionLostError):
             channel.introduce(HELLO)
         channel.close()

@@ -52,7 +52,7 @@ class Plan:
 
     def hang_up(self, replica):
         """The replica's line goes dead."""
-        return lambda _features: self.running._channels[replica].close()
+        return lambda _features: self.running._links[replica].close()
 
     def until_relaunched(self, within_s=30.0):
         """Wait until the driver has given this attempt up and begun another; whether it has."""

@@ -140,11 +140,11 @@ def _dial(job: Look, task: int, versions: dict[str, str]) -> tuple[float | None,
         return None, ""  # a replica would not get as far as dialing
     from sparkdeep.protocol.messages import Hello, to_header
     from sparkdeep.protocol.plans import Address
-    from sparkdeep.replica.channel import Channel
+    from sparkdeep.replica.link import ReplicaLink
 
     began = time.perf_counter()
     try:
-        channel = Channel.dial(
+        channel = ReplicaLink.dial(
             Address(host=job.host, port=job.port, certificate=job.certificate),
             job.token,
             connect_timeout_s=_DIAL_TIMEOUT_S,

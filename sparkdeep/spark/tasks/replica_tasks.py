@@ -11,24 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from pyspark import TaskContext
 
-from sparkdeep.data.shards import Shard
 from sparkdeep.errors import DataError
-from sparkdeep.protocol.messages import Hello
+from sparkdeep.models.program import Program, unpack_program
 from sparkdeep.protocol.plans import ReplicaPlan, Ticket
-from sparkdeep.replica.channel import Channel, LogStream
-from sparkdeep.replica.replica import Replica
-from sparkdeep.replica.stage import open_replica, serve
+from sparkdeep.replica.link import LogStream, ReplicaLink
+from sparkdeep.replica.stage import Place, live
 from sparkdeep.spark.ingest.portions import unpacked
 from sparkdeep.spark.session.failures import missing_module
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.spark.session.task import barrier_context, host_of, ready_device, run_root, task_context
-from sparkdeep.storage.state_files import StateFiles
-from sparkdeep.versions import versions
 
-__all__ = ["Placed", "ReplicaJob", "ReplicaTask", "placed", "placed_anywhere"]
+__all__ = ["Placed", "ReplicaJob", "ReplicaTask", "open_program", "placed", "placed_anywhere"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +38,10 @@ class ReplicaJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed:
+class Placed(Place):
     """Where a replica runs."""
 
-    replica: int
-    host: str
-    device: str
     num_threads: int
-    shard: str
-    problem: str
-    """"" or why the shard cannot be used here."""
-    state_dir: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +85,9 @@ def _placed(context: TaskContext, manifest: dict[str, Any], path: Path, device: 
         host=host_of(context),
         device=resolve_device(device, gpus.addresses if gpus else (), os.environ.get("CUDA_VISIBLE_DEVICES")),
         num_threads=context.cpus(),
-        shard=str(path),
+        shard=path,
         problem=problem,
-        state_dir=str(path.parent / f"state-{manifest['replica']:05d}"),
+        state_dir=path.parent / f"state-{manifest['replica']:05d}",
     )
 
 
@@ -107,40 +95,21 @@ def run_replica(task: ReplicaTask) -> None:
     """Dial the driver and serve it; returns when the driver says stop."""
     job = task.job
     who = f"replica {task.replica} on {task.host}"
-    device = ready_device(task.device, task.num_threads, who)
+    ready_device(task.device, task.num_threads, who)
     ticket = job.ticket
-    channel = Channel.dial(ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=who)
-    with contextlib.ExitStack() as stack:
-        stack.callback(channel.close)
-        shard = None if task.problem else Shard.open(Path(task.shard))
-        hello = Hello(
-            run=ticket.run,
-            stage=ticket.stage,
-            replica=task.replica,
-            host=task.host,
-            pid=os.getpid(),
-            device=task.device,
-            versions=versions(),
-            rows=shard.info.rows if shard else {},
-            digest=shard.info.digest if shard else "",
-            shard=task.problem,
-        )
-        stack.enter_context(contextlib.redirect_stdout(LogStream(channel)))
-        if shard is None:
-            channel.introduce(hello)  # the driver refuses it, and makes new shards where replicas run
-            return
-        stack.callback(shard.close)
-        serve(
-            channel,
-            hello,
-            lambda: _built(task, channel, shard, device),
-            StateFiles(Path(task.state_dir), ticket.stage),
-        )
+    link = ReplicaLink.dial(ticket.address, ticket.token, connect_timeout_s=ticket.connect_timeout_s, who=who)
+    with contextlib.closing(link), contextlib.redirect_stdout(LogStream(link)):
+        live(link, task, run=ticket.run, stage=ticket.stage, plan=lambda: job.plan, open_program=open_program)
 
 
-def _built(task: ReplicaTask, channel: Channel, shard: Shard, device: torch.device) -> Replica:
+def open_program(data: bytes) -> Program:
+    """The user's objects.
+
+    Raises:
+        UserCodeError, VersionMismatchError: a module that they need is not installed here.
+    """
     try:
-        return open_replica(task.job.plan, channel, shard, number=task.replica, device=device)
+        return unpack_program(data)
     except ModuleNotFoundError as error:
         raise missing_module(error.name or str(error), str(error)) from error
 

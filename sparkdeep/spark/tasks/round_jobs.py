@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, final
 from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.errors import PreflightError, ReplicaLostError, VersionMismatchError
-from sparkdeep.protocol.orders import Order, Parcel, Reply
+from sparkdeep.protocol.orders import Job, Parcel, Reply
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.parcels import (
@@ -106,11 +106,11 @@ class RoundJobs(ABC):
         """Get `data` on its way, by whatever can carry its size here."""
         return self._carrier.ship(slot, data)
 
-    def run(self, order: Order, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
-        """Run the order as one job over the shards."""
+    def run(self, job: Job, description: str, *, timeout_s: float, idle_timeout_s: float) -> Sequence[Reply]:
+        """Run the job over the shards."""
         settings = self._settings
-        job = RoundJob(
-            order=order,
+        each = RoundJob(
+            job=job,
             shard_dir=settings.shard_dir,
             open_timeout_s=settings.open_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
@@ -119,7 +119,7 @@ class RoundJobs(ABC):
         # Spark never starts a second copy of a barrier task, and starts none of them before there are slots for all.
         frame = mapped(
             self._shards.frame,
-            partial(round_task, job),
+            partial(round_task, each),
             REPLY_COLUMNS,
             barrier=self.keeps_states,
             profile=settings.profile,

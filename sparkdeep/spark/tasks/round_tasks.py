@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import io
 import json
 import sys
 import time
@@ -12,20 +11,20 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import torch
 
 from sparkdeep.errors import PreflightError, ProtocolError, ReplicaLostError
-from sparkdeep.models.program import Program, unpack_program
 from sparkdeep.protocol.exchange import run_folder
-from sparkdeep.protocol.orders import Order, Reply
-from sparkdeep.replica.job import Place, obey
-from sparkdeep.spark.session.failures import missing_module, named_failures
+from sparkdeep.protocol.orders import Job, Reply
+from sparkdeep.replica.job import obey
+from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.link import LogStream
+from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device
-from sparkdeep.spark.tasks.replica_tasks import placed, placed_anywhere
+from sparkdeep.spark.tasks.replica_tasks import open_program, placed, placed_anywhere
 from sparkdeep.storage.opening import open_store
 from sparkdeep.storage.state_files import own_files
 from sparkdeep.versions import versions
@@ -35,8 +34,6 @@ __all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_rep
 REPLY_COLUMNS: Final = "replica int, part int, header string, data binary"
 PROBE_COLUMNS: Final = "task int, host string, versions string"
 _PART_BYTES: Final = 16 << 20
-_MAX_LINES: Final = 500
-_MAX_LINE: Final = 2000
 _SEEN_TIMEOUT_S: Final = 15.0
 
 
@@ -44,7 +41,7 @@ _SEEN_TIMEOUT_S: Final = 15.0
 class RoundJob:
     """What every task of one job needs to know."""
 
-    order: Order
+    job: Job
     shard_dir: str | None
     open_timeout_s: float
     """A replica that is not built within this time ends its process, which Spark reports."""
@@ -57,34 +54,18 @@ class RoundJob:
 def round_task(job: RoundJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Do the order for the shard whose manifest row the batches hold; yields the reply in parts."""
     with named_failures():
-        order = job.order
+        order = job.job
         find = placed if job.keeps_states else placed_anywhere
         task = find(order.run, job.shard_dir, order.settings.device, batches)
         device = ready_device(task.device, task.num_threads, f"replica {task.replica} on {task.host}")
-        lines = _Lines()
-        with _watched(job.stall_timeout_s, first_s=job.open_timeout_s) as beat, contextlib.redirect_stdout(lines):
-            place = Place(
-                replica=task.replica,
-                host=task.host,
-                device=task.device,
-                shard=Path(task.shard),
-                problem=task.problem,
-                state_dir=Path(task.state_dir),
-                beat=beat,
-                open_program=_open_program,
-                keeps_state=job.keeps_states,
-            )
-            reply = obey(order, place)
+        with _watched(job.stall_timeout_s, first_s=job.open_timeout_s) as beat:
+            letter = Letter(order, beat)
+            with contextlib.redirect_stdout(LogStream(letter)) as lines:
+                reply = obey(order, task, letter, open_program=open_program)
+            lines.end()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the worker may idle until the next round, and others share the GPU
-    yield from _parts(task.replica, reply, lines.taken())
-
-
-def _open_program(data: bytes) -> Program:
-    try:
-        return unpack_program(data)
-    except ModuleNotFoundError as error:
-        raise missing_module(error.name or str(error), str(error)) from error
+    yield from _parts(task.replica, reply, letter.lines)
 
 
 @contextmanager
@@ -104,26 +85,6 @@ def _watched(timeout_s: float, *, first_s: float) -> Iterator[Callable[[], None]
         yield lambda: watch(timeout_s)
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-class _Lines(io.TextIOBase):
-    """Keeps the first lines that user code prints, for the driver."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._line = ""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        room = _MAX_LINES - len(self._lines)
-        self._lines += [line[:_MAX_LINE] for line in lines[:room]]
-        return len(text)
-
-    def taken(self) -> list[str]:
-        return [*self._lines, *([self._line[:_MAX_LINE]] if self._line else [])]
 
 
 def _parts(replica: int, reply: Reply, lines: Sequence[str]) -> Iterator[pa.RecordBatch]:

@@ -27,7 +27,7 @@ from sparkdeep.protocol.messages import Hello, to_header
 from sparkdeep.protocol.plans import Address, Ticket
 from sparkdeep.protocol.tls import TlsSocket, check_tls, client_context, server_context
 from sparkdeep.protocol.wire import TOKEN_BYTES
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.spark.doctor import probes
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.versions import versions
@@ -56,7 +56,7 @@ def until(condition, timeout_s=40.0):
 
 
 def dial(address, token, timeout_s=20.0):
-    return Channel.dial(address, token, connect_timeout_s=timeout_s, who="replica 0")
+    return ReplicaLink.dial(address, token, connect_timeout_s=timeout_s, who="replica 0")
 
 
 def stranger(coordinator, context):

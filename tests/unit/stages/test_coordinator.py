@@ -17,10 +17,11 @@ from torch import nn
 from twin import local_coordinator
 
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
+from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, to_header
 from sparkdeep.protocol.plans import Address
 from sparkdeep.protocol.wire import TOKEN_BYTES
-from sparkdeep.replica.channel import Channel
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.stages.collector import Plane
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
@@ -45,9 +46,7 @@ def stage(coordinator):
         name="this-stage",
         num_replicas=2,
         plane=Plane(
-            layout=Layout.of(nn.Linear(1, 1)),
-            codec=codec_named("identity"),
-            wide=False,
+            averaging=Averaging(layout=Layout.of(nn.Linear(1, 1)), codec=codec_named("identity"), wide=False),
             collector=Star,
         ),
         stall_timeout_s=5.0,
@@ -76,7 +75,7 @@ def hello(replica=0, **changes):
 
 
 def dial(coordinator, token=None):
-    return Channel.dial(coordinator.address, token or coordinator.token, connect_timeout_s=20.0, who="replica 0")
+    return ReplicaLink.dial(coordinator.address, token or coordinator.token, connect_timeout_s=20.0, who="replica 0")
 
 
 def until(condition, timeout_s=40.0):
@@ -276,7 +275,7 @@ def test_an_unreachable_address_names_both_settings():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(host="127.0.0.1", port=server.getsockname()[1])
     with pytest.raises(CoordinatorUnreachableError, match=r"coordinator_host=.*coordinator_port=") as caught:
-        Channel.dial(address, bytes(TOKEN_BYTES), connect_timeout_s=0.3, who="replica 3 on worker-7")
+        ReplicaLink.dial(address, bytes(TOKEN_BYTES), connect_timeout_s=0.3, who="replica 3 on worker-7")
     assert f"replica 3 on worker-7 cannot reach the driver's coordinator at 127.0.0.1:{address.port}" in str(
         caught.value
     )
@@ -313,10 +312,10 @@ def test_replicas_of_the_same_host_come_by_the_unix_socket_and_others_by_tcp(coo
     near.send("hello", to_header(hello(0)))
     # Another host, or another container: no such socket there.
     elsewhere = dataclasses.replace(coordinator.address, nearby="sparkdeep-of-another-host")
-    far = Channel.dial(elsewhere, coordinator.token, connect_timeout_s=2.0, who="replica 1")
+    far = ReplicaLink.dial(elsewhere, coordinator.token, connect_timeout_s=2.0, who="replica 1")
     far.send("hello", to_header(hello(1)))
     until(lambda: stage.hellos.keys() == {0, 1})
-    assert [line.connection.peer.startswith("a process") for _, line in sorted(stage._lines.items())] == [True, False]
+    assert [line.connection.peer.startswith("a process") for _, line in sorted(stage._links.items())] == [True, False]
 
 
 @nearby_only

@@ -315,7 +315,7 @@ def test_a_lost_durable_state_sends_the_run_back_to_its_snapshot(rig, tmp_path):
 
     fit, _ = rig.jobs(program(), wrap=lambda runner: Faulty(runner, before=before), **options)
     orders = [order for order, _ in fit.stages.runner.orders]
-    assert [o.source for o in orders if o.kind == "train"][:5] == ["fresh", "local", "local", "sent", "local"]
+    assert [o.opening.state for o in orders if o.kind == "train"][:5] == ["fresh", "local", "local", "sent", "local"]
     assert torch.equal(flat(fit.program.model), flat(expected.program.model))
 
 

@@ -17,9 +17,9 @@ from twin_faults import Plan, marked_table, raises
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardMismatchError, VersionMismatchError
 from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import Hello
-from sparkdeep.replica.channel import Channel, LogStream
+from sparkdeep.replica import stage as replica_module
+from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.stages import stage as stage_module
-from sparkdeep.testing import in_process as launch_module
 
 SIZES = [12, 8]
 X, Y = marked_table(SIZES)
@@ -66,7 +66,7 @@ def result(fit):
 @pytest.mark.fault(rows=[34], phases="PF")
 def test_other_versions_on_the_executors_are_refused_in_a_table(fit_of, monkeypatch):
     plan = Plan()
-    monkeypatch.setattr(launch_module, "versions", lambda: {"python": "3.9", "torch": "1.0", "sparkdeep": "0.0.1"})
+    monkeypatch.setattr(replica_module, "versions", lambda: {"python": "3.9", "torch": "1.0", "sparkdeep": "0.0.1"})
     with pytest.raises(VersionMismatchError, match=r"(?s)driver: .*'torch': '1\.0'.*Install the driver's versions"):
         result(fit_of(plan))
     assert plan.launches == 1
@@ -96,7 +96,7 @@ def test_a_replica_without_its_shard_has_the_shards_made_anew(fit_of, monkeypatc
             fields["shard"] = missing.pop()
         return Hello(**fields)
 
-    monkeypatch.setattr(launch_module, "Hello", hello)
+    monkeypatch.setattr(replica_module, "Hello", hello)
     plan = Plan()
     fit = fit_of(plan)
     monkeypatch.setattr(fit.stages.launcher, "renew", lambda: renewed.append(plan.launches))
@@ -172,7 +172,7 @@ def test_a_launch_that_fails_says_why_without_waiting(fit_of):
 
 def tampered(monkeypatch, change):
     """The first update of round 2 that has a body is changed on its way, once."""
-    send, seen = Channel.update, []
+    send, seen = ReplicaLink.update, []
 
     def update(self, outcome, **how):
         if outcome.update.round == 2 and outcome.update.weight and not seen:
@@ -180,7 +180,7 @@ def tampered(monkeypatch, change):
             outcome = change(outcome)
         send(self, outcome, **how)
 
-    monkeypatch.setattr(Channel, "update", update)
+    monkeypatch.setattr(ReplicaLink, "update", update)
 
 
 class Flipped:

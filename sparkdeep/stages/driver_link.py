@@ -7,18 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor
 
-from sparkdeep.errors import ProtocolError, ReplicaLostError, RoundTimeoutError, SparkdeepError, UserCodeError
+from sparkdeep.errors import ProtocolError, RoundTimeoutError
+from sparkdeep.protocol.bodies import Body, check_size
 from sparkdeep.protocol.messages import Failure, Hello, Update, field, parse
+from sparkdeep.protocol.refusals import failed
 from sparkdeep.protocol.wire import Buffer, Connection, Frame, SilentError
-from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Checksum, Codec, encoded_bytes
-from sparkdeep.tensors.mean import Combining
+from sparkdeep.tensors.encoding import CHECKSUM_BYTES
 from sparkdeep.tensors.parameters import raw_bytes
-from sparkdeep.tensors.state_dicts import unpack_tensors
 
-__all__ = ["Line"]
+__all__ = ["DriverLink"]
 
 _PIECE_BYTES: Final = 1 << 20
 _MAX_STATE_BYTES: Final = 1 << 36
@@ -26,7 +25,7 @@ _LOOK_S: Final = 0.25
 
 
 @final
-class Line:
+class DriverLink:
     """One replica, as the driver sees it.
 
     Args:
@@ -49,13 +48,12 @@ class Line:
         self.hello = hello
         self.connection = connection
         self.waiting = True
-        """Whether the replica waits for the driver, and should be told now and then that it is alive."""
+        """Whether the replica waits for the driver, and should hear now and then that it is alive."""
         self._stall_s = stall_timeout_s
         self._on_beat = on_beat
         self._on_log = on_log
         self.buffer_limit_bytes = 0
         """Largest buffers that an update may bring; set before each round."""
-        self._scratch = torch.empty(0, dtype=torch.uint8)
         self.kept_round: int | None = None
         """The last round of this stage after which the replica has said that its state is kept."""
         self._owes: int | None = None
@@ -69,7 +67,7 @@ class Line:
     @property
     def who(self) -> str:
         """The replica with its host and process, for messages."""
-        return f"replica {self.hello.replica} on {self.hello.host} (process {self.hello.pid})"
+        return self.hello.who
 
     def send(self, kind: str, header: dict[str, Any] | None = None, *bodies: Buffer) -> None:
         """Say something; one that takes nothing for as long as it may be silent is lost."""
@@ -111,7 +109,7 @@ class Line:
         elif frame.kind == "log":
             self._on_log(replica, field(frame.header, "text", str))
         elif frame.kind == "error":
-            raise self._failed(parse(Failure, frame.header))
+            raise failed(parse(Failure, frame.header), self.hello)
         else:
             return False
         return True
@@ -124,7 +122,7 @@ class Line:
         self._since = time.monotonic()
         self._deadline = math.inf if deadline_s is None else self._since + deadline_s
         self._limit = "" if deadline_s is None else f"{deadline_s:.0f}"
-        # Also while bytes come and go: a line that crawls never falls silent.
+        # Also while bytes come and go: a link that crawls never falls silent.
         self.connection.until, self.connection.late = self._deadline, self._check_deadline
 
     def await_update(self, give_up: Callable[[], bool], *before: str) -> Frame | None:
@@ -153,7 +151,7 @@ class Line:
         self.waiting = True
 
     def settle(self, give_up: Callable[[], bool]) -> bool:
-        """Wait until the replica has gone back, if it was told to; whether it has.
+        """Wait until the replica has gone back, if it was to; whether it has.
 
         What it sent before it heard of that is read and forgotten.
         """
@@ -217,51 +215,18 @@ class Line:
         self.waiting = True
         return data
 
-    def add_update(
-        self,
-        frame: Frame,
-        update: Update,
-        total: Combining,
-        codec: Codec,
-        *,
-        dtype: torch.dtype,
-        check: Callable[[], None],
-    ) -> dict[str, Tensor]:
-        """Add an admitted update's body to the sum as it arrives; returns its buffers.
-
-        Args:
-            frame: the update's; its body is still on the way.
-            update: its header.
-            total: the round's sum.
-            codec: of the body's vector.
-            dtype: of the vector before it was encoded.
-            check: called while other replicas have their turn; raises to give up.
+    def body(self, frame: Frame, update: Update, vector_bytes: int) -> Body:
+        """The body of a frame's update, still on its way.
 
         Raises:
-            ReplicaLostError: the body was damaged on its way; the round is void.
-            ProtocolError: the body has another size than its header says.
+            ProtocolError: it has another size than its header says.
         """
-        assert total.chunk == CHUNK, "chunks are encoded as they are summed"
-        vector_bytes = encoded_bytes(codec, total.numel, dtype)
-        self._check_size(frame, update, vector_bytes)
-        if self._scratch.numel() < (size := codec.num_bytes(CHUNK, dtype)):
-            self._scratch = torch.empty(size, dtype=torch.uint8)
-        checksum = Checksum()
+        limit = self.buffer_limit_bytes
+        check_size(self.hello.replica, frame.body_bytes, update, vector_bytes, buffer_limit_bytes=limit)
+        return self._body()
 
-        def chunks(start: int, stop: int) -> Tensor:
-            part = self._scratch[: codec.num_bytes(stop - start, dtype)]
-            view = raw_bytes(part)
-            self.read(view)
-            checksum.update(view)
-            return codec.decode(part, stop - start, dtype)
-
-        total.add(self.hello.replica, chunks, check)
-        return self._buffers(update, checksum)
-
-    def read_buffers(self, frame: Frame, update: Update) -> dict[str, Tensor]:
-        """The buffers of an update that brings no vector; see `add_update` for what is raised."""
-        self._check_size(frame, update, 0)
-        return self._buffers(update, Checksum())
+    def _body(self) -> Body:
+        return Body(self.read, who=self.who, replica=self.hello.replica, host=self.hello.host)
 
     def read_change(self, frame: Frame, into: Tensor) -> None:
         """Fill `into`, contiguous, from a frame that brings nothing else.
@@ -275,20 +240,9 @@ class Line:
             raise ProtocolError(
                 f"{self.who} sent a {frame.kind} of {frame.body_bytes} bytes; {size} and a checksum were expected."
             )
-        self._verify(self._filled(into))
-
-    def read_update(self, frame: Frame, update: Update, into: Tensor) -> dict[str, Tensor]:
-        """Fill `into` from a whole update; returns its buffers. See `add_update` for what is raised."""
-        self._check_size(frame, update, raw_bytes(into).nbytes)
-        return self._buffers(update, self._filled(into))
-
-    def _filled(self, into: Tensor) -> Checksum:
-        view, checksum = raw_bytes(into), Checksum()
-        for start in range(0, view.nbytes, _PIECE_BYTES):
-            piece = view[start : start + _PIECE_BYTES]
-            self.read(piece)
-            checksum.update(piece)
-        return checksum
+        body = self._body()
+        body.fill(into)
+        body.verify()
 
     def go_on(self, parameters: Tensor | None) -> None:
         """Let a replica that came in by a visit go on, with the parameters that it fetches; its silence counts anew."""
@@ -296,42 +250,3 @@ class Line:
         if parameters is not None:
             self.send("fetched", None, raw_bytes(parameters))
         self._since = time.monotonic()
-
-    def _check_size(self, frame: Frame, update: Update, vector_bytes: int) -> None:
-        expected = vector_bytes + update.buffer_bytes + CHECKSUM_BYTES
-        if frame.body_bytes != expected or not 0 <= update.buffer_bytes <= self.buffer_limit_bytes:
-            raise ProtocolError(
-                f"replica {self.hello.replica} announced a body of {frame.body_bytes} bytes with {update.buffer_bytes} of "
-                f"buffers; expected {vector_bytes} of parameters, at most {self.buffer_limit_bytes} of buffers and a checksum."
-            )
-
-    def _buffers(self, update: Update, checksum: Any) -> dict[str, Tensor]:
-        data = self.connection.read_body(
-            update.buffer_bytes, limit_bytes=self.buffer_limit_bytes, timeout_s=self._stall_s
-        )
-        checksum.update(data)
-        self._verify(checksum)
-        return unpack_tensors(data) if data else {}
-
-    def _verify(self, checksum: Any) -> None:
-        told = self.connection.read_body(CHECKSUM_BYTES, limit_bytes=CHECKSUM_BYTES, timeout_s=self._stall_s)
-        if told != checksum.digest():
-            raise ReplicaLostError(
-                f"the update of {self.who} was damaged on its way (checksum differs); the round is void.",
-                replica=self.hello.replica,
-                host=self.hello.host,
-            )
-
-    def _failed(self, failure: Failure) -> SparkdeepError:
-        replica, host = self.hello.replica, self.hello.host
-        if failure.cause == "user":
-            return UserCodeError(
-                f"{failure.traceback.rstrip()}\n\n{failure.message}\n(raised on {self.who}, in {failure.where}; not retried)",
-                replica=replica,
-                host=host,
-                traceback_text=failure.traceback,
-            )
-        if failure.cause == "lost":
-            text = f"{self.who} failed in {failure.where}: {failure.message}\n{failure.traceback.rstrip()}"
-            return ReplicaLostError(text, replica=replica, host=host)
-        return SparkdeepError(f"{self.who} failed in {failure.where}: {failure.message}\n{failure.traceback}")

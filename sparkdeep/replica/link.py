@@ -1,4 +1,4 @@
-"""The replica's end of the parameter plane: it dials the driver, and then does as it is told."""
+"""The replica's end of the parameter plane: it dials the driver, and then does what it is asked for."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Visit, fie
 from sparkdeep.protocol.plans import Address
 from sparkdeep.protocol.tls import TlsSocket, client_context
 from sparkdeep.protocol.wire import Buffer, Connection, ConnectionLostError, Frame
+from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.overlapping import Pace
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, checksummed, chunks_of
 from sparkdeep.tensors.parameters import raw_bytes
 
-__all__ = ["Channel", "LogStream"]
+__all__ = ["LogStream", "ReplicaLink"]
 
 # The driver gives a sign of life every few seconds while a replica waits; this long without one means that it is gone.
 DRIVER_SILENCE_S = 120.0
@@ -30,21 +31,21 @@ _PIECE_BYTES = 1 << 20
 
 
 @final
-class Channel:
-    """A replica's connection to the coordinator.
+class ReplicaLink:
+    """A replica's connection to the driver: to the coordinator, or by letter.
 
     Raises (all methods):
         ConnectionLostError: the driver is gone or silent.
         ProtocolError: it said something that does not belong here.
     """
 
-    def __init__(self, connection: Connection, driver_host: str = "") -> None:
+    def __init__(self, connection: Connection | Letter, driver_host: str = "") -> None:
         self._connection = connection
         self._driver_host = driver_host
         self._undo: int | None = None
 
     @classmethod
-    def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> Channel:
+    def dial(cls, address: Address, token: bytes, *, connect_timeout_s: float, who: str) -> ReplicaLink:
         """Connect to the coordinator, trying again until `connect_timeout_s` is over.
 
         Raises:
@@ -166,9 +167,9 @@ class Channel:
 
     @property
     def undone(self) -> int | None:
-        """The round that the driver wants undone, as far as `look` or `update` has heard; told once."""
-        told, self._undo = self._undo, None
-        return told
+        """The round that the driver wants undone, as far as `look` or `update` has heard; given once."""
+        undone, self._undo = self._undo, None
+        return undone
 
     def look(self) -> bool:
         """Whether the driver wants the present round undone; what it says meanwhile is read without waiting."""
@@ -200,6 +201,22 @@ class Channel:
             timeout_s=DRIVER_SILENCE_S,
             check=self._listen,
         )
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store a value where the replicas of the stage meet."""
+        self.send("put", {"key": key, "value": value.decode("latin-1")})
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value there, and give it."""
+        self.send("get", {"key": key})
+        frame = self.command()
+        if frame.kind != "value":
+            raise ProtocolError(f"expected a value of the meeting, got {frame.kind!r}.")
+        value: str = field(frame.header, "value", str)
+        try:
+            return value.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ProtocolError(f"a value of the meeting is no bytes: {error}") from error
 
     def fail(self, failure: Failure) -> None:
         """Last words; nobody may be listening any more."""
@@ -239,11 +256,12 @@ def _dial_port(address: Address, timeout_s: float) -> socket.socket | TlsSocket:
     )
 
 
+@final
 class LogStream(io.TextIOBase):
     """A text stream whose lines travel to the driver."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, link: ReplicaLink | Letter) -> None:
+        self._link = link
         self._line = ""
         self._lock = threading.Lock()
 
@@ -256,8 +274,13 @@ class LogStream(io.TextIOBase):
         with self._lock:
             *lines, self._line = (self._line + text).split("\n")
             for line in lines:
-                self._channel.send("log", {"text": line[:8192]})
+                self._link.send("log", {"text": line[:8192]})
         return len(text)
 
     def flush(self) -> None:
         """Lines go out when they are complete; half a line waits."""
+
+    def end(self) -> None:
+        """Half a line goes out too."""
+        if self._line:
+            self.write("\n")

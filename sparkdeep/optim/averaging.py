@@ -1,0 +1,120 @@
+"""The mean of a round: made from its headers, then added to by one body after the other, as they arrive or from memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from sparkdeep.optim.aggregators import Aggregator, aggregator_of, shares_of
+from sparkdeep.protocol.bodies import Body, check_size
+from sparkdeep.protocol.messages import Update
+from sparkdeep.protocol.refusals import common_sections
+from sparkdeep.protocol.values import Globals
+from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Codec, encoded_bytes
+from sparkdeep.tensors.mean import Combining, OrderedSum, pool_buffers
+from sparkdeep.tensors.parameters import Layout, raw_bytes
+
+__all__ = ["Averaging"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """How a run's updates become one; the same for all its rounds."""
+
+    layout: Layout
+    codec: Codec
+    """Of updates."""
+    wide: bool
+    """Whether the outer step wants the mean in float64, or rounded once to the layout's dtype."""
+    weighting: Literal["rows", "equal", "fednova"] = "rows"
+    """How much each replica counts."""
+    aggregator: Aggregator | Literal["mean"] = "mean"
+    """How their updates become one."""
+    embeddings: frozenset[str] = frozenset()
+    """Names of the embeddings' parameters."""
+
+    def total(self, updates: Sequence[Update], start: Globals, rows: Sequence[int], out: Tensor) -> Combining:
+        """What bodies are added to as they arrive.
+
+        Args:
+            updates: the headers, which were found good, in replica order; of one that does not count, with weight 0.
+            start: what the round started from.
+            rows: training rows of every replica's shard.
+            out: where the mean is written, (numel,), averaged optimizer state included.
+        """
+        return aggregator_of(self.aggregator).taking(
+            shares_of(updates, rows, self.weighting),
+            layout=self.layout,
+            start=start.parameters,
+            base=start.base,
+            out=out,
+            plain=self.embeddings,
+        )
+
+    def vector_bytes(self, update: Update) -> int:
+        """Length of the vector in an update's body, averaged optimizer state included."""
+        return encoded_bytes(self.codec, (1 + len(update.sections)) * self.layout.numel, self.layout.dtype)
+
+    def body_bytes(self, update: Update) -> int:
+        """Length of an update's body."""
+        return self.vector_bytes(update) + update.buffer_bytes + CHECKSUM_BYTES
+
+    def add(self, total: Combining, update: Update, body: Body, wait: Callable[[], None]) -> dict[str, Tensor]:
+        """Add a body to the total chunk by chunk, as it comes in; returns its buffers.
+
+        Args:
+            total: of the round.
+            update: the body's header, which counts.
+            body: of the size that its header says.
+            wait: called while other replicas have their turn; raises to give up.
+
+        Raises:
+            ReplicaLostError: the body was damaged on its way; the round is void.
+        """
+        codec, dtype = self.codec, self.layout.dtype
+        assert total.chunk == CHUNK, "chunks are encoded as they are summed"
+        scratch = torch.empty(codec.num_bytes(min(CHUNK, total.numel), dtype), dtype=torch.uint8)
+
+        def chunks(start: int, stop: int) -> Tensor:
+            part = scratch[: codec.num_bytes(stop - start, dtype)]
+            body.read(raw_bytes(part))
+            return codec.decode(part, stop - start, dtype)
+
+        total.add(body.replica, chunks, wait)
+        return body.buffers(update.buffer_bytes)
+
+    def mean(
+        self, updates: Sequence[Update], bodies: Callable[[int], bytes], base: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of updates that are all here, by the rows that they were trained on, in float64; and their pooled buffers.
+
+        Args:
+            updates: the headers, which were found good, in replica order; one of them counts.
+            bodies: gives a replica's body; asked for each one that counts, in order.
+            base: what the mean is added to where they are differences, (numel,); else None.
+
+        Raises:
+            ReplicaLostError: a body was damaged on its way.
+            ProtocolError: replicas do not average the same optimizer state, or a body has the wrong size.
+        """
+        numel = (1 + len(common_sections(updates))) * self.layout.numel
+        weights = [update.weight for update in updates]
+        total = OrderedSum(numel, weights, base=base, chunk=CHUNK)
+        received: list[dict[str, Tensor]] = [{} for _ in updates]
+        for replica, update in enumerate(updates):
+            if update.weight > 0:
+                data = bodies(replica)
+                check_size(replica, len(data), update, self.vector_bytes(update), buffer_limit_bytes=len(data))
+                body = Body(io.BytesIO(data).readinto, who=f"replica {replica}", replica=replica)
+                received[replica] = self.add(total, update, body, _never_waits)
+        return total.mean(), pool_buffers(received, weights, self.layout.variance_of)
+
+
+def _never_waits() -> None:
+    raise AssertionError("updates are added one after the other")
