@@ -134,7 +134,7 @@ class Replica:
                 self._scheduler.load_state_dict(state["scheduler"])
             self._random.load_state_dict(state["random"])
             with self._random.borrowed():
-                """A position that no generator takes shows here, and not in mid-round."""
+                pass  # so that a position which no generator accepts is refused here, and not in mid-round
             self.exchange.load_state_dict(state["exchange"])
             self._own_buffers = self._checked_buffers(state["buffers"])
             self._clock = int(state["clock"])

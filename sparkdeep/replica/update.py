@@ -48,6 +48,8 @@ class LocalUpdate:
         self.fragments = settings.overlap_fragments
         self._mix = settings.overlap_mix
         self.differs = self.codec.lossy or self.overlap
+        # Four roles in as few vectors as the settings need: without overlap, `known`, `arriving` and `_start` are the same
+        # memory, and `_vector` is too unless differences travel.
         self.known = layout.empty()
         """(numel,): the newest global parameters that arrived; a round without overlap starts from them."""
         self.arriving = layout.empty() if self.overlap else self.known

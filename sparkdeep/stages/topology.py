@@ -21,7 +21,8 @@ def available() -> bool:
     return dist.is_available() and dist.is_gloo_available()
 
 
-# What is small is over before it matters who adds it up, and a ring must be clearly better, as it is one more thing to fail.
+# Small vectors take so little time that it hardly matters who adds them up; and a ring must be clearly better, as it is one
+# more thing that can fail.
 _SMALLEST_BYTES: Final = 1 << 16
 _CLEARLY: Final = 0.9
 _TRIALS: Final = 5
