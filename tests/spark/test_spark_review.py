@@ -13,7 +13,7 @@ from spark_models import estimator, weights
 from torch import nn
 
 from sparkdeep import CheckpointError, ConfigError, DataError, ReplicaLostError
-from sparkdeep.spark import training
+from sparkdeep.spark.fit import training
 
 pytestmark = pytest.mark.spark
 
