@@ -107,7 +107,7 @@ def test_a_stopped_process_is_cancelled_by_the_deadline(blobs, tmp_path, monkeyp
         return features
 
     with pytest.raises(ReplicaLostError, match=r"did not end within|had no running task"):
-        estimator(augment=tell, callbacks=[arm], open_timeout_s=12.0, stall_timeout_s=30.0, max_retries=0).fit(blobs)
+        estimator(augment=tell, callbacks=[arm], open_timeout_s=15.0, stall_timeout_s=30.0, max_retries=0).fit(blobs)
     pid = int(pids.read_text())
     assert pid > 1
     deadline = time.monotonic() + 20
