@@ -98,7 +98,7 @@ def test_the_registry_tells_unknown_names_and_bad_values(registry):
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_our_tests_read_the_files_as_spark_does(spark, name):
-    from test_conf import properties_of
+    from conf_files import properties_of
 
     assert loaded(spark, CONF / f"{name}.conf") == properties_of(name)
 
@@ -135,7 +135,7 @@ def test_spark_reads_the_pod_templates_and_knows_every_field(spark, role):
 
 
 def test_spark_reads_what_gpu_discovery_prints(spark, tmp_path):
-    from test_conf import PLAIN, TWO_MIG, discover
+    from conf_files import PLAIN, TWO_MIG, discover
 
     for number, (output, addresses) in enumerate([(PLAIN, 2), (TWO_MIG, 2), ("", 0)]):
         folder = tmp_path / str(number)

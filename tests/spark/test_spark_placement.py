@@ -129,7 +129,7 @@ def test_an_exception_in_a_spawned_replica_keeps_its_traceback_replica_and_host(
 
 PARENT = """
 import sys
-from sparkdeep.spark import child
+from sparkdeep.spark.tasks import child
 from sparkdeep.spark.tasks.replica_tasks import ReplicaTask
 from stuck import Stuck
 child.run_in_child(Stuck())
