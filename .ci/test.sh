@@ -41,7 +41,7 @@ if [[ "${1:-}" == algorithms ]]; then
     exit 0
 fi
 if [[ "${1:-}" == faults ]]; then
-    tier "faults on threads and processes, and fuzzing" 240 -m "not cluster and not slow_fault" tests/faults
+    tier "faults on threads and processes, and fuzzing" 150 "${on_all_cores[@]}" -m "not cluster and not slow_fault" tests/faults
     tier "faults on two workers" 240 -m "cluster and not slow_fault" tests/faults
     printf '== faults: passed in %d s of %d s\n' $((SECONDS - started_s)) 480
     exit 0
