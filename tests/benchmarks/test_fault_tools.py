@@ -129,6 +129,9 @@ def test_the_proxy_strikes_the_named_replica_once_and_nobody_else(tmp_path, sink
         proxy.check_fired()
         sent_through(at, 1, 300_000)
         proxy.check_fired()
+    deadline = time.monotonic() + 20.0
+    while (len(got) < 4 or not got[3]["end"]) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the sink takes one connection after the other
     sizes = [entry["bytes"] for entry in got]
     whole = 300_000 + len(b'{"replica": 1}')
     assert [sizes[0], sizes[1], sizes[3]] == [whole] * 3
