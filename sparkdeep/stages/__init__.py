@@ -7,7 +7,7 @@
 - `driver_link.py`: one replica's connection, as the driver sees it
 - `gathering.py`: one round at the driver: order, headers, bodies, mean
 - `jobs.py`: the driver's end of a job a round
-- `launch.py`: who starts replicas: the interface, and its in-process twin
+- `launch.py`: who starts replicas, and the stage that is on its way: two interfaces
 - `meeting.py`: where the replicas of a stage tell each other how they can be reached: on the driver, through their own connections
 - `opener.py`: when stages open and close
 - `ring.py`: the ring at the driver: replicas add up, and each sends its part of the mean

@@ -1,4 +1,4 @@
-"""Who starts replicas: the protocol, and its in-process twin that runs them as threads."""
+"""Who starts replicas, and the stage that is on its way: two interfaces."""
 
 from __future__ import annotations
 
