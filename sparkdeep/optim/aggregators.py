@@ -6,9 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sparkdeep.checks import not_negative
@@ -16,7 +17,10 @@ from sparkdeep.optim.changes import Changes, Floats
 from sparkdeep.protocol.messages import Update
 from sparkdeep.tensors.encoding import CHUNK
 from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
-from sparkdeep.tensors.parameters import Layout
+
+if TYPE_CHECKING:
+    from sparkdeep.optim.averaging import Averaging
+    from sparkdeep.protocol.values import Globals
 
 __all__ = [
     "Aggregator",
@@ -46,28 +50,24 @@ class Aggregator(ABC):
             weights: (replicas,), positive.
         """
 
-    def taking(
-        self,
-        shares: Shares,
-        *,
-        layout: Layout,
-        start: Tensor,
-        base: Tensor | None,
-        out: Tensor,
-        plain: frozenset[str] = frozenset(),
-    ) -> Combining:
+    def taking(self, averaging: Averaging, shares: Shares, start: Globals, out: Tensor) -> Combining:
         """What takes in the vectors of a round; here all are kept, and combined once they are there.
 
         Args:
+            averaging: of the run.
             shares: of the updates.
-            layout: of the parameters.
-            start: (numel,), what the round began with.
-            base: (numel,) from which the vectors are differences; None where they are parameters.
+            start: what the round began with.
             out: where the result is written.
-            plain: see `Changes`.
         """
-        begun, differ = (start, False) if base is None else (base, True)
-        return Changes(self, layout, shares.weights, start=begun, differences=differ, out=out, plain=plain)
+        return Changes(
+            self,
+            averaging.layout,
+            shares.weights,
+            start=start.parameters if start.base is None else start.base,
+            differences=start.base is not None,
+            out=out,
+            plain=averaging.embeddings,
+        )
 
     def weakness(self, counted: int) -> str:
         """What to say where it does less than it says among so many replicas; else ""."""
@@ -82,18 +82,10 @@ class _Mean(Aggregator):
     def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
         return changes.moved(weights / sum(weights))
 
-    def taking(
-        self,
-        shares: Shares,
-        *,
-        layout: Layout,
-        start: Tensor,
-        base: Tensor | None,
-        out: Tensor,
-        plain: frozenset[str] = frozenset(),
-    ) -> Combining:
-        del layout, plain
-        base, rest = (start.detach(), shares.rest) if base is None and shares.rest else (base, 1.0)
+    def taking(self, averaging: Averaging, shares: Shares, start: Globals, out: Tensor) -> Combining:
+        base, rest = start.base, 1.0
+        if base is None and shares.rest:
+            base, rest = start.parameters.detach(), shares.rest
         return OrderedSum(
             out.numel(),
             shares.weights,
@@ -102,7 +94,7 @@ class _Mean(Aggregator):
             base=base,
             base_share=rest,
             chunk=CHUNK,
-            window=_WINDOW,
+            sums=averaging.kept("sums", min(_WINDOW * CHUNK, out.numel()), torch.float64),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
@@ -17,7 +17,7 @@ from sparkdeep.protocol.refusals import common_sections
 from sparkdeep.protocol.values import Globals
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Codec, encoded_bytes
 from sparkdeep.tensors.mean import Combining, OrderedSum, pool_buffers
-from sparkdeep.tensors.parameters import Layout, raw_bytes
+from sparkdeep.tensors.parameters import Layout
 
 __all__ = ["Averaging"]
 
@@ -38,24 +38,28 @@ class Averaging:
     """How their updates become one."""
     embeddings: frozenset[str] = frozenset()
     """Names of the embeddings' parameters."""
+    _kept: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def total(self, updates: Sequence[Update], start: Globals, rows: Sequence[int], out: Tensor) -> Combining:
-        """What bodies are added to as they arrive.
+    def kept(self, use: object, numel: int, dtype: torch.dtype) -> Tensor:
+        """(numel,) for a use of its own; the same memory every round, as fresh pages are dear."""
+        found = self._kept.get(use)
+        if found is None or found.numel() != numel or found.dtype != dtype:
+            found = self._kept[use] = torch.empty(numel, dtype=dtype)
+        return found
+
+    def total(self, updates: Sequence[Update], start: Globals, rows: Sequence[int], num_sections: int) -> Combining:
+        """What bodies are added to as they arrive; its memory is the next round's too.
 
         Args:
             updates: the headers, which were found good, in replica order; of one that does not count, with weight 0.
             start: what the round started from.
             rows: training rows of every replica's shard.
-            out: where the mean is written, (numel,), averaged optimizer state included.
+            num_sections: optimizer states that follow the parameters.
         """
-        return aggregator_of(self.aggregator).taking(
-            shares_of(updates, rows, self.weighting),
-            layout=self.layout,
-            start=start.parameters,
-            base=start.base,
-            out=out,
-            plain=self.embeddings,
-        )
+        dtype = torch.float64 if self.wide else self.layout.dtype
+        out = self.kept("mean", (1 + num_sections) * self.layout.numel, dtype)
+        shares = shares_of(updates, rows, self.weighting)
+        return aggregator_of(self.aggregator).taking(self, shares, start, out)
 
     def vector_bytes(self, update: Update) -> int:
         """Length of the vector in an update's body, averaged optimizer state included."""
@@ -79,12 +83,9 @@ class Averaging:
         """
         codec, dtype = self.codec, self.layout.dtype
         assert total.chunk == CHUNK, "chunks are encoded as they are summed"
-        scratch = torch.empty(codec.num_bytes(min(CHUNK, total.numel), dtype), dtype=torch.uint8)
 
         def chunks(start: int, stop: int) -> Tensor:
-            part = scratch[: codec.num_bytes(stop - start, dtype)]
-            body.read(raw_bytes(part))
-            return codec.decode(part, stop - start, dtype)
+            return codec.decode(body.chunk(codec.num_bytes(stop - start, dtype)), stop - start, dtype)
 
         total.add(body.replica, chunks, wait)
         return body.buffers(update.buffer_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, final
 
+import torch
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError
@@ -40,13 +41,23 @@ class Body:
         read: fills a view with the next bytes.
         who: whose it is, for messages.
         replica, host: likewise.
+        scratch: uint8, for one chunk at a time; made as large as that.
 
     Raises (all methods):
         ReplicaLostError: it was damaged on its way; the round is void.
     """
 
-    def __init__(self, read: Callable[[memoryview], object], *, who: str, replica: int, host: str = "") -> None:
+    def __init__(
+        self,
+        read: Callable[[memoryview], object],
+        *,
+        who: str,
+        replica: int,
+        host: str = "",
+        scratch: Tensor | None = None,
+    ) -> None:
         self._read = read
+        self._scratch = torch.empty(0, dtype=torch.uint8) if scratch is None else scratch
         self._who = who
         self.replica = replica
         self._host = host
@@ -56,6 +67,14 @@ class Body:
         """Fill `view` (bytes) with what comes next."""
         self._read(view)
         self._checksum.update(view)
+
+    def chunk(self, num_bytes: int) -> Tensor:
+        """What comes next, (num_bytes,) uint8, until it is asked for again."""
+        if self._scratch.numel() < num_bytes:
+            self._scratch.resize_(num_bytes)
+        part = self._scratch[:num_bytes]
+        self.read(raw_bytes(part))
+        return part
 
     def fill(self, into: Tensor) -> None:
         """Fill a contiguous tensor."""

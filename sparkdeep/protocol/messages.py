@@ -173,8 +173,9 @@ _T = TypeVar("_T")
 
 
 def to_header(message: Any) -> dict[str, Any]:
-    """A message as a JSON-ready dict."""
-    return dataclasses.asdict(message)
+    """A message as a JSON-ready dict; lists and dicts in it are shared, as `dataclasses.asdict` would copy them every round."""
+    values = ((name, getattr(message, name)) for name in message.__dataclass_fields__)
+    return {name: to_header(value) if dataclasses.is_dataclass(value) else value for name, value in values}
 
 
 def parse(cls: type[_T], header: dict[str, Any]) -> _T:

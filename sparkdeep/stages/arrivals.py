@@ -65,7 +65,7 @@ class Arrivals:
         """Serve a replica until its window ends; its update's vector is its last push."""
         replica, host = link.hello.replica, link.hello.host
         # Each has its own room, so that a slow link holds up no other.
-        room = self._given.plane.vector(self._parameters.numel(), self._parameters.dtype, replica)
+        room = self._given.plane.averaging.kept(replica, self._parameters.numel(), self._parameters.dtype)
         frame = self._follow(link, room)
         update = parse(Update, frame.header)
         link.waiting = True

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, final
 
-import torch
 from torch import Tensor
 
 from sparkdeep.optim.averaging import Averaging
@@ -34,14 +33,6 @@ class Plane:
     """`Star`, or `Arrivals` of a window; in its place a stage takes `Ring` where that is chosen."""
     terms: Terms = field(default_factory=Terms)
     """When a round closes, and whom it counts."""
-    _vectors: dict[int, Tensor] = field(default_factory=dict, init=False)
-
-    def vector(self, numel: int, dtype: torch.dtype, replica: int = -1) -> Tensor:
-        """(numel,) for a mean, or of a replica's own; the same memory every round, as fresh pages are dear."""
-        found = self._vectors.get(replica)
-        if found is None or found.numel() != numel or found.dtype != dtype:
-            found = self._vectors[replica] = torch.empty(numel, dtype=dtype)
-        return found
 
 
 @final

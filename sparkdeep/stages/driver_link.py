@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, RoundTimeoutError
@@ -63,6 +64,7 @@ class DriverLink:
         self._deadline = math.inf
         self._limit = ""
         self._rows = 0
+        self._scratch = torch.empty(0, dtype=torch.uint8)  # kept, as fresh pages are dear
 
     @property
     def who(self) -> str:
@@ -226,7 +228,13 @@ class DriverLink:
         return self._body()
 
     def _body(self) -> Body:
-        return Body(self.read, who=self.who, replica=self.hello.replica, host=self.hello.host)
+        return Body(
+            self.read,
+            who=self.who,
+            replica=self.hello.replica,
+            host=self.hello.host,
+            scratch=self._scratch,
+        )
 
     def read_change(self, frame: Frame, into: Tensor) -> None:
         """Fill `into`, contiguous, from a frame that brings nothing else.

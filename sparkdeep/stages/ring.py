@@ -66,11 +66,11 @@ class Ring:
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
         """What the sum is to be of."""
-        plane, layout = self._given.plane, self._given.plane.averaging.layout
+        averaging, layout = self._given.plane.averaging, self._given.plane.averaging.layout
         weights = [update.weight for update in updates]
         self._weights = reduced_weights(weights) if any(weights) else []
         self._num_sections = num_sections
-        self._mean = plane.vector((1 + num_sections) * layout.numel, layout.dtype)
+        self._mean = averaging.kept("mean", (1 + num_sections) * layout.numel, layout.dtype)
 
     def result(self) -> Tensor:
         """The mean, of which every replica has sent a part."""

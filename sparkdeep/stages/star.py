@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from sparkdeep.protocol.messages import Update, parse
@@ -70,10 +69,8 @@ class Star:
 
     def prepare(self, updates: list[Update], num_sections: int) -> None:
         """Make what the bodies are added to."""
-        plane, averaging = self._given.plane, self._given.plane.averaging
-        dtype = torch.float64 if averaging.wide else averaging.layout.dtype
-        mean = plane.vector((1 + num_sections) * averaging.layout.numel, dtype)
-        self._total = averaging.total(updates, self._given.start, self._given.work.rows, mean)
+        given = self._given
+        self._total = given.plane.averaging.total(updates, given.start, given.work.rows, num_sections)
 
     def result(self) -> Tensor:
         """The mean."""

@@ -61,8 +61,8 @@ class OrderedSum:
         base: (numel,), added to the mean: what the vectors are differences from.
         base_share: the factor by which `base` is multiplied first.
         chunk: elements per turn.
-        window: chunks that are summed at the same time: a replica that is further ahead waits, and memory is 8 bytes for
-            each of their elements. None for no limit, where one thread adds one replica after the other.
+        sums: float64, where chunks are summed, as many at the same time as have room in it: a replica that is further
+            ahead waits. None for all of them, where one thread adds one replica after the other.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class OrderedSum:
         base: Tensor | None = None,
         base_share: float = 1.0,
         chunk: int = 1 << 18,
-        window: int | None = None,
+        sums: Tensor | None = None,
     ) -> None:
         self.weights = reduced_weights(weights) if divisor is None else list(weights)
         self.numel = numel
@@ -83,11 +83,10 @@ class OrderedSum:
         self._out = torch.empty(numel, dtype=torch.float64) if out is None else out
         assert self._out.numel() == numel, f"the mean of {numel} elements does not fit in {self._out.numel()}"
         self._base = base
-        count = -(-numel // chunk)
-        self._window = count if window is None else min(window, count)
-        # A sum that is not windowed is kept where the mean goes, if that is wide enough.
-        whole = window is None and self._out.dtype == torch.float64
-        self._sums = self._out if whole else torch.empty(min(self._window * chunk, numel), dtype=torch.float64)
+        if sums is None:  # where the mean goes, if that is wide enough
+            sums = self._out if self._out.dtype == torch.float64 else torch.empty(numel, dtype=torch.float64)
+        self._sums = sums
+        self._window = -(-sums.numel() // chunk)
         self._order = [i for i, w in enumerate(self.weights) if w > 0]
         self._total = sum(self.weights) if divisor is None else divisor
         self._base_share = base_share
