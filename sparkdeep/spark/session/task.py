@@ -6,15 +6,18 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from pyspark import BarrierTaskContext, TaskContext
-from pyspark.sql import DataFrame
 
 from sparkdeep.data.scratch import claim, sweep
 from sparkdeep.errors import PreflightError
-from sparkdeep.protocol.plans import ShardFacts
+
+if TYPE_CHECKING:
+    import torch
+    from pyspark.sql import DataFrame
+
+    from sparkdeep.protocol.plans import ShardFacts
 
 __all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root", "task_context"]
 
@@ -42,6 +45,8 @@ def ready_device(name: str, num_threads: int, who: str) -> torch.device:
     Raises:
         PreflightError: torch cannot use it here.
     """
+    import torch  # only for replicas: a task that cleans up should not wait for it in a new worker
+
     torch.set_num_threads(num_threads)
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():

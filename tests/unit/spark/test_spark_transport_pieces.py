@@ -298,3 +298,17 @@ def test_the_same_bytes_are_shipped_once(monkeypatch):
     assert (made, destroyed) == ([2 << 20, (2 << 20) + 1], [2 << 20])
     carrier.close()
     assert destroyed == [2 << 20, (2 << 20) + 1]
+
+
+def test_a_clean_up_task_does_not_wait_for_torch():
+    # In a new worker, after others were killed, the import would take longer than all else that the task does.
+    program = "import sys; import {}; print('torch' in sys.modules)"
+
+    def imports_torch(module):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(module)], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert imports_torch("sparkdeep.spark.tasks.cleaning") == "False"
+    assert imports_torch("sparkdeep.spark.tasks.replica_tasks") == "True"
