@@ -22,7 +22,7 @@ from sparkdeep.storage.opening import open_store
 
 __all__ = ["clean_executors", "clean_task"]
 
-# A clean-up task stays this long in its slot, so that every executor gets one.
+# Of several executors each gets a clean-up task, as one stays this long in its slot.
 _SPREAD_S: Final = 0.2
 _RELEASE_TIMEOUT_S: Final = 5.0
 _CLEAN_ATTEMPTS: Final = 3
@@ -31,7 +31,7 @@ _LOG: Final = logging.getLogger("sparkdeep")
 
 
 def clean_task(
-    run: str, shard_dir: str | None, exchange: str | None, batches: Iterator[pa.RecordBatch]
+    run: str, shard_dir: str | None, exchange: str | None, stay_s: float, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """Remove what a run left on this executor, and its shared folders.
 
@@ -50,7 +50,7 @@ def clean_task(
     if exchange is not None:
         with contextlib.suppress(OSError):  # another task of this clean-up may be deleting it
             open_store(exchange).delete(run_folder(run))
-    time.sleep(_SPREAD_S)
+    time.sleep(stay_s)
     yield pa.RecordBatch.from_pydict({"executor": pa.array([",".join(folders)], pa.string())})
 
 
@@ -77,10 +77,10 @@ def clean_executors(
     reached: set[str] = set()
     for attempt in range(_CLEAN_ATTEMPTS):
         try:  # around all of it, as a session that was stopped answers nothing
-            # Each task stays in its slot for a moment, so that every executor gets one.
-            slots = max(1, access.slots(None) or 2 * num_workers)
-            task = partial(clean_task, run, shard_dir, exchange)
-            frame = spark.range(0, slots, 1, slots).mapInArrow(task, "executor string")
+            alone = access.executors() == 1
+            tasks = 1 if alone else max(1, access.slots(None) or 2 * num_workers)
+            task = partial(clean_task, run, shard_dir, exchange, 0.0 if alone else _SPREAD_S)
+            frame = spark.range(0, tasks, 1, tasks).mapInArrow(task, "executor string")
             job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-clean-{attempt}", description="sparkdeep fit: clean up")
             reached |= {row["executor"] for row in job.result(_CLEAN_TIMEOUT_S, "cleaning up")}
             executors = access.executors()
