@@ -18,7 +18,7 @@ from sparkdeep.models.program import Program, unpack_program
 from sparkdeep.protocol.plans import ReplicaPlan, Ticket
 from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.replica.stage import Place, live
-from sparkdeep.spark.ingest.portions import unpacked
+from sparkdeep.spark.ingest.tasks import unpacked
 from sparkdeep.spark.session.failures import missing_module
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.spark.session.task import barrier_context, host_of, ready_device, run_root, task_context
