@@ -28,7 +28,7 @@ from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.ingest.petastorm_source import active_session, source_of
 from sparkdeep.spark.model.model import TorchModel
 from sparkdeep.spark.session.access import access_to
-from sparkdeep.spark.session.preflight import available_slots, check_session, check_slots, task_profile
+from sparkdeep.spark.session.preflight import check_session, check_slots, task_profile
 from sparkdeep.spark.session.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.tasks.cleaning import clean_executors
 from sparkdeep.tracking.callbacks import Callbacks, FitInfo
@@ -141,11 +141,11 @@ def _checked(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel |
 
 
 def _slots(checked: _Checked, run: str) -> contextlib.AbstractContextManager[Lease]:
-    num_workers = checked.settings.run.num_workers
-    return ledger_of(access_to(checked.spark).application).hold(
+    num_workers, access = checked.settings.run.num_workers, access_to(checked.spark)
+    return ledger_of(access.application).hold(
         f"fit {run}",
         num_workers,
-        lambda: available_slots(checked.spark, checked.profile) or num_workers,
+        lambda: access.slots(checked.profile) or num_workers,
         timeout_s=checked.settings.run.open_timeout_s,
     )
 
