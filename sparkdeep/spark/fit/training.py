@@ -31,10 +31,9 @@ from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.preflight import check_session, check_slots, task_profile
 from sparkdeep.spark.session.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.tasks.cleaning import clean_executors
-from sparkdeep.tracking.callbacks import Callbacks, FitInfo
+from sparkdeep.tracking.callbacks import Callbacks, FitInfo, Phases
 from sparkdeep.tracking.progress import Progress
 from sparkdeep.tracking.records import RoundRecord, summary
-from sparkdeep.tracking.startup import Phases
 
 __all__ = ["train"]
 

@@ -32,8 +32,8 @@ from sparkdeep.spark.session.parcels import carried
 from sparkdeep.spark.session.types import column_types, selectable
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 from sparkdeep.tensors.state_dicts import pack_tensors
+from sparkdeep.tracking.callbacks import StartUp
 from sparkdeep.tracking.records import RoundRecord
-from sparkdeep.tracking.startup import StartUp
 
 __all__ = ["TorchModel"]
 
