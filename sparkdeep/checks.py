@@ -166,12 +166,8 @@ def shown(value: object) -> str:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return {f.name: hint for f, hint in zip(dataclasses.fields(cls), _resolved(cls), strict=True)}
-
-
-def _resolved(cls: type) -> list[Any]:
     hints = typing.get_type_hints(cls)
-    return [hints[f.name] for f in dataclasses.fields(cls)]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _optional(cls: type) -> set[str]:
