@@ -25,8 +25,7 @@ from sparkdeep.data.shards import SPLITS, Shard, ShardInfo, ShardWriter, encode_
 from sparkdeep.errors import DataError
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.task import barrier_context, host_of, run_root, task_context
-from sparkdeep.storage.disks import room_for_shards, volume_of
-from sparkdeep.storage.state_files import own_files
+from sparkdeep.storage.disks import own_files, room_for_shards, volume_of
 from sparkdeep.versions import versions
 
 __all__ = [
