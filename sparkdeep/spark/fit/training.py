@@ -195,9 +195,8 @@ def _model(
 
 def _staged(settings: FitSettings) -> RunSettings:
     """The run's settings; with a callback that needs the slots after every round, each stage has only one."""
-    if any(getattr(one, "needs_spark", False) for one in settings.callbacks):
-        return replace(settings.run, rounds_per_stage=1)
-    return settings.run
+    needed = any(getattr(one, "needs_spark", False) for one in settings.callbacks)
+    return replace(settings.run, rounds_per_stage=1) if needed else settings.run
 
 
 def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:
