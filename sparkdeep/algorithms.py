@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final, final
@@ -79,14 +79,17 @@ class Algorithm:
         return hash((self.name, self.source))
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{name}={_shown(value)}" for name, value in self.settings.items())
-        return f"{self.name}({parts})"
+        return _call(self.name, (), self.settings)
+
+
+def _call(name: str, values: Iterable[Any], named: Mapping[str, Any]) -> str:
+    arguments = [*map(_shown, values), *(f"{key}={_shown(value)}" for key, value in named.items())]
+    return f"{name}({', '.join(arguments)})"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, functools.partial):
-        arguments = [*map(_shown, value.args), *(f"{name}={_shown(one)}" for name, one in value.keywords.items())]
-        return f"{_shown(value.func)}({', '.join(arguments)})"
+        return _call(_shown(value.func), value.args, value.keywords)
     return value.__name__ if isinstance(value, type) or hasattr(value, "__code__") else repr(value)
 
 

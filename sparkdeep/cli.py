@@ -37,14 +37,16 @@ def _doctor(options: argparse.Namespace) -> Any:
     from sparkdeep.stages.coordinator import parse_ports
 
     parse_ports(options.coordinator_port)  # wrong arguments are told before a session starts
-    opening = functools.partial(
-        open_session,
-        master=options.master,
-        remote=options.remote,
-        conf=dict(options.conf),
-        properties_file=options.properties_file,
+    session = _in_time(
+        functools.partial(
+            open_session,
+            master=options.master,
+            remote=options.remote,
+            conf=dict(options.conf),
+            properties_file=options.properties_file,
+        ),
+        options.start_timeout,
     )
-    session = _in_time(opening, options.start_timeout)
     try:
         return doctor(
             session,
@@ -78,8 +80,7 @@ def _in_time(start: Callable[[], Any], timeout_s: float) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparkdeep", description="Train PyTorch networks on Apache Spark DataFrames.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser(
+    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
         "doctor",
         help="look at a Spark session, and say what to change",
         description="Start a Spark session, look whether sparkdeep can train there, and say what to change. "

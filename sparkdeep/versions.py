@@ -18,9 +18,12 @@ _PACKAGES: Final = ("sparkdeep", "torch", "pyspark", "pyarrow", "numpy")
 
 def versions() -> dict[str, str]:
     """What must agree between driver and executors."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    # A driver without a GPU may have torch's CPU build: "+cpu" and "+cu128" are the same release.
-    return {"python": python, "torch": torch.__version__.split("+")[0], "sparkdeep": __version__}
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        # A driver without a GPU may have torch's CPU build: "+cpu" and "+cu128" are the same release.
+        "torch": torch.__version__.split("+")[0],
+        "sparkdeep": __version__,
+    }
 
 
 def stamp() -> dict[str, Any]:

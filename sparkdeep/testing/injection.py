@@ -128,10 +128,9 @@ class Injector:
 
     def passing(self, phase: Phase, round_number: int, replica: int | None, data: Buffer) -> Buffer:
         """See `seams.Hook`."""
-        view = memoryview(data).cast("B")
-        if not view.nbytes or self._due(phase, round_number, replica, corrupting=True) is None:
+        if not memoryview(data).nbytes or self._due(phase, round_number, replica, corrupting=True) is None:
             return data
-        changed = bytearray(view)
+        changed = bytearray(data)
         changed[len(changed) // 2] ^= 1
         return changed
 
