@@ -1,4 +1,4 @@
-"""Disks: the volume on which a folder lies, how much room it has, and the replica states kept on an executor's."""
+"""Disks: the volume on which a folder lies, how much room it has, and the replica states that an executor keeps there."""
 
 from __future__ import annotations
 

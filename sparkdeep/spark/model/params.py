@@ -156,7 +156,7 @@ def with_params(table: Mapping[str, str]) -> Callable[[_PARAMS_CLASS], _PARAMS_C
             setattr(cls, spelling, property(operator.attrgetter(name)))
         names = {name: name for name in table} | other
         for spelling, name in names.items():
-            if spelling in table or spelling in _SPELLINGS:  # setFeaturesCol: what every estimator of Spark has
+            if spelling in table or spelling in _SPELLINGS:  # setFeaturesCol, setLabelCol: as Spark's estimators
                 title = _camel(f"_{spelling}")
                 setattr(cls, f"set{title}", _setter(name))
                 setattr(cls, f"get{title}", _getter(name))
