@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final, final
@@ -35,8 +35,6 @@ __all__ = [
     "slowmo",
 ]
 
-_OBJECTS: Final = ("optimizer", "lr_scheduler", "outer_optimizer")
-
 
 @final
 @dataclass(frozen=True, repr=False)
@@ -56,7 +54,11 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         known = [f.name for cls in (LocalSettings, RunSettings) for f in fields(cls)]
-        refuse_unknown(self.settings, [*known, *_OBJECTS], f"setting of the algorithm {self.name!r}:")
+        refuse_unknown(
+            self.settings,
+            [*known, "optimizer", "lr_scheduler", "outer_optimizer"],
+            f"setting of the algorithm {self.name!r}:",
+        )
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def replace(self, **changes: Any) -> Algorithm:
@@ -77,14 +79,17 @@ class Algorithm:
         return hash((self.name, self.source))
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{name}={_shown(value)}" for name, value in self.settings.items())
-        return f"{self.name}({parts})"
+        return _call(self.name, (), self.settings)
+
+
+def _call(name: str, values: Iterable[Any], named: Mapping[str, Any]) -> str:
+    arguments = [*map(_shown, values), *(f"{key}={_shown(value)}" for key, value in named.items())]
+    return f"{name}({', '.join(arguments)})"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, functools.partial):
-        arguments = [*map(_shown, value.args), *(f"{name}={_shown(one)}" for name, one in value.keywords.items())]
-        return f"{_shown(value.func)}({', '.join(arguments)})"
+        return _call(_shown(value.func), value.args, value.keywords)
     return value.__name__ if isinstance(value, type) or hasattr(value, "__code__") else repr(value)
 
 
@@ -151,25 +156,27 @@ def bmuf(momentum: float = 0.875, lr: float = 1.0, nesterov: bool = True, sync_e
     )
 
 
-_FEDOPT: Final = "Reddi et al., 2021, Adaptive federated optimization"
+def _fedopt(name: str, outer: Callable[..., Any]) -> Algorithm:
+    return Algorithm(
+        name,
+        {"outer_optimizer": outer, "sync_every": "epoch", "inner_state": "reset"},
+        "Reddi et al., 2021, Adaptive federated optimization",
+    )
 
 
 def fedadam(lr: float = 0.1, betas: tuple[float, float] = (0.9, 0.99), tau: float = 1e-3) -> Algorithm:
     """FedAdam: Adam without bias correction outside, an epoch of SGD inside."""
-    outer = functools.partial(FedAdam, lr=lr, betas=betas, tau=tau)
-    return Algorithm("fedadam", {"outer_optimizer": outer, "sync_every": "epoch", "inner_state": "reset"}, _FEDOPT)
+    return _fedopt("fedadam", functools.partial(FedAdam, lr=lr, betas=betas, tau=tau))
 
 
 def fedadagrad(lr: float = 0.1, tau: float = 1e-3) -> Algorithm:
     """FedAdagrad: Adagrad outside, an epoch of SGD inside."""
-    outer = functools.partial(Adagrad, lr=lr, initial_accumulator_value=tau**2, eps=tau)
-    return Algorithm("fedadagrad", {"outer_optimizer": outer, "sync_every": "epoch", "inner_state": "reset"}, _FEDOPT)
+    return _fedopt("fedadagrad", functools.partial(Adagrad, lr=lr, initial_accumulator_value=tau**2, eps=tau))
 
 
 def fedyogi(lr: float = 0.1, betas: tuple[float, float] = (0.9, 0.99), tau: float = 1e-3) -> Algorithm:
     """FedYogi: Yogi outside, an epoch of SGD inside."""
-    outer = functools.partial(FedYogi, lr=lr, betas=betas, tau=tau)
-    return Algorithm("fedyogi", {"outer_optimizer": outer, "sync_every": "epoch", "inner_state": "reset"}, _FEDOPT)
+    return _fedopt("fedyogi", functools.partial(FedYogi, lr=lr, betas=betas, tau=tau))
 
 
 def lookahead(lr: float = 0.5, sync_every: int = 5) -> Algorithm:

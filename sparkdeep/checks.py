@@ -130,15 +130,12 @@ def fits(value: Any, hint: Any, *, defaults: bool = False, nan: bool = False) ->
     """Whether a value is of a type; whole numbers are of 64 bits, as arithmetic on larger ones fails in odd places."""
     if hint is str or hint is bool:  # a round's headers have little else, and these are asked for every round
         return isinstance(value, hint)
+    if hint is float and isinstance(value, float):
+        return nan or not math.isnan(value)
     if hint is int or hint is float:
-        if isinstance(value, float) and hint is float:
-            return nan or not math.isnan(value)
         return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
     origin, items = typing.get_origin(hint), typing.get_args(hint)
-
-    def again(one: Any, kind: Any) -> bool:
-        return fits(one, kind, defaults=defaults, nan=nan)
-
+    again = functools.partial(fits, defaults=defaults, nan=nan)
     if hint is Any:
         return True
     if origin in {types.UnionType, typing.Union}:
@@ -166,12 +163,8 @@ def shown(value: object) -> str:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return {f.name: hint for f, hint in zip(dataclasses.fields(cls), _resolved(cls), strict=True)}
-
-
-def _resolved(cls: type) -> list[Any]:
     hints = typing.get_type_hints(cls)
-    return [hints[f.name] for f in dataclasses.fields(cls)]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _optional(cls: type) -> set[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 from sparkdeep.errors import ConfigError
@@ -18,9 +20,8 @@ _START_TIMEOUT_S = 300.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 nothing fails, 1 something does, 2 wrong arguments."""
-    options = _parser().parse_args(arguments)
     try:
-        report = _doctor(options)
+        report = _doctor(_parser().parse_args(arguments))
     except ConfigError as error:
         print(f"sparkdeep doctor: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -32,11 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> Any:
-    from sparkdeep.spark.doctor.doctor import doctor
+    from sparkdeep.spark.doctor.doctor import doctor, open_session
     from sparkdeep.stages.coordinator import parse_ports
 
     parse_ports(options.coordinator_port)  # wrong arguments are told before a session starts
-    session = _started(options)
+    session = _in_time(
+        functools.partial(
+            open_session,
+            master=options.master,
+            remote=options.remote,
+            conf=dict(options.conf),
+            properties_file=options.properties_file,
+        ),
+        options.start_timeout,
+    )
     try:
         return doctor(
             session,
@@ -52,39 +62,25 @@ def _doctor(options: argparse.Namespace) -> Any:
             session.stop()
 
 
-def _started(options: argparse.Namespace) -> Any:
-    """The session; started in a thread, since Spark itself may wait for a cluster for ever."""
-    from sparkdeep.spark.doctor.doctor import open_session
+def _in_time(start: Callable[[], Any], timeout_s: float) -> Any:
+    """The session that `start` gives; called in a thread, since Spark itself may wait for a cluster for ever."""
+    outcome: Future[Any] = Future()
 
-    outcome: list[Any] = []
-
-    def start() -> None:
+    def run() -> None:
         try:
-            outcome.append(
-                open_session(
-                    master=options.master,
-                    remote=options.remote,
-                    conf=dict(options.conf),
-                    properties_file=options.properties_file,
-                )
-            )
+            outcome.set_result(start())
         except BaseException as error:  # noqa: BLE001 (raised again by the thread that waits)
-            outcome.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=start, name="sparkdeep-session", daemon=True)
-    thread.start()
-    thread.join(timeout=options.start_timeout)
-    if not outcome:
-        raise TimeoutError(f"none started within {options.start_timeout:g} s (--start-timeout).")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    threading.Thread(target=run, name="sparkdeep-session", daemon=True).start()
+    if not wait([outcome], timeout_s).done:
+        raise TimeoutError(f"none started within {timeout_s:g} s (--start-timeout).")
+    return outcome.result()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparkdeep", description="Train PyTorch networks on Apache Spark DataFrames.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser(
+    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
         "doctor",
         help="look at a Spark session, and say what to change",
         description="Start a Spark session, look whether sparkdeep can train there, and say what to change. "

@@ -72,7 +72,5 @@ def through(
     phase: Phase, pieces: Iterator[Buffer], *, round_number: int = 0, replica: int | None = None
 ) -> Iterator[Buffer]:
     """Let bytes pass a place."""
-    if _hook is None:
-        return pieces
     hook = _hook
-    return (hook.passing(phase, round_number, replica, piece) for piece in pieces)
+    return pieces if hook is None else (hook.passing(phase, round_number, replica, piece) for piece in pieces)

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from sparkdeep import __version__
+
 __all__ = ["package_versions", "stamp", "versions"]
 
 _PACKAGES: Final = ("sparkdeep", "torch", "pyspark", "pyarrow", "numpy")
@@ -16,19 +18,24 @@ _PACKAGES: Final = ("sparkdeep", "torch", "pyspark", "pyarrow", "numpy")
 
 def versions() -> dict[str, str]:
     """What must agree between driver and executors."""
-    from sparkdeep import __version__
-
-    python = ".".join(platform.python_version_tuple()[:2])
-    # A driver without a GPU may have torch's CPU build: "+cpu" and "+cu128" are the same release.
-    return {"python": python, "torch": torch.__version__.split("+")[0], "sparkdeep": __version__}
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        # A driver without a GPU may have torch's CPU build: "+cpu" and "+cu128" are the same release.
+        "torch": torch.__version__.split("+")[0],
+        "sparkdeep": __version__,
+    }
 
 
 def stamp() -> dict[str, Any]:
     """Return when and with which versions a manifest was written."""
-    from sparkdeep import __version__
-
-    versions = {"python": platform.python_version(), "torch": metadata.version("torch"), "sparkdeep": __version__}
-    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": metadata.version("torch"),
+            "sparkdeep": __version__,
+        },
+    }
 
 
 def package_versions() -> dict[str, str]:

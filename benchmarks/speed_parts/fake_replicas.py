@@ -28,7 +28,7 @@ from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
-from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.storage.disks import StateFiles
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tensors.state_dicts import pack_tensors
 from sparkdeep.tracking.records import RoundRecord

@@ -7,7 +7,7 @@ from typing import final
 
 from sparkdeep.data.order import EpochOrder, num_batches
 from sparkdeep.data.shards import FieldValues, Shard
-from sparkdeep.storage.state_files import own_files
+from sparkdeep.storage.disks import own_files
 
 __all__ = ["Feed"]
 
@@ -66,13 +66,8 @@ class Feed:
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:
-            order = EpochOrder(
-                self._shard.info.rows["train"],
-                epoch=epoch,
-                digest=self._shard.info.digest,
-                **self._order_settings,
-            )
-            self._order = (epoch, order)
+            rows, digest = self._shard.info.rows["train"], self._shard.info.digest
+            self._order = (epoch, EpochOrder(rows, epoch=epoch, digest=digest, **self._order_settings))
         return self._order[1]
 
     def _read_ahead(self, epoch: int, order: EpochOrder, position: int) -> None:

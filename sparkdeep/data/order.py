@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -132,15 +132,13 @@ class EpochOrder:
         if window != self._cached:
             blocks = self._blocks[window * self.window_blocks : (window + 1) * self.window_blocks]
             rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).reshape(-1)
-            rows = rows[rows < self.rows]
-            self._window = self._generator("window", window).permutation(rows)
+            self._window = self._generator("window", window).permutation(rows[rows < self.rows])
             self._cached = window
             self._cached_from, self._cached_to = self._start(window), self._start(window + 1)
         return self._window
 
     def _generator(self, kind: str, number: int) -> np.random.Generator:
-        key: list[Any] = [*self._key, kind, number]
-        seed = hashlib.blake2b(json.dumps(key).encode(), digest_size=32).digest()
+        seed = hashlib.blake2b(json.dumps([*self._key, kind, number]).encode(), digest_size=32).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(seed, "little")))
 
 

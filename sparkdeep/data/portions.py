@@ -47,8 +47,7 @@ def unpack(pieces: Sequence[bytes | memoryview], directory: Path) -> None:
         rest = iter(pieces[1:])
         for name, size in names.items():
             assert Path(name).name == name, f"{name!r} is no name of a file in a folder"
-            descriptor = os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
+            with os.fdopen(os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 while file.tell() < size:
                     file.write(next(rest))
         try:

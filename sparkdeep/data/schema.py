@@ -85,8 +85,7 @@ class Schema:
         Raises:
             DataError: a field is unknown, or was fixed to another dtype or shape before.
         """
-        unknown = set(seen) - {field.name for field in self.fields}
-        if unknown:
+        if unknown := set(seen) - {field.name for field in self.fields}:
             raise DataError(
                 f"fields {sorted(unknown)} are not in the schema {[field.name for field in self.fields]}: "
                 "the rows were ingested with other column settings; ingest them again"
@@ -228,9 +227,8 @@ _UNKNOWN: dict[str, Any] = {"stacked": False, "dtype": "decoded", "ragged": Fals
 
 def _layouts(role: Role, setting: str, given: ColumnNames) -> list[Field]:
     if not isinstance(given, Mapping):
-        columns = _names(setting, given)
-        stacked = not isinstance(given, str)
-        return [Field(name=role, role=role, argument=None, columns=columns, **{**_UNKNOWN, "stacked": stacked})]
+        settings = {**_UNKNOWN, "stacked": not isinstance(given, str)}
+        return [Field(name=role, role=role, argument=None, columns=_names(setting, given), **settings)]
     if not given:
         raise ConfigError(f"{setting}={{}}: at least one column is needed; name one")
     fields = []
@@ -240,8 +238,7 @@ def _layouts(role: Role, setting: str, given: ColumnNames) -> list[Field]:
                 f"{setting} has the key {key!r}: keys name arguments and must be Python identifiers; rename it"
             )
         columns = _names(f"{setting}[{key!r}]", names)
-        stacked = not isinstance(names, str)
-        settings = {**_UNKNOWN, "stacked": stacked}
+        settings = {**_UNKNOWN, "stacked": not isinstance(names, str)}
         fields.append(Field(name=f"{role}.{key}", role=role, argument=key, columns=columns, **settings))
     return fields
 
@@ -252,8 +249,7 @@ def _names(setting: str, given: str | Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"{setting}={given!r}: a column name, a list of names or a dict of these is needed")
     if not names:
         raise ConfigError(f"{setting}={given!r}: at least one column is needed; name one")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{setting} names {repeated} more than once: remove the repeats")
     return tuple(names)
 

@@ -230,8 +230,7 @@ def _create(path: Path, owner: Owner) -> bool:
     """Make the folder with its owner inside in one step; False where it exists."""
     unnamed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     unnamed.mkdir(mode=0o700)
-    descriptor = os.open(unnamed / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(os.open(unnamed / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(owner.to_json(), file)
     try:
         unnamed.rename(path)  # refuses a folder that is not empty, and every claimed one holds its owner
@@ -287,9 +286,8 @@ def _folders(local_dirs: Sequence[Path]) -> Iterator[Path]:
     ancestors = [list(path.resolve().parents)[:-1][:_LEVELS] for path in local_dirs]
     roots = list(dict.fromkeys(itertools.chain.from_iterable(ancestors)))
     yield from roots
-    for layout in _LAYOUTS:
-        for root in roots:
-            yield from _below(root, layout)
+    for layout, root in itertools.product(_LAYOUTS, roots):
+        yield from _below(root, layout)
 
 
 def _below(root: Path, layout: Sequence[str]) -> Iterator[Path]:

@@ -131,8 +131,7 @@ class ShardWriter:
         assert set(counts.values()) == {rows}, f"fields of one batch differ in rows: {counts}"
         if rows == 0:
             return
-        seen = {name: _dtype_and_shape(fields[name]) for name in counts}
-        self._schema = self._schema.with_seen(seen)
+        self._schema = self._schema.with_seen({name: _dtype_and_shape(fields[name]) for name in counts})
         for name in counts:
             value = fields[name]
             if isinstance(value, Ragged):
@@ -311,9 +310,7 @@ def _dtype_and_shape(value: FieldValues) -> tuple[str, tuple[int, ...]]:
 
 def _as_run(indices: Array) -> slice | None:
     """Return consecutive ascending indices as a slice: one copy of a stretch is cheaper than a gather."""
-    if len(indices) == 0 or int(indices[-1]) - int(indices[0]) != len(indices) - 1:
-        return None
-    if not bool((np.diff(indices) == 1).all()):
+    if len(indices) == 0 or int(indices[-1]) - int(indices[0]) != len(indices) - 1 or (np.diff(indices) != 1).any():
         return None
     return slice(int(indices[0]), int(indices[-1]) + 1)
 

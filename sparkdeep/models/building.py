@@ -129,8 +129,9 @@ def ready(program: Program, *, epochs: int, steps_per_epoch: int, batches_per_st
                 f"lr_scheduler= and {type(program.model).__name__}.configure_optimizers both give a learning-rate scheduler: "
                 "keep one."
             )
-        scheduler = optimizer.scheduler if own else program.lr_scheduler
-        program = replace(program, optimizer=optimizer, lr_scheduler=scheduler)
+        program = replace(
+            program, optimizer=optimizer, lr_scheduler=optimizer.scheduler if own else program.lr_scheduler
+        )
     return program
 
 
@@ -193,9 +194,8 @@ def copy_of(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for tensor in [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]:
-            if not isinstance(tensor, Tensor):
-                continue
+        values = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
+        for tensor in [value for value in values if isinstance(value, Tensor)]:
             if is_lazy(tensor):
                 memo[id(tensor)] = _lazy_copy(tensor)
             elif not tensor.is_leaf:

@@ -64,18 +64,15 @@ def exported(
         free = range(1, tensor.dim()) if name in ragged else ()
         return {0: rows, **dict.fromkeys(free, torch.export.Dim.AUTO)}
 
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    shapes: Any
     of_features = (
         {name: sizes(name, one) for name, one in features.items()}
         if isinstance(features, dict)
         else sizes(None, features)
     )
-    if isinstance(features, dict) and program.preprocess is None:
-        kwargs, shapes = features, of_features
-    else:
-        args, shapes = (features,), (of_features,)
+    by_name = isinstance(features, dict) and program.preprocess is None
+    args: Any = () if by_name else (features,)
+    kwargs: Any = features if by_name else {}
+    shapes: Any = of_features if by_name else (of_features,)
     with _named(format), torch.no_grad():
         whole = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         if format == "onnx":

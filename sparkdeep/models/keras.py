@@ -108,8 +108,8 @@ class KerasNetwork(nn.Module):
         config = import_module("keras").saving.serialize_keras_object(self.network)
         config.pop("compile_config", None)
         trained = [name for name, _ in self.named_parameters()]
-        named = import_module("sparkdeep.keras_network")  # by the name that pickles hold
-        return named._rebuilt, (config, _own_classes(self.network), trained, self.training)
+        rebuilt = import_module("sparkdeep.keras_network")._rebuilt  # by the name that pickles hold
+        return rebuilt, (config, _own_classes(self.network), trained, self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KerasNetwork:
         build, arguments = self.__reduce__()
@@ -132,16 +132,14 @@ def _named_variables(network: Any) -> dict[str, Any]:
 
 def _own_classes(network: Any) -> dict[str, type]:
     """Classes that Keras does not bring along, by name."""
-    parts = [network, *network._flatten_layers(include_self=False, recursive=True)]
-    classes = {type(part) for part in parts}
+    classes = {type(part) for part in (network, *network._flatten_layers(include_self=False, recursive=True))}
     return {cls.__name__: cls for cls in classes if cls.__module__.split(".")[0] != "keras"}
 
 
 def _rebuilt(config: Any, classes: dict[str, type], trained: list[str], training: bool) -> KerasNetwork:
     choose_keras_backend("torch")
-    saving = import_module("keras").saving
     with torch.random.fork_rng(devices=[]):
-        network = saving.deserialize_keras_object(config, custom_objects=classes)
+        network = import_module("keras").saving.deserialize_keras_object(config, custom_objects=classes)
     for name, variable in _named_variables(network).items():
         variable.value.requires_grad_(name in trained)
     return KerasNetwork(network).train(training)

@@ -51,10 +51,8 @@ def is_lightning(model: Any) -> bool:
 
 def _base(model: Any) -> type | None:
     cls = model if isinstance(model, type) else type(model)
-    for base in cls.__mro__:
-        if base.__name__ == "LightningModule" and base.__module__.split(".")[0] in {"lightning", "pytorch_lightning"}:
-            return base
-    return None
+    named = (base for base in cls.__mro__ if base.__name__ == "LightningModule")
+    return next((one for one in named if one.__module__.split(".")[0] in {"lightning", "pytorch_lightning"}), None)
 
 
 @final

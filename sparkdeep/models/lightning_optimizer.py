@@ -79,18 +79,15 @@ class LightningOptimizer:
         settings = dict(given) if isinstance(given, Mapping) else {"scheduler": given}
         scheduler = settings.pop("scheduler", None)
         interval, frequency = settings.pop("interval", "epoch"), settings.pop("frequency", 1)
-        settings.pop("name", None)
-        settings.pop("strict", None)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or settings.get("monitor"):
             raise ConfigError(
                 f"{name} gave {type(scheduler).__name__}, which follows a score; a replica's clock is its steps. Use a "
                 "schedule of steps or epochs, such as CosineAnnealingLR."
             )
-        settings.pop("monitor", None)
-        settings.pop("reduce_on_plateau", None)
-        if settings or interval not in ("step", "epoch") or not isinstance(frequency, int) or frequency < 1:
+        unknown = settings.keys() - {"name", "strict", "monitor", "reduce_on_plateau"}
+        if unknown or interval not in ("step", "epoch") or not isinstance(frequency, int) or frequency < 1:
             raise ConfigError(
-                f"{name} gave a scheduler with interval={interval!r}, frequency={frequency!r} and {sorted(settings)}: interval "
+                f"{name} gave a scheduler with interval={interval!r}, frequency={frequency!r} and {sorted(unknown)}: interval "
                 "is 'step' or 'epoch', frequency 1 or more, and the rest is not known here."
             )
         if not hasattr(scheduler, "step"):

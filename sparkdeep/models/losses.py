@@ -217,8 +217,7 @@ class BroadcastWatch(TorchFunctionMode):
             self._from_labels |= {id(tensor): tensor for tensor in _tensors(result)}
         name = getattr(func, "__name__", "").strip("_")
         if name in _ELEMENTWISE and len(given) == 2 and sum(known) == 1 and self._rows > 1:
-            shapes = {tuple(tensor.shape) for tensor in given}
-            self.found = self.found or shapes == {(self._rows, 1), (self._rows,)}
+            self.found |= {tuple(tensor.shape) for tensor in given} == {(self._rows, 1), (self._rows,)}
         return result
 
 

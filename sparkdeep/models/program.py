@@ -265,6 +265,4 @@ def prepared(batch: Batch, program: Program, *, augment: bool) -> Batch:
         features = program.preprocess(features)
     if augment and program.augment is not None:
         features = program.augment(features)
-    if features is batch.features:
-        return batch
-    return replace(batch, features=features)
+    return batch if features is batch.features else replace(batch, features=features)

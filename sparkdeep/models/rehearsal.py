@@ -93,14 +93,11 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
 def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch) -> None:
     produced = _shapes(batch) if output is None else f"output {_describe(output)}, {_shapes(batch)}"
     try:
-        if program.training_step is None:
-            loss = _watched_loss(loss_function, output, batch, produced)
-        else:
-            loss = loss_function(model, batch)
+        plain = program.training_step is None
+        loss = _watched_loss(loss_function, output, batch, produced) if plain else loss_function(model, batch)
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
             # Some losses accept labels of a wrong dtype, and only computing their gradient fails.
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss, trainable, allow_unused=True)
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except SparkdeepError:
         raise
     except Exception as error:
@@ -154,9 +151,8 @@ def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Ba
 
 
 def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        _, scheduler = inner_optimizer(program, parameters)
+        _, scheduler = inner_optimizer(program, [p for p in model.parameters() if p.requires_grad])
         if scheduler is not None:
             scheduler.step()
             scheduler.state_dict()

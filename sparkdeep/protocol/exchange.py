@@ -16,8 +16,8 @@ from typing import Any, Final, final
 from sparkdeep.errors import ProtocolError, ReplicaLostError
 from sparkdeep.protocol.messages import Update, field, parse, to_header
 from sparkdeep.protocol.orders import Stored, digest_of
+from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
-from sparkdeep.storage.state_files import own_files
 from sparkdeep.storage.store import Bytes
 
 __all__ = ["Exchange", "job_folder", "run_folder"]

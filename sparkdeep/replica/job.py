@@ -18,7 +18,7 @@ from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import Place, live
-from sparkdeep.storage.state_files import StateFiles, own_files
+from sparkdeep.storage.disks import StateFiles, own_files
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors

@@ -17,7 +17,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import FieldValues, Shard
 from sparkdeep.models.program import Program, prepared
 from sparkdeep.settings.local import LocalSettings
-from sparkdeep.storage.state_files import own_files
+from sparkdeep.storage.disks import own_files
 
 __all__ = ["Reader"]
 

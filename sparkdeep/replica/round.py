@@ -23,7 +23,7 @@ from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.ring import Ring
 from sparkdeep.replica.update import LocalResult
 from sparkdeep.replica.window import ReplicaWindow
-from sparkdeep.storage.state_files import StateFiles, own_files
+from sparkdeep.storage.disks import StateFiles, own_files
 from sparkdeep.tensors.parameters import raw_bytes
 
 __all__ = ["ReplicaRounds", "keep_state"]

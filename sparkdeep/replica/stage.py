@@ -23,7 +23,7 @@ from sparkdeep.protocol.wire import ConnectionLostError, Frame
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.round import ReplicaRounds, keep_state
-from sparkdeep.storage.state_files import StateFiles, own_files
+from sparkdeep.storage.disks import StateFiles, own_files
 from sparkdeep.tensors.state_dicts import pack
 from sparkdeep.versions import versions
 

@@ -19,7 +19,6 @@ from typing import Any, final
 
 from sparkdeep import seams
 from sparkdeep.errors import CheckpointError, ConfigError, FencedError
-from sparkdeep.storage.commit import Commit, CommittedFiles, Key, commit_keys, commit_name
 from sparkdeep.storage.lease import (
     Fences,
     Lease,
@@ -32,8 +31,13 @@ from sparkdeep.storage.lease import (
 )
 from sparkdeep.storage.manifest import (
     MAX_MANIFEST_BYTES,
+    Commit,
+    CommittedFiles,
     DamagedError,
     FileEntry,
+    Key,
+    commit_keys,
+    commit_name,
     flat_differences,
     plain_json,
     read_bounded,
@@ -272,7 +276,12 @@ class CheckpointDirectory:
 
     def _load(self, key: Key, skipped: list[str]) -> Loaded:
         commit = Commit.from_bytes(read_bounded(self._store, commit_name(key), MAX_MANIFEST_BYTES), key)
-        self._refuse_another_run(commit)
+        if differences := self._differences(commit):
+            raise CheckpointError(
+                f"the checkpoint of round {commit.round_number} in {self._store.uri} belongs to another run; stored "
+                f"vs. now: {'; '.join(differences)}. Use another checkpoint_dir, or resume=False to start over in "
+                "this one"
+            )
         for name in commit.entries:
             commit.read(self._store, name)
         return Loaded(
@@ -281,15 +290,6 @@ class CheckpointDirectory:
             files=CommittedFiles(self._store, commit),
             skipped=tuple(skipped),
         )
-
-    def _refuse_another_run(self, commit: Commit) -> None:
-        differences = self._differences(commit)
-        if differences:
-            raise CheckpointError(
-                f"the checkpoint of round {commit.round_number} in {self._store.uri} belongs to another run; stored "
-                f"vs. now: {'; '.join(differences)}. Use another checkpoint_dir, or resume=False to start over in "
-                "this one"
-            )
 
     def _differences(self, commit: Commit) -> list[str]:
         return flat_differences(without_modules(commit.identity), without_modules(self._identity))

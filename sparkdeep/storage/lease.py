@@ -13,7 +13,6 @@ import re
 import secrets
 import socket
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, final
@@ -126,7 +125,9 @@ class Lease:
         after, pairs = body.get("after"), body.get("takeovers")
         if body.get("epoch") != epoch or not (after is None or _whole(after)):
             raise DamagedError(f"it says epoch {str(body.get('epoch'))[:40]}, after {str(after)[:40]}")
-        if not isinstance(pairs, list) or not all(_pair(pair) for pair in pairs):
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(map(_whole, pair)) for pair in pairs
+        ):
             raise DamagedError(f"its takeovers are {str(pairs)[:100]}, not pairs of whole numbers")
         if not _whole(body.get("pid")):
             raise DamagedError(f"its pid is {str(body.get('pid'))[:40]}")
@@ -237,7 +238,3 @@ def check_lease(store: Store, lease: Lease) -> None:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2 and all(map(_whole, value))

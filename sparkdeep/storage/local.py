@@ -83,11 +83,9 @@ class LocalStore:
     def list(self, prefix: str) -> list[str]:
         """Walk the folder; links and unfinished files are left out."""
         top = self._path(prefix) if prefix else self._root
-        names = []
-        for folder, _, files in os.walk(top):
-            paths = (Path(folder) / file for file in files if not file.startswith(TEMPORARY))
-            names += [path.relative_to(self._root).as_posix() for path in paths if not path.is_symlink()]
-        return sorted(names)
+        files = (Path(folder) / name for folder, _, names in os.walk(top) for name in names)
+        paths = (path for path in files if not path.name.startswith(TEMPORARY) and not path.is_symlink())
+        return sorted(path.relative_to(self._root).as_posix() for path in paths)
 
     def delete(self, prefix: str) -> None:
         """Remove a file, a link itself, or a folder's whole tree."""
@@ -110,7 +108,9 @@ class LocalStore:
             raise OSError(errno.ELOOP, "a symbolic link below the folder is not followed", str(path))
 
     def _write_temporary(self, folder: Path, data: Bytes) -> Path:
-        _make_folders(folder)
+        for new in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+            new.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(new.parent)
         path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -122,16 +122,6 @@ class LocalStore:
             path.unlink(missing_ok=True)
             raise
         return path
-
-
-def _make_folders(folder: Path) -> None:
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(new.parent)
 
 
 def _sync_folder(folder: Path) -> None:

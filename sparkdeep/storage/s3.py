@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final, final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -105,14 +105,13 @@ class S3Store:
 
     def create(self, name: str, data: Bytes) -> bool:
         """Put the object on condition that there is none."""
-        key = self._key(name)
         content = bytes(data)
         if not self.conditional:
             return self._create_in_two_steps(name, content)
         for attempt in range(_CONFLICT_TRIES):
             with _named_errors(name):
                 try:
-                    self._client.put_object(Bucket=self._bucket, Key=key, Body=content, IfNoneMatch="*")
+                    self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=content, IfNoneMatch="*")
                     return True
                 except self._client.exceptions.ClientError as exc:
                     code = _code(exc)
@@ -203,5 +202,4 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _code(error: Any) -> str:
-    answer: Mapping[str, Any] = error.response.get("Error", {})
-    return str(answer.get("Code", ""))
+    return str(error.response.get("Error", {}).get("Code", ""))

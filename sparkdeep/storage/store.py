@@ -28,35 +28,28 @@ class Store(Protocol):
     @property
     def uri(self) -> str:
         """Where the folder is, for messages; a password in it is blanked."""
-        ...
 
     @property
     def conditional(self) -> bool:
         """Whether `create` is atomic among writers; if not, the caller must see to it that there is only one."""
-        ...
 
     def write(self, name: str, data: Bytes) -> None:
         """Store `data` under `name`, replacing what is there; durable on return, whole or not at all."""
-        ...
 
     def create(self, name: str, data: Bytes) -> bool:
         """Store `data` only if `name` is absent; False if it exists. Durable on return."""
-        ...
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """Return the bytes of `name`; FileNotFoundError if absent.
 
         A file longer than `max_bytes` is refused before memory is taken: OSError with errno EFBIG.
         """
-        ...
 
     def list(self, prefix: str) -> list[str]:
         """Return the names of all files under the folder `prefix` ("" for all), sorted; [] if absent."""
-        ...
 
     def delete(self, prefix: str) -> None:
         """Remove the file `prefix`, or everything under the folder `prefix`; absent is fine."""
-        ...
 
 
 def check_name(name: str) -> str:

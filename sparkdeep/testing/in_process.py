@@ -56,8 +56,7 @@ class InProcessLauncher:
     def launch(self, ticket: Ticket, description: str) -> RunningStage:
         """Start one thread a replica."""
         del description
-        device = _device(self._plan.settings)
-        places = [_place(i, device, path, self._state_dir) for i, path in enumerate(self._shards)]
+        places = [_place(i, self._plan.settings, path, self._state_dir) for i, path in enumerate(self._shards)]
         return _Threads(self._plan, places, ticket)
 
     def renew(self) -> None:
@@ -125,13 +124,14 @@ class _Threads:
             link.close()
 
 
-def _device(settings: LocalSettings) -> str:
-    return "cpu" if settings.device == "auto" else settings.device
-
-
-def _place(replica: int, device: str, shard: Path, state_dir: Path) -> Place:
-    host = socket.gethostname()
-    return Place(replica=replica, host=host, device=device, shard=shard, state_dir=state_dir / f"{replica}")
+def _place(replica: int, settings: LocalSettings, shard: Path, state_dir: Path) -> Place:
+    return Place(
+        replica=replica,
+        host=socket.gethostname(),
+        device="cpu" if settings.device == "auto" else settings.device,
+        shard=shard,
+        state_dir=state_dir / f"{replica}",
+    )
 
 
 @final
@@ -160,7 +160,7 @@ class InProcessRunner:
         self.num_replicas = len(shards)
         self.keeps_states = keeps_states
         self.exchange = exchange
-        self._device = _device(settings)
+        self._settings = settings
         self._shards = list(shards)
         self._state_dir = state_dir
         self._run = run
@@ -175,13 +175,13 @@ class InProcessRunner:
         if held is not None and held.digest == digest:
             return held
         self.shipped.append(slot)
-        parcel: Parcel = Inline(data=data, digest=digest)
-        if self.exchange is not None:
+        if self.exchange is None:
+            self._slots[slot] = Inline(data=data, digest=digest)
+        else:
             name = f"{run_folder(self._run)}/{slot}-{secrets.token_hex(4)}"
             open_store(self.exchange).write(name, data)
-            parcel = Stored(folder=self.exchange, names=(name,), num_bytes=len(data), digest=digest)
-        self._slots[slot] = parcel
-        return parcel
+            self._slots[slot] = Stored(folder=self.exchange, names=(name,), num_bytes=len(data), digest=digest)
+        return self._slots[slot]
 
     def run(self, job: Job, description: str, *, timeout_s: float, idle_timeout_s: float) -> list[Reply]:
         """One thread a replica; the first failure is raised once all have ended."""
@@ -194,8 +194,8 @@ class InProcessRunner:
                 raise ReplicaLostError("another replica failed.")
 
         def work(replica: int) -> None:
-            place = _place(replica, self._device, self._shards[replica], self._state_dir)
             try:
+                place = _place(replica, self._settings, self._shards[replica], self._state_dir)
                 reply = obey(job, place, Letter(job), check=check)
                 # The bodies are views of the replica's memory, which goes away with the replica.
                 replies.append(Reply(header=reply.header, bodies=tuple(bytes(body) for body in reply.bodies)))

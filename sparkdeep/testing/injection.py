@@ -91,8 +91,9 @@ class Injector:
         return self._plan("call", phase, round, replica, action)
 
     def _plan(self, kind: Kind, phase: Phase, round_number: int | None, replica: int | None, value: Any) -> Injector:
-        fault = Fault(number=len(self.faults), kind=kind, phase=phase, round=round_number, replica=replica, value=value)
-        self.faults.append(fault)
+        self.faults.append(
+            Fault(number=len(self.faults), kind=kind, phase=phase, round=round_number, replica=replica, value=value)
+        )
         return self
 
     # -- at work -------------------------------------------------------------------------------------------------
@@ -113,26 +114,23 @@ class Injector:
 
     def reached(self, phase: Phase, round_number: int, replica: int | None) -> None:
         """See `seams.Hook`."""
-        fault = self._due(phase, round_number, replica, corrupting=False)
-        if fault is None:
-            return
-        if fault.kind == "fail":
-            raise fault.value
-        if fault.kind == "delay":
-            time.sleep(fault.value)
-        elif fault.kind == "kill":
-            pid = os.getpid()
-            assert pid > 1, "0 and 1 are never ours"
-            os.kill(pid, fault.value)
-        else:
-            fault.value()
+        match self._due(phase, round_number, replica, corrupting=False):
+            case Fault(kind="fail", value=error):
+                raise error
+            case Fault(kind="delay", value=seconds):
+                time.sleep(seconds)
+            case Fault(kind="kill", value=signum):
+                pid = os.getpid()
+                assert pid > 1, "0 and 1 are never ours"
+                os.kill(pid, signum)
+            case Fault(kind="call", value=action):
+                action()
 
     def passing(self, phase: Phase, round_number: int, replica: int | None, data: Buffer) -> Buffer:
         """See `seams.Hook`."""
-        view = memoryview(data).cast("B")
-        if not view.nbytes or self._due(phase, round_number, replica, corrupting=True) is None:
+        if not memoryview(data).nbytes or self._due(phase, round_number, replica, corrupting=True) is None:
             return data
-        changed = bytearray(view)
+        changed = bytearray(data)
         changed[len(changed) // 2] ^= 1
         return changed
 
@@ -159,8 +157,7 @@ class Injector:
         Raises:
             AssertionError: naming those that did not.
         """
-        missing = [replace(fault, value=None) for fault in self.faults if not self._mark(fault).exists()]
-        if missing:
+        if missing := [replace(fault, value=None) for fault in self.faults if not self._mark(fault).exists()]:
             raise AssertionError(f"planned, but never happened: {missing}")
 
     def _mark(self, fault: Fault) -> Path:

@@ -1,6 +1,6 @@
 """What a run tells: records, callbacks, bar, report, MLflow, TensorBoard.
 
-- `callbacks.py`: what a fit tells those who watch it
+- `callbacks.py`: what a fit tells those who watch it, and what it costs before its first step
 - `charts.py`: charts as data for a template
 - `mlflow.py`: runs in MLflow
 - `outbox.py`: items for a server that may be down
@@ -8,7 +8,6 @@
 - `records.py`: the record of a round
 - `report.html.jinja`: the report's page
 - `report.py`: a run as one HTML page
-- `startup.py`: what a fit costs before its first step
 - `tensorboard.py`: event files for TensorBoard
 """
 

@@ -1,7 +1,9 @@
-"""Callbacks: what is called at a fit's start, after each committed round, and at its end."""
+"""Callbacks, called at a fit's start, after each committed round and at its end; the clock of that start is one."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
 
     from sparkdeep.spark.model.model import TorchModel
 
-__all__ = ["Callback", "Callbacks", "FitInfo"]
+__all__ = ["Callback", "Callbacks", "FitInfo", "Phases", "StartUp"]
+
+_LOG = logging.getLogger("sparkdeep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +103,7 @@ class Callbacks:
             if isinstance(listener, Callback) and _wants_parameters(listener):
                 copies = parameters() if copies is None else copies
                 listener.on_round_parameters(record, copies)
-            told = listener.on_round_end if isinstance(listener, Callback) else listener
-            answer = told(record)
+            answer = listener.on_round_end(record) if isinstance(listener, Callback) else listener(record)
             name = getattr(listener, "__name__", type(listener).__name__)
             if answer is True:
                 asked = asked or name
@@ -125,3 +128,54 @@ class Callbacks:
 
 def _wants_parameters(listener: Callback) -> bool:
     return type(listener).on_round_parameters is not Callback.on_round_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartUp:
+    """Seconds from the call of `fit` to the first local step."""
+
+    checks_s: float
+    """Settings, session, free slots, schema, and building the model on the driver."""
+    ingest_s: float
+    """Rows to shards, Python workers that start for it included."""
+    rehearsal_s: float
+    """The first rows through the model on the driver, and packing it."""
+    opening_s: float
+    """Reading checkpoints, calling callbacks, opening the first stage: tasks launched, replicas built, parameters sent."""
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.checks_s + self.ingest_s + self.rehearsal_s + self.opening_s
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        return (
+            f"{self.total_s:.2f} s before the first step: checks {self.checks_s:.2f}, ingest {self.ingest_s:.2f}, rehearsal "
+            f"{self.rehearsal_s:.2f}, opening the first stage {self.opening_s:.2f}"
+        )
+
+
+@final
+class Phases:
+    """The clock of one fit's start; it listens to the rounds for the first of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
+        self._seconds: dict[str, float] = {}
+        self.startup: StartUp | None = None
+        """None until the first round is done, and for a fit that has no rounds left."""
+
+    def end(self, phase: str) -> None:
+        """End the phase that began when the last one ended: "checks", "ingest" or "rehearsal"."""
+        now = self._clock()
+        self._seconds[f"{phase}_s"] = now - self._last
+        self._last = now
+
+    def __call__(self, record: RoundRecord) -> Any:
+        """Note a round: how long the first one took tells when it began."""
+        if self.startup is None:
+            opening_s = max(0.0, self._clock() - self._last - (record.seconds - record.stage_seconds))
+            self.startup = StartUp(opening_s=opening_s, **self._seconds)
+            _LOG.info("%s", self.startup)

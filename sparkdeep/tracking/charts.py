@@ -202,8 +202,7 @@ def _round_numbers(low: float, high: float, about: int = 4) -> list[float]:
 
 def _decades(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = max(1, math.ceil(len(powers) / 6))
-    return [10.0**power for power in powers][::every]
+    return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 6))]]
 
 
 def _round_ticks(rounds: Sequence[float], place: Callable[[float], float]) -> list[tuple[float, str]]:
@@ -253,8 +252,7 @@ def _hints(
     lines: Sequence[Line], rounds: Sequence[float], place: Callable[[float], float], shown: Callable[[float], str]
 ) -> list[tuple[float, float, str]]:
     tables = [(line.name, dict(line.points)) for line in lines]
-    every = math.ceil(len(rounds) / _MOST_HINTS)
-    told = list(rounds[::every])
+    told = list(rounds[:: math.ceil(len(rounds) / _MOST_HINTS)])
     middles = [0.0, *((place(a) + place(b)) / 2 for a, b in itertools.pairwise(told)), WIDTH]
     return [
         (

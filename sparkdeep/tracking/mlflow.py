@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from sparkdeep.errors import ConfigError
 from sparkdeep.tracking.callbacks import Callback, FitInfo
@@ -135,11 +135,11 @@ class MLflowCallback(Callback):
         names = list(params)
         for start in range(0, len(names), _MOST_PARAMS):
             part = {name: _text(params[name]) for name in names[start : start + _MOST_PARAMS]}
-            self._put("the settings", _params(part))
+            self._put("the settings", _batch("params", part))
         tags = {"sparkdeep.rounds.run": info.run, "sparkdeep.num_rounds": str(info.num_rounds)}
         if info.committed:
             tags["sparkdeep.resumed_after_round"] = str(info.committed)
-        self._put("the run's tags", _tags(tags))
+        self._put("the run's tags", _batch("tags", tags))
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Log a round's numbers."""
@@ -152,11 +152,11 @@ class MLflowCallback(Callback):
             return
         if model is not None and self._model_name is not None:
             name, options = self._model_name, self._logged
-            self._put("the model", lambda run_id: _discard(log_model(model, name, run_id=run_id, **options)))
+            self._put("the model", lambda run_id: log_model(model, name, run_id=run_id, **options))
         status = "FINISHED"
         if error is not None:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self._put("the error", _tags({"sparkdeep.error": f"{type(error).__name__}: {error}"[:5000]}))
+            self._put("the error", _batch("tags", {"sparkdeep.error": f"{type(error).__name__}: {error}"[:5000]}))
         if self._owned:
             self._put("the run's end", lambda run_id: _end(run_id, status))
         self._outbox.close()
@@ -261,18 +261,12 @@ def _log_rounds(run_id: str, rounds: Sequence[_Round]) -> None:
     mlflow_module().MlflowClient().log_batch(run_id, metrics=metrics)
 
 
-def _params(values: dict[str, str]) -> Callable[[str], None]:
+def _batch(kind: Literal["params", "tags"], values: dict[str, str]) -> Callable[[str], None]:
+    """A function that logs values by name to a run, as what MLflow calls them."""
+
     def log(run_id: str) -> None:
-        param = mlflow_module("entities").Param
-        mlflow_module().MlflowClient().log_batch(run_id, params=[param(name, value) for name, value in values.items()])
-
-    return log
-
-
-def _tags(values: dict[str, str]) -> Callable[[str], None]:
-    def log(run_id: str) -> None:
-        tag = mlflow_module("entities").RunTag
-        mlflow_module().MlflowClient().log_batch(run_id, tags=[tag(name, value) for name, value in values.items()])
+        made = getattr(mlflow_module("entities"), {"params": "Param", "tags": "RunTag"}[kind])
+        mlflow_module().MlflowClient().log_batch(run_id, **{kind: [made(*one) for one in values.items()]})
 
     return log
 
@@ -313,7 +307,3 @@ def _bounded(timeout_s: float) -> Iterator[None]:
     finally:
         for setting, _ in changed:
             setting.unset()
-
-
-def _discard(_: Any) -> None:
-    return None

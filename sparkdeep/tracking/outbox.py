@@ -100,9 +100,8 @@ class Outbox:
     def _given_up(self, began: float) -> bool:
         now = time.monotonic()
         failing = self._failing_since
-        if failing is not None and now - max(failing, began) > self._timeout_s:
-            return True
-        return now - began > self._progress_timeout_s
+        unreachable = failing is not None and now - max(failing, began) > self._timeout_s
+        return unreachable or now - began > self._progress_timeout_s
 
     def _run(self) -> None:
         most: int | None = None

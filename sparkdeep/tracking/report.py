@@ -137,12 +137,11 @@ def _charts(rounds: Sequence[RoundRecord]) -> list[Chart]:
     names = list(dict.fromkeys(name for record in rounds for name in record.metrics))
     if "loss" in names:
         losses.append(Line(name="validation", color="c1", points=_scores(rounds, "loss")))
-    charts = [line_chart("Loss", losses, shown=short)]
-    for name in names:
-        if name != "loss":
-            line = Line(name=name, color="c1", points=_scores(rounds, name))
-            charts.append(line_chart(f"Validation {name}", [line], shown=short))
-    return charts
+    others = [Line(name=name, color="c1", points=_scores(rounds, name)) for name in names if name != "loss"]
+    return [
+        line_chart("Loss", losses, shown=short),
+        *(line_chart(f"Validation {line.name}", [line], shown=short) for line in others),
+    ]
 
 
 def _scores(rounds: Sequence[RoundRecord], name: str) -> list[tuple[float, float]]:

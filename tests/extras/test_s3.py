@@ -22,9 +22,8 @@ from twin_faults import marked_table
 from sparkdeep.errors import CheckpointError, ConfigError, FencedError
 from sparkdeep.models.program import Program
 from sparkdeep.storage import s3
-from sparkdeep.storage.arrow import ArrowStore
 from sparkdeep.storage.checkpoints import CheckpointDirectory
-from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.opening import ArrowStore, open_store
 from sparkdeep.storage.s3 import S3Store
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -34,7 +34,7 @@ from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane, Round
 from sparkdeep.stages.gathering import Gathering
 from sparkdeep.stages.star import Star
-from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.storage.disks import StateFiles
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors

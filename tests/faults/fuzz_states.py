@@ -25,9 +25,9 @@ from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import EarlyStopping, RunSettings
 from sparkdeep.spark.model.stored_values import from_json, to_json
 from sparkdeep.storage.checkpoints import CheckpointDirectory
+from sparkdeep.storage.disks import StateFiles
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.storage.manifest import FileEntry, decode, encode
-from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack, unpack_tensors
 
 IDENTITY = {"schema": {"features": 2}, "seed": 0}

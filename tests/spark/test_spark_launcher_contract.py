@@ -19,8 +19,8 @@ from sparkdeep.settings.run import RunSettings
 from sparkdeep.spark.ingest.ingest import read_manifests, shards_of
 from sparkdeep.spark.ingest.tasks import FLAG, numbered
 from sparkdeep.spark.session.jobs import SparkJob
-from sparkdeep.spark.tasks.barrier import BarrierLauncher
 from sparkdeep.spark.tasks.cleaning import clean_executors
+from sparkdeep.spark.tasks.replica_tasks import BarrierLauncher
 from sparkdeep.stages.opener import SocketStages
 
 pytestmark = pytest.mark.spark

@@ -18,7 +18,7 @@ from spark_models import estimator, same_bits, weights
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.spark.fit import shard_source as shard_source_module
 from sparkdeep.spark.fit import transports
-from sparkdeep.spark.tasks import barrier
+from sparkdeep.spark.tasks import replica_tasks
 
 pytestmark = pytest.mark.spark
 
@@ -86,9 +86,9 @@ def test_a_fit_over_tls_has_the_same_bits_one_port_private_files_and_no_secret_t
     checkpoints = tmp_path / "checkpoints"
     before = listening()
     frames = []
-    real_job = barrier.SparkJob.__init__
+    real_job = replica_tasks.SparkJob.__init__
     monkeypatch.setattr(
-        barrier.SparkJob,
+        replica_tasks.SparkJob,
         "__init__",
         lambda job, spark, frame, **more: (frames.append(frame), real_job(job, spark, frame, **more))[1],
     )

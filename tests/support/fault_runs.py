@@ -8,7 +8,7 @@ import pytest
 import torch
 from cluster_fixtures import HOSTS
 
-from sparkdeep.storage.commit import Commit, commit_keys, commit_name
+from sparkdeep.storage.manifest import Commit, commit_keys, commit_name
 from sparkdeep.storage.opening import open_store
 
 

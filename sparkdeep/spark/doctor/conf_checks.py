@@ -96,8 +96,7 @@ def _memory(conf: Conf) -> Finding:
     heap = conf.memory("spark.executor.memory", "1g")
     default = conf.properties.get("spark.kubernetes.memoryOverheadFactor", "0.1")
     factor = conf.number("spark.executor.memoryOverheadFactor", default)
-    least = conf.memory("spark.executor.minMemoryOverhead", "384m")
-    overhead = max(least, int(factor * heap))
+    overhead = max(conf.memory("spark.executor.minMemoryOverhead", "384m"), int(factor * heap))
     if conf.has("spark.executor.memoryOverhead"):
         overhead = conf.memory("spark.executor.memoryOverhead", "0")
     python = conf.memory("spark.executor.pyspark.memory", "0")

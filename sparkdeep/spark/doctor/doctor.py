@@ -22,8 +22,8 @@ from sparkdeep.spark.doctor.conf_values import TORCH_WORKER_BYTES, Conf, expecte
 from sparkdeep.spark.doctor.executor_checks import Sight, check_sights
 from sparkdeep.spark.doctor.findings import Finding, Report
 from sparkdeep.spark.doctor.probes import MAX_TASKS, Look, look, package_versions
-from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, is_connect
-from sparkdeep.spark.session.preflight import available_slots, is_local, task_profile
+from sparkdeep.spark.session.access import ENCRYPTED_CONNECTIONS, access_to, is_connect
+from sparkdeep.spark.session.preflight import is_local, task_profile
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 
 __all__ = ["doctor", "open_session"]
@@ -135,8 +135,7 @@ def _session(spark: SparkSession, driver: Mapping[str, str]) -> Finding:
 
 
 def _visible(spark: SparkSession) -> dict[str, str]:
-    values = {key: spark.conf.get(key, None) for key in KEYS}
-    return {key: value for key, value in values.items() if value is not None}
+    return {key: value for key in KEYS if (value := spark.conf.get(key, None)) is not None}
 
 
 @contextlib.contextmanager
@@ -196,8 +195,7 @@ def _classic(
     if not sights:
         plain, sights = _plain(spark, job, num_tasks, timeout_s)
         findings += plain
-    tracker: Any = spark.sparkContext._jsc.sc().statusTracker()
-    executors = len(tracker.getExecutorInfos()) - (0 if is_local(spark) else 1)  # the driver counts as one
+    executors = access_to(spark).executors() or 0
     met = len({sight.executor for sight in sights})
     if sights and met < executors:
         findings.append(
@@ -213,10 +211,9 @@ def _wait_for_slots(spark: SparkSession, profile: Any, num_workers: int | None, 
         with contextlib.suppress(ConfigError):  # named by check_conf
             wanted = expected_slots(conf) or 1
     deadline = time.monotonic() + (0.0 if is_local(spark) else timeout_s)
-    slots = available_slots(spark, profile)
-    while slots < wanted and time.monotonic() < deadline:
+    access = access_to(spark)
+    while (slots := access.slots(profile) or 0) < wanted and time.monotonic() < deadline:
         time.sleep(0.25)
-        slots = available_slots(spark, profile)
     return slots
 
 
@@ -256,8 +253,8 @@ def _barrier(
             seen="this engine ran mapInArrow(barrier=True) without a barrier.",
             change="disable native execution (Photon, Gluten, Comet, RAPIDS) for this session.",
         ), sights
-    took = time.perf_counter() - began
-    return Finding(name=name, level="ok", seen=f"one of {num_tasks} task(s) ran in {took:.1f} s."), sights
+    seen = f"one of {num_tasks} task(s) ran in {time.perf_counter() - began:.1f} s."
+    return Finding(name=name, level="ok", seen=seen), sights
 
 
 def _plain(

@@ -102,19 +102,19 @@ def _versions(sights: Sequence[Sight], driver: Mapping[str, str]) -> Finding:
         )
     same = ", ".join(f"{name} {driver[name]}" for name in (*_MUST_AGREE, *_SHOULD_AGREE) if name in driver)
     return Finding(
-        name="versions", level="ok", seen=f"the same on {_number_of_executors(sights)} and the driver: {same}."
+        name="versions",
+        level="ok",
+        seen=f"the same on {len({s.executor for s in sights})} executor(s) and the driver: {same}.",
     )
 
 
 def _differing(sights: Sequence[Sight], driver: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    found = []
-    for name in names:
-        here = driver.get(name, "missing")
-        there: Callable[[Sight], str] = partial(_version, name)
-        for version, hosts in _hosts_by(sights, there).items():
-            if _release(version) != _release(here):
-                found.append(f"{name} {version} on {hosts}, {here} on the driver")
-    return found
+    return [
+        f"{name} {version} on {hosts}, {driver.get(name, 'missing')} on the driver"
+        for name in names
+        for version, hosts in _hosts_by(sights, partial(_version, name)).items()
+        if _release(version) != _release(driver.get(name, "missing"))
+    ]
 
 
 def _version(name: str, sight: Sight) -> str:
@@ -130,10 +130,8 @@ def _gpus(sights: Sequence[Sight]) -> Finding:
             seen="; ".join(f"{hosts}: {problem}" for problem, hosts in problems.items()),
             change="see the message; conf/gpu_discovery.sh prints addresses that fit.",
         )
-    blind = [
-        s for s in sights if s.device.startswith("cuda") and int(s.device.partition(":")[2] or 0) >= s.cuda_devices
-    ]
-    if blind:
+    on_gpus = [s for s in sights if s.device.startswith("cuda")]
+    if blind := [s for s in on_gpus if int(s.device.partition(":")[2] or 0) >= s.cuda_devices]:
         return Finding(
             name=name,
             level="fail",
@@ -141,8 +139,7 @@ def _gpus(sights: Sequence[Sight]) -> Finding:
             f"({blind[0].versions.get('torch', 'missing')}) sees {blind[0].cuda_devices} CUDA device(s).",
             change="install a CUDA build of torch on the executors, and check the driver with nvidia-smi there.",
         )
-    idle = [s for s in sights if s.cuda_devices and not s.gpus]
-    if idle:
+    if idle := [s for s in sights if s.cuda_devices and not s.gpus]:
         return Finding(
             name=name,
             level="warn",
@@ -151,8 +148,7 @@ def _gpus(sights: Sequence[Sight]) -> Finding:
             "spark.executor.resource.gpu.discoveryScript (see conf/), or gpus_per_worker=1; device='cuda:0' for one replica a "
             "machine.",
         )
-    given = sorted({f"{s.host} {s.device}" for s in sights if s.gpus})
-    if given:
+    if given := sorted({f"{s.host} {s.device}" for s in sights if s.gpus}):
         return Finding(name=name, level="ok", seen=f"given by Spark and seen by torch: {', '.join(given)}.")
     return Finding(name=name, level="ok", seen="none; replicas compute on CPUs.")
 
@@ -229,7 +225,3 @@ def _hosts_by(sights: Sequence[Sight], key: Callable[[Sight], str]) -> dict[str,
     return {
         value: ", ".join(sorted(hosts)[:8]) + (", ..." if len(hosts) > 8 else "") for value, hosts in groups.items()
     }
-
-
-def _number_of_executors(sights: Sequence[Sight]) -> str:
-    return f"{len({sight.executor for sight in sights})} executor(s)"

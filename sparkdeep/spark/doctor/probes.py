@@ -93,6 +93,7 @@ def look_task(job: Look, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Recor
         gpus = context.resources().get("gpu")
         addresses = list(gpus.addresses) if gpus else []
         device, device_problem = _device(addresses)
+        volumes = [volume_of(folder) for folder in folders if Path(folder).is_dir()]
         dial_s, dial_problem = _dial(job, context.partitionId(), versions) if job.host else (None, "")
         sight = Sight(
             task=context.partitionId(),
@@ -109,7 +110,7 @@ def look_task(job: Look, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Recor
             dial_problem=dial_problem,
             resident_bytes=_resident_bytes(),
             address_limit_bytes=_address_limit_bytes(),
-            local_dirs=[_local_dir(Path(folder)) for folder in folders if Path(folder).is_dir()],
+            local_dirs=[LocalDir(path=v.path, free_bytes=v.free_bytes, kind=v.kind) for v in volumes],
         )
     yield pa.RecordBatch.from_pydict({"sight": pa.array([sight_to_json(sight)], pa.string())})
 
@@ -189,8 +190,3 @@ def _address_limit_bytes() -> int | None:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
-
-
-def _local_dir(path: Path) -> LocalDir:
-    volume = volume_of(path)
-    return LocalDir(path=str(path), free_bytes=volume.free_bytes, kind=volume.kind)

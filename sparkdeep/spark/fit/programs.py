@@ -106,8 +106,7 @@ def rehearsed(settings: FitSettings, program: Program, ingested: Ingested) -> tu
     )
     pack_program(program)  # names what cannot be pickled, before copying for the rehearsal fails on it
     output = rehearse(program, batch, ingested.schema)
-    prediction = _prediction(settings, program, output, batch.rows)
-    return program, prediction
+    return program, _prediction(settings, program, output, batch.rows)
 
 
 def _prediction(settings: FitSettings, program: Program, output: Any, rows: int) -> Prediction:

@@ -16,15 +16,13 @@ from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.spark.fit.programs import validation_of
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.ingest.ingest import (
-    MANIFEST_COLUMNS,
     Ingested,
     dealt,
     paths_of,
     read_manifests,
     shards_of,
 )
-from sparkdeep.spark.ingest.portions import manifests_of
-from sparkdeep.spark.ingest.redealing import RedealJob, redeal_task
+from sparkdeep.spark.ingest.tasks import MANIFEST_COLUMNS, RedealJob, manifests_of, redeal_task
 from sparkdeep.spark.session.jobs import SparkJob, mapped
 
 __all__ = ["ShardSource"]
@@ -101,8 +99,7 @@ class ShardSource:
             run=self._run, schema=schema, shard_dir=self._settings.shard_dir, shards=shards, count=self.num_workers
         )
         tasks = self._spark.range(0, self.num_workers, 1, self.num_workers)
-        task = partial(redeal_task, job)
-        return mapped(tasks, task, MANIFEST_COLUMNS, barrier=True, profile=self._profile).persist()
+        return mapped(tasks, partial(redeal_task, job), MANIFEST_COLUMNS, barrier=True, profile=self._profile).persist()
 
     def ingest(self) -> Ingested:
         """Write the shards.
@@ -129,8 +126,7 @@ class ShardSource:
                 return ingested
             except ReplicaLostError as error:
                 ledger.add(error, 0)
-                attempts = run.max_retries + 1
-                _LOG.warning("ingest, attempt %d of %d failed: %s", len(ledger.running), attempts, error)
+                _LOG.warning("ingest, attempt %d of %d failed: %s", len(ledger.running), run.max_retries + 1, error)
 
     def renew(self) -> None:
         """Ingest anew with the next stage: each task then writes its shard where it runs."""

@@ -28,13 +28,12 @@ from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.ingest.petastorm_source import active_session, source_of
 from sparkdeep.spark.model.model import TorchModel
 from sparkdeep.spark.session.access import access_to
-from sparkdeep.spark.session.preflight import available_slots, check_session, check_slots, task_profile
+from sparkdeep.spark.session.preflight import check_session, check_slots, task_profile
 from sparkdeep.spark.session.slots import Courtesy, Lease, ledger_of
 from sparkdeep.spark.tasks.cleaning import clean_executors
-from sparkdeep.tracking.callbacks import Callbacks, FitInfo
+from sparkdeep.tracking.callbacks import Callbacks, FitInfo, Phases
 from sparkdeep.tracking.progress import Progress
 from sparkdeep.tracking.records import RoundRecord, summary
-from sparkdeep.tracking.startup import Phases
 
 __all__ = ["train"]
 
@@ -141,11 +140,11 @@ def _checked(settings: FitSettings, dataset: DataFrame, warm_start: TorchModel |
 
 
 def _slots(checked: _Checked, run: str) -> contextlib.AbstractContextManager[Lease]:
-    num_workers = checked.settings.run.num_workers
-    return ledger_of(access_to(checked.spark).application).hold(
+    num_workers, access = checked.settings.run.num_workers, access_to(checked.spark)
+    return ledger_of(access.application).hold(
         f"fit {run}",
         num_workers,
-        lambda: available_slots(checked.spark, checked.profile) or num_workers,
+        lambda: access.slots(checked.profile) or num_workers,
         timeout_s=checked.settings.run.open_timeout_s,
     )
 
@@ -196,9 +195,8 @@ def _model(
 
 def _staged(settings: FitSettings) -> RunSettings:
     """The run's settings; with a callback that needs the slots after every round, each stage has only one."""
-    if any(getattr(one, "needs_spark", False) for one in settings.callbacks):
-        return replace(settings.run, rounds_per_stage=1)
-    return settings.run
+    needed = any(getattr(one, "needs_spark", False) for one in settings.callbacks)
+    return replace(settings.run, rounds_per_stage=1) if needed else settings.run
 
 
 def _info(settings: FitSettings, fit: Fit, ingested: Ingested) -> FitInfo:

@@ -20,7 +20,7 @@ from sparkdeep.rounds.transport import StageOpener
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.session.access import CONNECT_CANNOT, ENCRYPTED_CONNECTIONS, ENCRYPTED_DISKS, access_to, is_connect
 from sparkdeep.spark.session.task import Shards
-from sparkdeep.spark.tasks.barrier import BarrierLauncher
+from sparkdeep.spark.tasks.replica_tasks import BarrierLauncher
 from sparkdeep.spark.tasks.round_jobs import (
     Load,
     RoundJobs,

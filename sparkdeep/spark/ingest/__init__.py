@@ -4,7 +4,5 @@
 - `ingest.py`: DataFrame to shards
 - `petastorm_native.py`: datasets of petastorm as DataFrames
 - `petastorm_source.py`: what petastorm reads, dealt to replicas
-- `portions.py`: executor side of portions: a partition's rows as one portion
-- `redealing.py`: shards on shared storage, dealt to another number of replicas
-- `tasks.py`: executor side of ingest: a partition's rows as one shard
+- `tasks.py`: executor side: a partition's rows as a shard or a portion, shards dealt again
 """

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import cloudpickle
 from pyspark.sql import Column, DataFrame
@@ -20,14 +20,21 @@ from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.protocol.plans import ShardFacts
 from sparkdeep.spark.ingest.dealing_by_key import KEY, key_column, repartitioned_by_key
-from sparkdeep.spark.ingest.portions import PORTION_COLUMNS, portion_ingest_task
-from sparkdeep.spark.ingest.tasks import FLAG, HASH, IngestJob, ingest_task, numbered
+from sparkdeep.spark.ingest.tasks import (
+    FLAG,
+    HASH,
+    MANIFEST_COLUMNS,
+    PORTION_COLUMNS,
+    IngestJob,
+    ingest_task,
+    numbered,
+    portion_ingest_task,
+)
 from sparkdeep.spark.session.jobs import mapped
 from sparkdeep.spark.session.types import quoted, selectable
 from sparkdeep.storage.disks import Volume
 
 __all__ = [
-    "MANIFEST_COLUMNS",
     "Ingested",
     "dealt",
     "paths_of",
@@ -37,8 +44,6 @@ __all__ = [
 
 _LOG = logging.getLogger("sparkdeep")
 _BUCKETS = 1_000_000
-MANIFEST_COLUMNS: Final = "replica int, manifest string, sample binary"
-"""What a task that writes a shard yields."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,7 @@ def read(spark: SparkSession, url: str, fields: Sequence[str] | None = None, *, 
     chosen = _choose(schema, fields, url)
     frame = _stored(spark, url, chosen, stored_columns)
     types = {field.name: field.dataType for field in frame.schema.fields}
-    missing = [field.name for field in chosen if field.name not in types]
-    if missing:
+    if missing := [field.name for field in chosen if field.name not in types]:
         raise DataError(
             f"{url} has no columns for the fields {missing} of its schema: the metadata is of another dataset; write "
             "it again with petastorm-generate-metadata, or leave the fields out (fields=)"
@@ -98,8 +97,7 @@ def decoders(frame: DataFrame) -> dict[str, FieldDecoder]:
     """
     found = {}
     for column in frame.schema.fields:
-        text = (column.metadata or {}).get(_METADATA_KEY)
-        if text is not None:
+        if (text := (column.metadata or {}).get(_METADATA_KEY)) is not None:
             value = json.loads(text)
             found[column.name] = FieldDecoder(UnischemaField(**{**value, "shape": tuple(value["shape"])}))
     if not found:
@@ -232,37 +230,17 @@ def _slice_rows(field: UnischemaField) -> int:
     return max(1, _SLICE_BYTES // row_bytes(field))
 
 
-def _decoded_slices(array: pa.Array, field: UnischemaField) -> Iterator[pa.Array]:
-    """Decode a few rows at a time: a batch of Spark's 10,000 rows of images would not fit in memory."""
-    step = _slice_rows(field)
-    for start in range(0, max(len(array), 1), step):
-        yield decode_column(array.slice(start, step), field)
-
-
-def _decode_batches(batches: Iterator[pa.Array], field: UnischemaField) -> Iterator[pa.Array]:
-    for array in batches:
-        yield from _decoded_slices(array, field)
-
-
 def _column_function(field: UnischemaField) -> Any:
+    """What decodes a column, a few rows at a time: a batch of Spark's 10,000 rows of images would not fit in memory."""
+    step = _slice_rows(field)
+
     # Spark looks at a function's own name and number of arguments, which a partial has not.
     def decode(batches: Any) -> Any:
-        return _decode_batches(batches, field)
+        for array in batches:
+            for start in range(0, max(len(array), 1), step):
+                yield decode_column(array.slice(start, step), field)
 
     return decode
-
-
-def _decode_records(batches: Iterator[pa.RecordBatch], fields: Sequence[UnischemaField]) -> Iterator[pa.RecordBatch]:
-    encoded = [field for field in fields if field.codec in _ENCODED]
-    step = min(_slice_rows(field) for field in encoded)
-    for whole in batches:
-        for start in range(0, max(whole.num_rows, 1), step):
-            batch = whole.slice(start, step)
-            columns = [
-                decode_column(batch.column(at), field) if field.codec in _ENCODED else batch.column(at)
-                for at, field in enumerate(fields)
-            ]
-            yield pa.RecordBatch.from_arrays(columns, names=[field.name for field in fields])
 
 
 def _decoded_by_rows(frame: DataFrame, fields: list[UnischemaField], types: dict[str, T.DataType]) -> DataFrame:
@@ -272,9 +250,17 @@ def _decoded_by_rows(frame: DataFrame, fields: list[UnischemaField], types: dict
         T.StructField(field.name, _spark_type(field)) if field.codec in _ENCODED else column
         for field, column in zip(fields, plain.schema.fields, strict=True)
     ]
+    step = min(_slice_rows(field) for field in fields if field.codec in _ENCODED)
 
     def decode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return _decode_records(batches, fields)
+        for whole in batches:
+            for start in range(0, max(whole.num_rows, 1), step):
+                batch = whole.slice(start, step)
+                columns = [
+                    decode_column(batch.column(at), field) if field.codec in _ENCODED else batch.column(at)
+                    for at, field in enumerate(fields)
+                ]
+                yield pa.RecordBatch.from_arrays(columns, names=[field.name for field in fields])
 
     return plain.mapInArrow(decode, T.StructType(columns))
 

@@ -180,8 +180,7 @@ def with_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dic
     """Returns the document with each "dotted.key=value" applied; tables of the document are not changed."""
     result = dict(document)
     for text in overrides:
-        keys, value = _parse_override(text)
-        result = _with_value(result, keys, value, text)
+        result = _with_value(result, *_parse_override(text), text)
     return result
 
 
@@ -230,7 +229,9 @@ def parse_config(document: Mapping[str, Any], path: Path) -> JobConfig:
     refuse_unknown(_checked(dict(document)), _SECTIONS, "section")
     for name in _REQUIRED:
         if name not in document:
-            raise ConfigError(f"{str(path)!r} has no [{name}]: a job needs {_bracketed(_REQUIRED)}")
+            raise ConfigError(
+                f"{str(path)!r} has no [{name}]: a job needs {', '.join(f'[{one}]' for one in _REQUIRED)}"
+            )
     model = dict(_table(document, "model"))
     refuse_unknown(model, ("factory", "args"), "key of [model]")
     if "factory" in model:
@@ -295,8 +296,7 @@ def _pipeline(table: Mapping[str, Any]) -> PipelineSection:
 
 
 def _metrics(names: Any) -> tuple[str, ...]:
-    for name in _strings(names, "metrics"):
-        refuse_unknown([name], METRICS, "metric")
+    refuse_unknown(_strings(names, "metrics"), METRICS, "metric")
     return tuple(names)
 
 
@@ -332,8 +332,7 @@ def _typed(table: Mapping[str, Any], where: str, /, **types: type | tuple[type, 
     for key, kind in types.items():
         # To isinstance a bool is an int, but it is never meant as a number.
         if key in table and (not isinstance(table[key], kind) or isinstance(table[key], bool)):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(_TOML_NAMES[one] for one in kinds)
+            names = " or ".join(_TOML_NAMES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"[{where}] {key} = {table[key]!r} must be {names}")
 
 
@@ -344,7 +343,3 @@ def _strings(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f'{where} = {value!r} must be an array of strings, ["a", "b"]')
     return tuple(value)
-
-
-def _bracketed(names: Sequence[str]) -> str:
-    return ", ".join(f"[{name}]" for name in names)

@@ -1,4 +1,4 @@
-"""How a job ended: its exit code, and the files that say so, written whatever happened."""
+"""How a job ended: its exit code, and the files that say so, its report among them, written whatever happened."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.spark.job.config import JobConfig
 from sparkdeep.storage.opening import Store, open_store
+from sparkdeep.tracking.callbacks import Callback, FitInfo
+from sparkdeep.tracking.records import RoundRecord
 from sparkdeep.tracking.report import About
 from sparkdeep.versions import package_versions
 
@@ -18,6 +21,8 @@ __all__ = [
     "DONE",
     "FAILED",
     "WRONG_CONFIGURATION",
+    "Watch",
+    "about_run",
     "clear_result",
     "exit_code_of",
     "is_uri",
@@ -76,6 +81,48 @@ def write_records(folder: str, records: Sequence[Any], *, fallback: Fallback = N
     """Writes rounds.jsonl, one record a line."""
     lines = (json.dumps(_jsonable(record.to_dict()), allow_nan=False) + "\n" for record in records)
     _write(folder, "rounds.jsonl", "".join(lines), fallback)
+
+
+@final
+class Watch(Callback):
+    """Keeps what a fit reports.
+
+    Args:
+        records: where each round's record is appended.
+    """
+
+    def __init__(self, records: list[Any]) -> None:
+        self.info: FitInfo | None = None
+        self._records = records
+
+    def on_fit_start(self, info: FitInfo) -> None:
+        """Keep the settings."""
+        self.info = info
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Keep the record."""
+        self._records.append(record)
+
+
+def about_run(config: JobConfig, info: FitInfo | None, error: BaseException | None, result: Mapping[str, Any]) -> About:
+    """What a job's report says beside the rounds.
+
+    Args:
+        config: of the job.
+        info: of its fit; None if it did not get as far as a round.
+        error: what ended the job, if it failed.
+        result: what the script added to the result file; its floats are scores.
+    """
+    return About(
+        title=config.path.stem,
+        status=status_of(error),
+        error="" if error is None else f"{type(error).__name__}: {error}",
+        num_rounds=info.num_rounds if info else None,
+        rows=info.rows if info else None,
+        num_parameters=info.num_parameters if info else None,
+        scores={name: value for name, value in result.items() if isinstance(value, float)},
+        settings=info.settings if info else {"model": config.model.name, **config.fit},
+    )
 
 
 def write_report(folder: str, records: Sequence[Any], about: About, *, fallback: Fallback = None) -> None:

@@ -19,9 +19,10 @@ from sparkdeep.models.registry import import_factory
 from sparkdeep.settings.run import EarlyStopping, from_mapping, refuse_unknown
 from sparkdeep.spark.job.config import JobConfig, ObjectSection, parse_config, read_toml, with_overrides
 from sparkdeep.spark.job.metrics import score, validation_metrics
-from sparkdeep.spark.job.report import Watch, about_run
 from sparkdeep.spark.job.result import (
     FAILED,
+    Watch,
+    about_run,
     clear_result,
     exit_code_of,
     is_uri,
@@ -190,8 +191,7 @@ class Job:
         """Opens a URI through Spark's Hadoop file systems, for those that pyarrow does not know."""
         from sparkdeep.spark.session.hadoop import HadoopStore
 
-        store: Store = HadoopStore(self.session(), uri)
-        return store
+        return HadoopStore(self.session(), uri)
 
     def _sections(self) -> list[ObjectSection]:
         config = self.config
@@ -263,8 +263,12 @@ def _report(folder: str, name: str, job: Job | None, error: BaseException | None
     content = {**result_of(error, rounds=len(job.records), resumable=resumable, seconds=seconds), **job.result}
     write_result(folder, name, content, fallback=job.hadoop_store)
     if job.watch is not None:
-        about = about_run(job.config, job.watch.info, error, job.result)
-        write_report(folder, job.records, about, fallback=job.hadoop_store)
+        write_report(
+            folder,
+            job.records,
+            about_run(job.config, job.watch.info, error, job.result),
+            fallback=job.hadoop_store,
+        )
 
 
 def spark_uri(path: str) -> str:

@@ -167,8 +167,7 @@ class ModelReader(MLReader):
 
     def _found(self, path: str, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The stored values, those in `chosen` in place of theirs."""
-        unnamed = [name for name, value in stored.items() if value == _UNNAMED and name not in chosen]
-        if unnamed:
+        if unnamed := [name for name, value in stored.items() if value == _UNNAMED and name not in chosen]:
             raise ModelLoadError(
                 f"the model in {path} was saved with {', '.join(unnamed)} that had no name to be stored under: pass "
                 f"{', '.join(f'{name}=' for name in unnamed)} to TorchModel.load. For a pipeline, which passes nothing, "

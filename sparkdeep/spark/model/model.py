@@ -32,8 +32,8 @@ from sparkdeep.spark.session.parcels import carried
 from sparkdeep.spark.session.types import column_types, selectable
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 from sparkdeep.tensors.state_dicts import pack_tensors
+from sparkdeep.tracking.callbacks import StartUp
 from sparkdeep.tracking.records import RoundRecord
-from sparkdeep.tracking.startup import StartUp
 
 __all__ = ["TorchModel"]
 
@@ -142,8 +142,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         task = self._task()
         task.columns.refuse_taken(dataset.columns)
         columns = task.columns.features
-        missing = [name for name in columns if name not in dataset.columns]
-        if missing:
+        if missing := [name for name in columns if name not in dataset.columns]:
             raise DataError(f"the DataFrame lacks the feature column(s) {missing}; it has {dataset.columns}.")
         column_types(dataset.schema, columns)
         inputs = [selectable(name, dataset.schema[name].dataType) for name in columns]
@@ -220,8 +219,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"batch_size={size!r}: must be a whole number, at least 1.")
         columns = self._columns()
-        prediction = self._predicts(values["prediction"], columns.vectors)
-        return _Task(columns=columns, prediction=prediction, batch_size=size)
+        return _Task(columns=columns, prediction=self._predicts(values["prediction"], columns.vectors), batch_size=size)
 
     def _columns(self) -> Columns:
         return Columns.of(self._schema, values_of(self))
@@ -333,8 +331,7 @@ class TorchModel(Model, MLWritable, MLReadable):
             ModelLoadError: a name that may not be resolved, a damaged file, a missing callable.
         """
         reader = ModelReader(cls, model=model, allow_modules=allow_modules, trust_pickle=trust_pickle)
-        given = {"preprocess": preprocess, "collate": collate, "decode": decode, "prediction": prediction}
-        return reader.load(path, **given)
+        return reader.load(path, preprocess=preprocess, collate=collate, decode=decode, prediction=prediction)
 
 
 def _no_optimizer(*_: Any) -> Any:

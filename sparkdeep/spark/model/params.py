@@ -151,17 +151,16 @@ def with_params(table: Mapping[str, str]) -> Callable[[_PARAMS_CLASS], _PARAMS_C
     def decorate(cls: _PARAMS_CLASS) -> _PARAMS_CLASS:
         for name, doc in table.items():
             setattr(cls, name, Param(Params._dummy(), name, doc, typeConverter=_plain))
-            title = _camel(f"_{name}")
-            setattr(cls, f"set{title}", _setter(name))
-            setattr(cls, f"get{title}", _getter(name))
         other = spellings(table)
         for spelling, name in other.items():
             setattr(cls, spelling, property(operator.attrgetter(name)))
-            if spelling in _SPELLINGS:  # setFeaturesCol, setLabelCol: what every estimator of Spark has
+        names = {name: name for name in table} | other
+        for spelling, name in names.items():
+            if spelling in table or spelling in _SPELLINGS:  # setFeaturesCol, setLabelCol: as Spark's estimators
                 title = _camel(f"_{spelling}")
                 setattr(cls, f"set{title}", _setter(name))
                 setattr(cls, f"get{title}", _getter(name))
-        methods = {"__getattr__": _missing, "__setattr__": _assigner(cls, {name: name for name in table} | other)}
+        methods = {"__getattr__": _missing, "__setattr__": _assigner(cls, names)}
         for name, method in methods.items():
             setattr(cls, name, method)
         return cls

@@ -74,14 +74,11 @@ class PyfuncModel:
         import pandas as pd
 
         del params
-        missing = [name for name in self._features if name not in model_input.columns]
-        if missing:
+        if missing := [name for name in self._features if name not in model_input.columns]:
             raise DataError(f"the rows lack the feature column(s) {missing}; they have {list(model_input.columns)}.")
         scored = self._loaded.predict([pa.array(_cells(model_input[name])) for name in self._features])
-        if pa.types.is_struct(scored.type):
-            parts = {part: scored.field(part) for part in self._outputs}
-        else:
-            parts = {"prediction": scored}
+        several = pa.types.is_struct(scored.type)
+        parts = {part: scored.field(part) for part in self._outputs} if several else {"prediction": scored}
         return pd.DataFrame(
             {self._outputs[part]: array.to_pandas().to_numpy() for part, array in parts.items()},
             index=model_input.index,
@@ -135,7 +132,7 @@ def logged(
             data_path=str(data),
             code_paths=code_paths or None,
             signature=_signature(model),
-            pip_requirements=_requirements(),
+            pip_requirements=[f"{one}=={importlib.metadata.version(one).partition('+')[0]}" for one in _PACKAGES],
             **place,
         )
 
@@ -175,10 +172,6 @@ def _names_in(stored: Any) -> list[str]:
         return []
     own = [stored[key] for key in ("name", "partial", "module") if isinstance(stored.get(key), str)]
     return own + [name for value in stored.values() if isinstance(value, list | dict) for name in _names_in(value)]
-
-
-def _requirements() -> list[str]:
-    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _PACKAGES]
 
 
 # -- signature --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import cloudpickle
@@ -79,8 +79,7 @@ class _Loaded:
         self.module: nn.Module = self.program.model.to(self.device).eval()
         for module in other_modules(self.program).values():
             module.to(self.device)
-        fields = tuple(f for f in scorer.schema.fields if f.role == "features")
-        self.schema = Schema(fields=fields, float_dtype=scorer.schema.float_dtype)
+        self.schema = _of_features(scorer.schema)
         self.columns = list(scorer.columns)
         self.batch_size = scorer.batch_size
         self.read_rows = _rows_at_once(self.schema, self.batch_size)
@@ -110,6 +109,10 @@ class _Loaded:
             batch = batch.to(self.device)
         with torch.inference_mode():
             return forward(self.module, prepared(batch, self.program, augment=False).features)
+
+
+def _of_features(schema: Schema) -> Schema:
+    return replace(schema, fields=tuple(field for field in schema.fields if field.role == "features"))
 
 
 def _rows_at_once(schema: Schema, batch_size: int) -> int:
@@ -172,11 +175,9 @@ def _pandas_udf(function: Callable[[Iterator[Any]], Iterator[pa.Array]], sql: st
     def predict(batches: Any) -> Any:
         def arrays() -> Iterator[tuple[pa.Array, ...]]:
             for series in batches:
-                columns = series if isinstance(series, tuple) else (series,)
-                yield tuple(_from_pandas(column) for column in columns)
+                yield tuple(map(_from_pandas, series if isinstance(series, tuple) else (series,)))
 
-        for result in function(arrays()):
-            yield _to_pandas(result)
+        yield from map(_to_pandas, function(arrays()))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as for the Arrow UDF
@@ -198,16 +199,13 @@ def _to_pandas(array: pa.Array) -> Any:
 def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype, *, ragged_length: int = 1) -> Batch:
     """ZERO_ROWS rows of zeros, as a batch that `preprocess` has not seen yet; ragged rows have `ragged_length` values."""
     rows = ZERO_ROWS
+    kept = _of_features(schema)
     fields: dict[str, Any] = {}
-    for field in schema.fields:
-        if field.role != "features":
-            continue
-        shape = field.shape or ()
+    for field in kept.fields:
         if field.ragged:
             fields[field.name] = Ragged(np.zeros(rows * ragged_length, field.dtype), np.full(rows, ragged_length))
         else:
-            fields[field.name] = np.zeros((rows, *shape), field.dtype)
-    kept = Schema(fields=tuple(f for f in schema.fields if f.role == "features"), float_dtype=schema.float_dtype)
+            fields[field.name] = np.zeros((rows, *(field.shape or ())), field.dtype)
     return make_batch(fields, kept, float_dtype=float_dtype, collate=program.collate)
 
 

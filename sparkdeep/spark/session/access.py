@@ -111,14 +111,10 @@ class _Classic:
 
     def has_tasks(self, tag: str) -> bool | None:
         tracker = self._context.statusTracker()
-        jobs: Any = self._context._jsc.sc().statusTracker().getJobIdsForTag(tag)
-        for job in jobs:
-            info = tracker.getJobInfo(job)
-            for stage in info.stageIds if info is not None else ():
-                detail = tracker.getStageInfo(stage)
-                if detail is not None and detail.numActiveTasks > 0:
-                    return True
-        return False
+        ids: Any = self._context._jsc.sc().statusTracker().getJobIdsForTag(tag)
+        jobs = (tracker.getJobInfo(job) for job in ids)
+        stages = (tracker.getStageInfo(stage) for job in jobs if job is not None for stage in job.stageIds)
+        return any(stage is not None and stage.numActiveTasks > 0 for stage in stages)
 
     def slots(self, profile: Any) -> int | None:
         context: Any = self._context._jsc.sc()

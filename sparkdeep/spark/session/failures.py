@@ -162,6 +162,5 @@ def _cause(text: str) -> str:
 
 
 def _memory_hint(text: str) -> str:
-    if "exited unexpectedly" in text or "137" in text or "OOM" in text:
-        return " If it ran out of memory: raise spark.executor.memoryOverhead, or lower batch_size."
-    return ""
+    hint = " If it ran out of memory: raise spark.executor.memoryOverhead, or lower batch_size."
+    return hint if any(sign in text for sign in ("exited unexpectedly", "137", "OOM")) else ""

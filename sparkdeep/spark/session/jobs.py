@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -31,7 +32,7 @@ class SparkJob:
     ) -> None:
         self._access = access_to(spark)
         self._frame = frame
-        self._action = action or _collected
+        self._action = action or methodcaller("collect")
         self._tag = tag
         self._failure: BaseException | None = None
         self._rows: Sequence[Any] | None = None
@@ -118,7 +119,3 @@ def mapped(frame: DataFrame, task: Callable[..., Any], columns: str, *, barrier:
     """`frame.mapInArrow`, in a stage of that resource profile unless it is None."""
     extra = {"profile": profile} if profile is not None else {}
     return frame.mapInArrow(task, columns, barrier=barrier, **extra)
-
-
-def _collected(frame: DataFrame) -> Sequence[Any]:
-    return frame.collect()

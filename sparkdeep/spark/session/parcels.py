@@ -8,11 +8,12 @@ import os
 import secrets
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -22,8 +23,8 @@ from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.protocol.orders import Inline, Parcel, Stored, checked, digest_of
 from sparkdeep.spark.session.access import access_to, is_connect
 from sparkdeep.spark.session.failures import named_failures
+from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
-from sparkdeep.storage.state_files import own_files
 
 __all__ = ["ARTIFACT_LIMIT_BYTES", "CLOSURE_LIMIT_BYTES", "Carrier", "artifact_bytes", "carried", "carrier_for"]
 
@@ -40,14 +41,30 @@ _artifacts: dict[str, int] = {}
 _artifacts_lock = threading.Lock()
 
 
-class Carrier(Protocol):
-    """Takes bytes on their way to replicas."""
+class Carrier(ABC):
+    """Takes bytes on their way to replicas; what a slot holds already is not shipped again."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Parcel] = {}
 
     def ship(self, slot: str, data: bytes) -> Parcel:
         """Get `data` on its way; what the slot held before is released unless it is the same."""
+        digest = digest_of(data)
+        held = self._held.get(slot)
+        if held is not None and held.digest == digest:
+            return held
+        self._held[slot] = self._shipped(slot, data, digest)
+        _let_go(held)
+        return self._held[slot]
 
     def close(self) -> None:
         """Release everything."""
+        while self._held:
+            _let_go(self._held.popitem()[1])
+
+    @abstractmethod
+    def _shipped(self, slot: str, data: bytes, digest: str) -> Parcel:
+        """Get `data` on its way, by what can carry its size."""
 
 
 def carrier_for(
@@ -61,34 +78,13 @@ def carrier_for(
         exchange: `exchange_dir`, or None.
         submit: runs a DataFrame as a job: (frame, description, timeout in seconds).
     """
-    if is_connect(spark):
-        return _ConnectCarrier(spark, run, exchange, submit)
-    return _ClassicCarrier(spark)
+    return _ConnectCarrier(spark, run, exchange, submit) if is_connect(spark) else _ClassicCarrier(spark)
 
 
 def artifact_bytes(spark: SparkSession) -> int:
     """Bytes of artifacts that fits have left with a Spark Connect session so far."""
     with _artifacts_lock:
         return _artifacts.get(access_to(spark).session, 0)
-
-
-class _Slots:
-    """What each slot holds; the same bytes are shipped once."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Parcel] = {}
-
-    def same(self, slot: str, digest: str) -> Parcel | None:
-        held = self._held.get(slot)
-        return held if held is not None and held.digest == digest else None
-
-    def put(self, slot: str, parcel: Parcel) -> Parcel | None:
-        before, self._held[slot] = self._held.get(slot), parcel
-        return before
-
-    def take_all(self) -> list[Parcel]:
-        held, self._held = list(self._held.values()), {}
-        return held
 
 
 # -- a classic session -------------------------------------------------------------------------------------------------
@@ -107,26 +103,18 @@ class _Broadcast:
 
 
 @final
-class _ClassicCarrier:
+class _ClassicCarrier(Carrier):
     """Small things in the closure, others as broadcasts, destroyed when the next one replaces them."""
 
     def __init__(self, spark: SparkSession) -> None:
+        super().__init__()
         self._context = spark.sparkContext
-        self._slots = _Slots()
 
-    def ship(self, slot: str, data: bytes) -> Parcel:
-        digest = digest_of(data)
-        if (held := self._slots.same(slot, digest)) is not None:
-            return held
-        parcel: Parcel = Inline(data=data, digest=digest)
+    def _shipped(self, slot: str, data: bytes, digest: str) -> Parcel:
+        del slot  # a broadcast needs no name
         if len(data) > BROADCAST_FROM_BYTES:
-            parcel = _Broadcast(value=self._context.broadcast(data), digest=digest)
-        _let_go(self._slots.put(slot, parcel))
-        return parcel
-
-    def close(self) -> None:
-        for parcel in self._slots.take_all():
-            _let_go(parcel)
+            return _Broadcast(value=self._context.broadcast(data), digest=digest)
+        return Inline(data=data, digest=digest)
 
 
 def _let_go(parcel: Parcel | None) -> None:
@@ -149,40 +137,33 @@ class _Artifact:
         """Read it."""
         from pyspark import SparkFiles
 
-        path = Path(SparkFiles.get(self.name))
         try:
-            data = path.read_bytes()
+            data = Path(SparkFiles.get(self.name)).read_bytes()
         except OSError as error:
             raise ReplicaLostError(f"artifact {self.name} did not reach this executor: {error}") from error
         return checked(data, self.digest, f"artifact {self.name}")
 
 
 @final
-class _ConnectCarrier:
+class _ConnectCarrier(Carrier):
     """Small things in the closure; others through exchange_dir, else as artifacts while the session has room."""
 
     def __init__(
         self, spark: SparkSession, run: str, exchange: str | None, submit: Callable[[DataFrame, str, float], Any]
     ) -> None:
+        super().__init__()
         self._spark: Any = spark
         self._run = run
         self._exchange = exchange
         self._submit = submit
-        self._slots = _Slots()
 
-    def ship(self, slot: str, data: bytes) -> Parcel:
-        digest = digest_of(data)
-        if (held := self._slots.same(slot, digest)) is not None:
-            return held
+    def _shipped(self, slot: str, data: bytes, digest: str) -> Parcel:
         if len(data) <= CLOSURE_LIMIT_BYTES:
-            parcel: Parcel = Inline(data=data, digest=digest)
-        elif self._exchange is not None:
-            parcel = self._upload(slot, data, digest, self._exchange)
-        else:
-            remedy = "give exchange_dir=, a folder of shared storage that executors can reach, or take a new session"
-            parcel = _add_artifact(self._spark, f"{self._run}-{slot}", data, remedy)
-        self._slots.put(slot, parcel)
-        return parcel
+            return Inline(data=data, digest=digest)
+        if self._exchange is not None:
+            return self._upload(slot, data, digest, self._exchange)
+        remedy = "give exchange_dir=, a folder of shared storage that executors can reach, or take a new session"
+        return _add_artifact(self._spark, f"{self._run}-{slot}", data, remedy)
 
     def _upload(self, slot: str, data: bytes, digest: str, folder: str) -> Stored:
         """Pieces in closures of small jobs, which write them to the storage: the client need not reach it."""
@@ -195,9 +176,6 @@ class _ConnectCarrier:
             self._submit(frame, "sparkdeep fit: parameters", _UPLOAD_TIMEOUT_S)
             names.append(name)
         return Stored(folder=folder, names=tuple(names), num_bytes=len(data), digest=digest)
-
-    def close(self) -> None:
-        self._slots.take_all()
 
 
 def _add_artifact(spark: Any, what: str, data: bytes, remedy: str) -> _Artifact:
@@ -215,8 +193,7 @@ def _add_artifact(spark: Any, what: str, data: bytes, remedy: str) -> _Artifact:
     # A name once taken stays taken, so each file gets a new one; the server has its own copy when the call returns.
     with tempfile.TemporaryDirectory(prefix="sparkdeep-") as folder:
         path = Path(folder) / name
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
         spark.addArtifacts(str(path), file=True)
     return _Artifact(name=name, digest=digest_of(data))

@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 from sparkdeep.errors import PreflightError
 from sparkdeep.spark.session.access import access_to
 
-__all__ = ["available_slots", "check_session", "check_slots", "is_local", "task_profile"]
+__all__ = ["check_session", "check_slots", "is_local", "task_profile"]
 
 
 def check_session(spark: SparkSession) -> None:
@@ -105,11 +105,6 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
             f"{reason} Start the application with {properties} instead."
         ) from error
     return profile
-
-
-def available_slots(spark: SparkSession, profile: Any) -> int:
-    """Tasks that can run at the same time, whether busy or not; 0 where the session does not tell (Spark Connect)."""
-    return access_to(spark).slots(profile) or 0
 
 
 def check_slots(spark: SparkSession, num_workers: int, profile: Any, *, timeout_s: float) -> None:

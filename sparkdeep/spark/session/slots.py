@@ -139,9 +139,8 @@ class SlotLedger:
             lease.share = _share(lease.num_workers, slots())  # executors come and go
 
     def _fits(self, lease: Lease) -> bool:
-        if lease.extra == 0:
-            return True
-        return self._queue[0] is lease and sum((held.extra for held in self._held), lease.extra) <= 1
+        free = sum((held.extra for held in self._held), lease.extra) <= 1
+        return lease.extra == 0 or (self._queue[0] is lease and free)
 
     def _holders(self) -> str:
         now = self._clock()

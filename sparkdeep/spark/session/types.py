@@ -60,8 +60,7 @@ def column_types(schema: T.StructType, used: Iterable[str]) -> dict[str, ColumnT
 
 
 def _column_type(kind: T.DataType) -> ColumnType | None:
-    dtype = _SCALARS.get(type(kind))
-    if dtype is not None:
+    if (dtype := _SCALARS.get(type(kind))) is not None:
         return ColumnType(kind="scalar", dtype=dtype)
     if isinstance(kind, T.BinaryType):
         return ColumnType(kind="binary", dtype="bytes")

@@ -13,6 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.errors import PreflightError, ReplicaLostError, VersionMismatchError
 from sparkdeep.protocol.orders import Job, Parcel, Reply
+from sparkdeep.spark.doctor.conf_values import memory_bytes
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.parcels import (
@@ -34,7 +35,6 @@ from sparkdeep.versions import versions
 
 __all__ = ["Load", "RoundJobs", "RunnerSettings", "SparkRunner", "StatelessRunner", "probe_session"]
 
-_GIB: Final = 1 << 30
 # Arrow's framing, the headers, and the plan itself.
 _MARGIN: Final = 1.2
 _UNCONNECTED: Final[Mapping[str, str]] = {
@@ -124,9 +124,8 @@ class RoundJobs(ABC):
             barrier=self.keeps_states,
             profile=settings.profile,
         )
-        access = access_to(self._spark)
-        batches = self._result(frame, description, timeout_s, idle_timeout_s, access.batches)
-        return read_replies(batches)
+        action = access_to(self._spark).batches
+        return read_replies(self._result(frame, description, timeout_s, idle_timeout_s, action))
 
     def renew(self) -> None:
         """Ingest anew with the next job: each task then writes its shard where it runs."""
@@ -146,8 +145,9 @@ class RoundJobs(ABC):
         # From executors to the driver's JVM: without exchange_dir every replica's update, else the mean alone.
         count = self.num_replicas if self.exchange is None else 2 if load.wide else 1
         needed = int(_MARGIN * count * load.start_bytes)
-        limit, heap = _size(access.conf("spark.driver.maxResultSize")), access.heap()
-        if limit and needed > limit:
+        size = "spark.driver.maxResultSize"
+        limit, heap = memory_bytes(size, access.conf(size) or "1g"), access.heap()
+        if limit and needed > limit:  # 0 is no limit
             raise PreflightError(self._over_limit(needed, limit))
         # Results lie in the heap as they came, and once more while they are handed on to Python.
         if heap is not None and 2 * needed > heap:
@@ -283,8 +283,7 @@ def probe_session(
         VersionMismatchError: an executor runs other versions than the driver.
     """
     task = partial(probe_task, run, num_workers, exchange)
-    tasks = spark.range(0, num_workers, 1, num_workers)
-    frame = mapped(tasks, task, PROBE_COLUMNS, barrier=True, profile=profile)
+    frame = mapped(spark.range(0, num_workers, 1, num_workers), task, PROBE_COLUMNS, barrier=True, profile=profile)
     job = SparkJob(spark, frame, tag=f"sparkdeep-{run}-probe", description="sparkdeep fit: probe")
     try:
         rows = job.result(timeout_s, "probing the session")
@@ -300,13 +299,3 @@ def probe_session(
             f"driver and executors must run the same versions.\n  driver: {own}\n{table}\nInstall the driver's versions on the "
             "executors, or set spark.pyspark.python to an environment that has them."
         )
-
-
-def _size(text: str | None) -> int:
-    """Bytes of one of Spark's sizes ("1g", "512m"); its default of 1 GiB where it is unset; 0 for no limit."""
-    if text is None:
-        return _GIB
-    text = text.strip().lower().removesuffix("b")
-    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-    number = text[:-1] if text[-1:] in units else text
-    return int(number) * units.get(text[-1:], 1)

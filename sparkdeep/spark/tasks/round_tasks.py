@@ -25,8 +25,8 @@ from sparkdeep.replica.link import LogStream
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device
 from sparkdeep.spark.tasks.replica_tasks import open_program, placed, placed_anywhere
+from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
-from sparkdeep.storage.state_files import own_files
 from sparkdeep.versions import versions
 
 __all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_replies", "round_task"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
-from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.storage.disks import StateFiles
 from sparkdeep.tensors.state_dicts import pack, unpack
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from sparkdeep.data.shards import Shard
 from sparkdeep.errors import NonFiniteError, ReplicaLostError, UserCodeError
 from sparkdeep.models.program import Program
 from sparkdeep.settings.run import EarlyStopping
-from sparkdeep.storage.state_files import StateFiles
+from sparkdeep.storage.disks import StateFiles
 
 SIZES = [22, 14]
 X, Y = marked_table(SIZES)

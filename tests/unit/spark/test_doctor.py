@@ -166,7 +166,8 @@ def test_what_connect_hides_is_unknown_and_not_judged_by_defaults():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("4g", 4 * GIB), ("512m", 512 * MIB), ("512", 512), ("1GB", GIB), ("2 k", 2048), ("7b", 7)]
+    ("text", "expected"),
+    [("4g", 4 * GIB), ("512m", 512 * MIB), ("512", 512), ("1GB", GIB), ("2 k", 2048), ("7b", 7), ("0", 0)],
 )
 def test_sizes(text, expected):
     assert memory_bytes("key", text) == expected

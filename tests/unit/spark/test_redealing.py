@@ -11,12 +11,12 @@ from twin import deal, schema_of, write_shards
 pytest.importorskip("pyspark")
 
 from sparkdeep.data.shards import Shard
-from sparkdeep.spark.ingest.redealing import RedealJob, _copied, pieces
+from sparkdeep.spark.ingest.tasks import RedealJob, _copied, stretches
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 7))
 def test_stretches_are_even_and_every_row_is_in_one_in_its_order(rows, count):
-    parts = [[(shard, i) for shard, a, b in pieces(rows, n, count) for i in range(a, b)] for n in range(count)]
+    parts = [[(shard, i) for shard, a, b in stretches(rows, n, count) for i in range(a, b)] for n in range(count)]
     assert [row for part in parts for row in part] == [(shard, i) for shard, own in enumerate(rows) for i in range(own)]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

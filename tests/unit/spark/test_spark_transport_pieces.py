@@ -22,8 +22,8 @@ from sparkdeep.spark.session import parcels
 from sparkdeep.spark.session.access import CONNECT_CANNOT
 from sparkdeep.spark.session.parcels import CLOSURE_LIMIT_BYTES, carried
 from sparkdeep.spark.tasks import round_jobs
-from sparkdeep.spark.tasks.barrier import BarrierLauncher
-from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, StatelessRunner, _size
+from sparkdeep.spark.tasks.replica_tasks import BarrierLauncher
+from sparkdeep.spark.tasks.round_jobs import Load, RunnerSettings, SparkRunner, StatelessRunner
 from sparkdeep.spark.tasks.round_tasks import _parts, read_replies
 
 
@@ -176,14 +176,6 @@ def test_artifacts_of_a_connect_session_are_counted_before_anything_trains(monke
         with pytest.raises(PreflightError, match=r"holds at most 67 MB.*exchange_dir"):
             client.check(asked)
     runner(monkeypatch, connect=True, taken=taken, exchange="/x").check(asked)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [(None, 1 << 30), ("0", 0), ("512m", 512 << 20), ("1g", 1 << 30), ("2GB", 2 << 30), ("1024", 1024)],
-)
-def test_sizes_are_read_as_spark_writes_them(text, size):
-    assert _size(text) == size
 
 
 def settings(**options):

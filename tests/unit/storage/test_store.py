@@ -11,9 +11,8 @@ from pyarrow import fs as pafs
 from store_contract import StoreContract
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.storage.arrow import ArrowStore
 from sparkdeep.storage.local import LocalStore
-from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.opening import ArrowStore, open_store
 
 
 class TestLocalStore(StoreContract):

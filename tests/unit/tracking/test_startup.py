@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import logging
 
+from sparkdeep.tracking.callbacks import Phases, StartUp
 from sparkdeep.tracking.records import RoundRecord
-from sparkdeep.tracking.startup import Phases, StartUp
 
 
 def test_phases_follow_each_other_and_the_first_rounds_own_work_is_none_of_them(caplog):
