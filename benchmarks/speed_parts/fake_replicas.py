@@ -18,8 +18,7 @@ from measuring.process_launcher import ProcessLauncher
 from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.messages import Hello, Update
-from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.messages import Hello, RoundSpec, ShardFacts, Ticket, Update
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import serve
 from sparkdeep.replica.update import LocalResult, LocalUpdate

@@ -14,7 +14,7 @@ from measuring.process_launcher import ProcessLauncher
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of

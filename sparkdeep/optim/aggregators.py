@@ -20,7 +20,7 @@ from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
 
 if TYPE_CHECKING:
     from sparkdeep.optim.averaging import Averaging
-    from sparkdeep.protocol.values import Globals
+    from sparkdeep.protocol.orders import Globals
 
 __all__ = [
     "Aggregator",

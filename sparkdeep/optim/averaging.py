@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sparkdeep.optim.aggregators import Aggregator, aggregator_of, shares_of
-from sparkdeep.protocol.bodies import Body, check_size
 from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.refusals import common_sections
-from sparkdeep.protocol.values import Globals
+from sparkdeep.protocol.orders import Globals
+from sparkdeep.protocol.refusals import Body, check_size, common_sections
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Codec, encoded_bytes
 from sparkdeep.tensors.mean import Combining, OrderedSum, pool_buffers
 from sparkdeep.tensors.parameters import Layout

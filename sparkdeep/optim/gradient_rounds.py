@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparkdeep.errors import ConfigError, NonFiniteError
 from sparkdeep.optim.outer import RoundMean, driven
 from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.values import RoundResult, Traffic
+from sparkdeep.protocol.orders import RoundResult, Traffic
 from sparkdeep.tensors.parameters import Layout, raw_bytes
 from sparkdeep.tracking.records import EvaluationRecord
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, final
 
 from sparkdeep.optim.local_work import Clock, DyLU, LocalWork, WarmStart
-from sparkdeep.protocol.plans import Position, RoundSpec
+from sparkdeep.protocol.messages import Position, RoundSpec
 
 __all__ = ["OwnClocks", "PacedSchedule", "RuledSchedule", "Schedule", "TimeSchedule", "stretches"]
 

@@ -10,9 +10,8 @@ from sparkdeep.errors import NonFiniteError
 from sparkdeep.models.program import Program, unpack_program
 from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.exchange import Exchange
-from sparkdeep.protocol.messages import Failure, Hello, Update, parse
+from sparkdeep.protocol.messages import Failure, Hello, ReplicaPlan, Update, parse
 from sparkdeep.protocol.orders import Job, Reply
-from sparkdeep.protocol.plans import ReplicaPlan
 from sparkdeep.protocol.refusals import check_updates, failed
 from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.link import ReplicaLink

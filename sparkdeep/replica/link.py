@@ -12,8 +12,7 @@ import torch
 
 from sparkdeep import seams
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
-from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Visit, field, parse, to_header
-from sparkdeep.protocol.plans import Address
+from sparkdeep.protocol.messages import Address, Failure, Hello, Open, Opened, Visit, field, parse, to_header
 from sparkdeep.protocol.tls import TlsSocket, client_context
 from sparkdeep.protocol.wire import Buffer, Connection, ConnectionLostError, Frame
 from sparkdeep.replica.letter import Letter

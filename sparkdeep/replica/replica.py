@@ -22,8 +22,7 @@ from sparkdeep.models.program import Program, inner_optimizer, other_modules
 from sparkdeep.models.validation import Evaluator
 from sparkdeep.optim.drift import CONTROL, term_of
 from sparkdeep.optim.schedule import stretches
-from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec, Update
 from sparkdeep.replica.gradients import GradientWork
 from sparkdeep.replica.progress import Progress
 from sparkdeep.replica.reading import Reader

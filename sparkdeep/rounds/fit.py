@@ -18,7 +18,7 @@ from sparkdeep.optim.asynchronous import Window
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
 from sparkdeep.optim.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.fit_checks import check_factory, check_inner_optimizer, check_model, warn_of_dense_rounds
 from sparkdeep.rounds.generation import Generation

@@ -11,7 +11,7 @@ from sparkdeep.data.order import steps_per_epoch
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.optim.local_work import DyLU, WarmStart
 from sparkdeep.optim.schedule import PacedSchedule, RuledSchedule, Schedule, TimeSchedule
-from sparkdeep.protocol.plans import Position, ShardFacts
+from sparkdeep.protocol.messages import Position, ShardFacts
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 

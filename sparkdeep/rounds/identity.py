@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.storage.own_names import name_of

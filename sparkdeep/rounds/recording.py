@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import RoundResult
+from sparkdeep.protocol.messages import RoundSpec, Update
+from sparkdeep.protocol.orders import RoundResult
 from sparkdeep.tracking.records import EvaluationRecord, FailureRecord, ReplicaRecord, RoundRecord
 
 __all__ = ["Told", "record_of", "replayed"]

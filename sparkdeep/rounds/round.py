@@ -12,9 +12,9 @@ import torch
 
 from sparkdeep.errors import NonFiniteError
 from sparkdeep.optim.gradient_rounds import searched_too_far
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
+from sparkdeep.protocol.orders import RoundResult, RoundWork
 from sparkdeep.protocol.refusals import not_finite
-from sparkdeep.protocol.values import RoundResult, RoundWork
 from sparkdeep.rounds.guards import check_divergence, round_deadline_s
 from sparkdeep.rounds.recording import Told, record_of, replayed
 from sparkdeep.rounds.run import Run

@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 
 from sparkdeep.optim.gradient_rounds import Evaluations
 from sparkdeep.optim.outer import OuterOptimizer
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import Snapshot, Snapshots

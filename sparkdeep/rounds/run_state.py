@@ -13,8 +13,8 @@ from sparkdeep.checks import misfit
 from sparkdeep.errors import CheckpointError, DataError
 from sparkdeep.optim.drift import CONTROL
 from sparkdeep.optim.local_work import Clock
-from sparkdeep.protocol.plans import Position, RoundSpec, ShardFacts
-from sparkdeep.protocol.values import Globals, RoundResult
+from sparkdeep.protocol.messages import Position, RoundSpec, ShardFacts
+from sparkdeep.protocol.orders import Globals, RoundResult
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.generation import AnySchedule, Generation
 from sparkdeep.rounds.inner_rates import NoRates, Rates

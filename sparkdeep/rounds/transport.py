@@ -9,8 +9,8 @@ from typing import Any, Protocol, final
 from torch import nn
 
 from sparkdeep.optim.asynchronous import Window
-from sparkdeep.protocol.plans import ReplicaPlan, RoundSpec, ShardFacts
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
+from sparkdeep.protocol.messages import ReplicaPlan, RoundSpec, ShardFacts
+from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import Snapshot
 from sparkdeep.settings.local import LocalSettings

@@ -15,8 +15,7 @@ from typing import Any, Final, final
 
 from sparkdeep.checks import shown
 from sparkdeep.errors import ConfigError, ProtocolError
-from sparkdeep.protocol.messages import Hello, parse
-from sparkdeep.protocol.plans import Address
+from sparkdeep.protocol.messages import Address, Hello, parse
 from sparkdeep.protocol.tls import TlsSocket, server_context
 from sparkdeep.protocol.wire import TOKEN_BYTES, Connection
 

@@ -13,11 +13,22 @@ from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, SparkdeepError
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open, Opened, Saved, Update, parse
-from sparkdeep.protocol.orders import Job, JobRunner, Order, Parcel, Reply, Stored, digest_of
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import Hello, Open, Opened, RoundSpec, Saved, Update, parse
+from sparkdeep.protocol.orders import (
+    Globals,
+    Job,
+    JobRunner,
+    Order,
+    Parcel,
+    Reply,
+    RoundResult,
+    RoundWork,
+    Stored,
+    Traffic,
+    digest_of,
+    mean_loss,
+)
 from sparkdeep.protocol.refusals import check_updates
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic, mean_loss
 from sparkdeep.rounds.planning import job_description, stage_description
 from sparkdeep.rounds.run_state import RunState, deal_rest
 from sparkdeep.rounds.snapshots import Snapshot

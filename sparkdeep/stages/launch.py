@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sparkdeep.protocol.plans import ShardFacts, Ticket
+from sparkdeep.protocol.messages import ShardFacts, Ticket
 
 __all__ = ["Launcher", "RunningStage"]
 

@@ -13,10 +13,9 @@ from sparkdeep import seams
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.optim.aggregators import embeddings_of
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open
-from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.refusals import check_shard, check_versions
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.planning import rounds_to_run, stage_description
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.snapshots import Snapshot

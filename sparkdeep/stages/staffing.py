@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.run_state import RunState, deal_rest
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings

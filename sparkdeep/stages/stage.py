@@ -10,10 +10,8 @@ from dataclasses import replace
 from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
-from sparkdeep.protocol.messages import Hello, Open, Opened, parse, to_header
-from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
+from sparkdeep.protocol.messages import Hello, Open, Opened, RoundSpec, parse, to_header
+from sparkdeep.protocol.orders import Globals, Order, RoundResult, RoundWork
 from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
 from sparkdeep.stages.collector import Collector, Plane, Round
 from sparkdeep.stages.driver_link import DriverLink

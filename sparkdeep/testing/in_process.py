@@ -14,8 +14,8 @@ from typing import final
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.protocol.exchange import run_folder
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.protocol.orders import Inline, Job, Parcel, Reply, Stored, digest_of
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.replica.job import obey
 from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.link import ReplicaLink

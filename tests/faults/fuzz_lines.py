@@ -17,9 +17,8 @@ from twin import local_coordinator
 from sparkdeep.models.validation import merge_scores
 from sparkdeep.optim.asynchronous import Asynchronous, Window
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open, Update, to_header
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.messages import Hello, Open, RoundSpec, Update, to_header
+from sparkdeep.protocol.orders import Globals, RoundWork
 from sparkdeep.protocol.wire import TOKEN_BYTES, Connection, ConnectionLostError
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.stages import stage as stage_module

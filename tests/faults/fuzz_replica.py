@@ -21,8 +21,7 @@ from sparkdeep.models.program import Program
 from sparkdeep.optim.asynchronous import Asynchronous, Window
 from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, to_header
-from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.orders import Globals, Order, RoundWork
 from sparkdeep.protocol.wire import Connection
 from sparkdeep.replica import link as link_module
 from sparkdeep.replica.link import ReplicaLink

@@ -16,8 +16,7 @@ from torch import nn
 
 from sparkdeep.models.registry import ModelReference
 from sparkdeep.models.saving import read_model, write_model
-from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Saved, Update, parse
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Saved, ShardFacts, Update, parse
 from sparkdeep.rounds.generation import Generation
 from sparkdeep.rounds.run_state import Best, RunState
 from sparkdeep.rounds.snapshots import Snapshot

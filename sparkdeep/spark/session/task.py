@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame
 
 from sparkdeep.data.scratch import claim, sweep
 from sparkdeep.errors import PreflightError
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 
 __all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root", "task_context"]
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.jobs import SparkJob, mapped

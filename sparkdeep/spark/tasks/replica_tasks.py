@@ -15,7 +15,7 @@ from pyspark import TaskContext
 
 from sparkdeep.errors import DataError
 from sparkdeep.models.program import Program, unpack_program
-from sparkdeep.protocol.plans import ReplicaPlan, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, Ticket
 from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.spark.ingest.portions import unpacked

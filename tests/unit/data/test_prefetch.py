@@ -20,7 +20,7 @@ from sparkdeep.data.prefetch import prefetch_count, prefetched
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.replica import Replica
 from sparkdeep.settings.local import LocalSettings
 

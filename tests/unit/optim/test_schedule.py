@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkdeep.optim.schedule import Schedule
-from sparkdeep.protocol.plans import Position, RoundSpec
+from sparkdeep.protocol.messages import Position, RoundSpec
 
 SCHEDULES = st.builds(
     Schedule,

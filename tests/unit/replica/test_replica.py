@@ -13,7 +13,7 @@ from twin import schema_of, write_shards
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
 from sparkdeep.models.rehearsal import rehearse, sample_batch
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.replica import Replica
 from sparkdeep.settings.local import LocalSettings
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.identity import describe, run_identity, tensors_digest
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
