@@ -138,7 +138,7 @@ class GradientOuter:
         lr_scheduler: called with the optimizer, and stepped once a round, or None.
     """
 
-    wants_rate = False
+    uses_rate = False
     inner_lr = 1.0
 
     def __init__(

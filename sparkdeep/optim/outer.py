@@ -43,7 +43,7 @@ class OuterOptimizer(Protocol):
 
     stopped: str
     """Why no further step helps, where it can tell; else ""."""
-    wants_rate: bool
+    uses_rate: bool
     """Whether it needs the replicas' learning rate of each round."""
     inner_lr: float
     """The mean of those of its steps, set before the round's closure returns."""
@@ -66,7 +66,7 @@ class Assign:
     """Plain parameter averaging: the mean itself is written, bit for bit (delta arithmetic would round)."""
 
     stopped = ""
-    wants_rate = False
+    uses_rate = False
     inner_lr = 1.0
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
@@ -127,7 +127,7 @@ class TorchOuter:
                 "outer_optimizer=LBFGS with work='local': its line search needs losses and gradients, which rounds of local steps do "
                 "not tell. Use algorithm=lbfgs(), or work='gradient' with sync_every='epoch'."
             )
-        self.wants_rate = hasattr(optimizer, "inner_lr")
+        self.uses_rate = hasattr(optimizer, "inner_lr")
         self.inner_lr = 1.0
         self.stopped = ""
 
@@ -141,7 +141,7 @@ class TorchOuter:
                 own = parameters.detach()
                 for start, stop in chunks_of(own.numel()):  # in float64, without a copy of all of it
                     self._grad[start:stop] = own[start:stop].to(torch.float64) - result.mean[start:stop]
-            if self.wants_rate:  # known once the round is done
+            if self.uses_rate:  # known once the round is done
                 self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
             return result.loss
 
@@ -150,7 +150,7 @@ class TorchOuter:
     def apply(self, change: Tensor) -> None:
         """One `optimizer.step()` with minus what one replica changed, (numel,)."""
         torch.neg(change, out=self._grad)
-        if self.wants_rate:
+        if self.uses_rate:
             self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
         self._optimizer.step()
 
@@ -190,7 +190,7 @@ class OnArrival:
             )
         self._outer = outer
         self._rate = rate
-        self.wants_rate = outer.wants_rate
+        self.uses_rate = outer.uses_rate
         self.inner_lr = 1.0
         self.stopped = ""
 
@@ -209,7 +209,7 @@ class OnArrival:
 
     def apply(self, change: Tensor, clock: int, steps: int) -> None:
         """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
-        if self.wants_rate:
+        if self.uses_rate:
             self._outer.inner_lr = self._rate(clock, steps)
         self._outer.apply(change)
 

@@ -26,8 +26,7 @@ from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.rounds.loop import run_rounds
 from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import CheckpointSnapshots, MemorySnapshots, Snapshot, Snapshots
-from sparkdeep.rounds.transport import FitParts, StageOpener
+from sparkdeep.rounds.transport import CheckpointSnapshots, FitParts, MemorySnapshots, Snapshot, Snapshots, StageOpener
 from sparkdeep.settings.contradictions import check_length, check_outer, check_together, warn_of_effects
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings

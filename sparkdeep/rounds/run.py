@@ -12,8 +12,7 @@ from sparkdeep.optim.outer import OuterOptimizer
 from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshot, Snapshots
-from sparkdeep.rounds.transport import Replicas
+from sparkdeep.rounds.transport import Replicas, Snapshot, Snapshots
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.tensors.encoding import codec_named

@@ -17,7 +17,7 @@ from sparkdeep.protocol.messages import Position, RoundSpec, ShardFacts
 from sparkdeep.protocol.orders import Globals, RoundResult
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.generation import AnySchedule, Generation
-from sparkdeep.rounds.inner_rates import NoRates, Rates
+from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
 from sparkdeep.tensors.parameters import Layout, unlike
@@ -52,6 +52,8 @@ class RunState:
     """The present replicas, and the rounds before them."""
     consumed: list[int]
     """Steps that each of them has taken since the run began, where it keeps a clock of its own (`time_budget_s`)."""
+    rates: InnerRates
+    """The inner learning rate by local steps."""
     sections: list[str] = field(default_factory=list)
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -68,8 +70,6 @@ class RunState:
     stopped: str = ""
     """Why the run is over before its last round; "" while it is not."""
     records: list[RoundRecord] = field(default_factory=list)
-    rates: Rates = field(default_factory=NoRates)
-    """The inner learning rate by local steps."""
     sync_every: int | Literal["epoch"] = "epoch"
     """What a rule for the length of rounds starts from."""
 
@@ -164,14 +164,6 @@ class RunState:
     def to_files(self, layout: Layout, outer: Mapping[str, Any], replicas: list[bytes]) -> dict[str, bytes]:
         """The state as named byte strings; the weights are in a safetensors file of their own."""
         weights = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
-        best = None
-        if self.best is not None:
-            best = {
-                "round": self.best.round,
-                "score": self.best.score,
-                "parameters": self.best.parameters,
-                "buffers": self.best.buffers,
-            }
         run = {
             "generation": self.generation.to_json(),
             "consumed": self.consumed,
@@ -181,7 +173,7 @@ class RunState:
             "sections": self.sections,
             "inner": self.inner,
             "buffers": self.buffers,
-            "best": best,
+            "best": None if self.best is None else vars(self.best),
             "outer": dict(outer),
             "aggregation": self.aggregation,
             "downlink": self.downlink.state_dict() if self.downlink is not None else None,

@@ -29,10 +29,8 @@ from sparkdeep.protocol.orders import (
     mean_loss,
 )
 from sparkdeep.protocol.refusals import check_updates
-from sparkdeep.rounds.planning import job_description, stage_description
 from sparkdeep.rounds.run_state import RunState, deal_rest
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.rounds.transport import FitParts, Opening
+from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, job_description, stage_description
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict, unpack_tensors

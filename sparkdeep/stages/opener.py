@@ -16,10 +16,8 @@ from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, Ticket
 from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.refusals import check_shard, check_versions
-from sparkdeep.rounds.planning import rounds_to_run, stage_description
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.rounds.transport import FitParts, Opening
+from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, rounds_to_run, stage_description
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane
