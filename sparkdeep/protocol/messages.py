@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from sparkdeep.checks import fits, misfit, shown
 from sparkdeep.errors import ProtocolError
@@ -39,7 +39,6 @@ __all__ = [
     "Open",
     "Opened",
     "Position",
-    "Rendezvous",
     "ReplicaPlan",
     "RoundSpec",
     "Saved",
@@ -290,13 +289,3 @@ def field(header: dict[str, Any], name: str, kind: Any) -> Any:
 
 TRIAL_BYTES: Final = 4 << 20
 """What each replica exchanges in a trial, at most."""
-
-
-class Rendezvous(Protocol):
-    """Keys and values that all replicas of a stage see."""
-
-    def put(self, key: str, value: bytes) -> None:
-        """Store a value."""
-
-    def get(self, key: str) -> bytes:
-        """Wait for a value, and give it."""

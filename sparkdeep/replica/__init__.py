@@ -5,8 +5,7 @@
 - `letter.py`: a conversation of which the driver's half was written beforehand
 - `link.py`: the replica's end of a connection
 - `overlapping.py`: an update that travels while the next round is trained
-- `progress.py`: how far a replica is in its round
-- `reading.py`: a replica's batches, from its shard to its device
+- `reading.py`: a replica's batches, from its shard to its device, and how far it is in them
 - `replica.py`: one replica's local steps
 - `ring.py`: replicas that add up their updates among themselves
 - `round.py`: the replica's end of a round

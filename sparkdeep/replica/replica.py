@@ -24,8 +24,7 @@ from sparkdeep.optim.drift import CONTROL, term_of
 from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec, Update
 from sparkdeep.replica.gradients import GradientWork
-from sparkdeep.replica.progress import Progress
-from sparkdeep.replica.reading import Reader
+from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.settings.local import LocalSettings

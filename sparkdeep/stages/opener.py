@@ -22,9 +22,8 @@ from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane
 from sparkdeep.stages.coordinator import Coordinator
-from sparkdeep.stages.launch import Launcher
 from sparkdeep.stages.ring import Ring
-from sparkdeep.stages.staffing import Staffing
+from sparkdeep.stages.staffing import Launcher, Staffing
 from sparkdeep.stages.stage import Stage
 from sparkdeep.stages.star import Star
 from sparkdeep.stages.topology import available, choose, needs_trial

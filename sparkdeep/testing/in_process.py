@@ -21,7 +21,7 @@ from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.settings.local import LocalSettings
-from sparkdeep.stages.launch import RunningStage
+from sparkdeep.stages.staffing import RunningStage
 from sparkdeep.storage.opening import open_store
 
 __all__ = ["InProcessLauncher", "InProcessRunner"]

@@ -15,7 +15,7 @@ from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.task import Shards
 from sparkdeep.spark.tasks.replica_tasks import ReplicaJob, ReplicaTask, placed, run_replica
-from sparkdeep.stages.launch import RunningStage
+from sparkdeep.stages.staffing import RunningStage
 
 __all__ = ["BarrierLauncher", "replica_task"]
 
