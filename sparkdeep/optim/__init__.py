@@ -3,7 +3,6 @@
 - `aggregators.py`: how a round's updates become one
 - `asynchronous.py`: how often replicas fetch and push on their own, and whose turn it is
 - `averaging.py`: the mean of a round, from bodies as they arrive or from memory
-- `changes.py`: what a round's replicas changed: kept until all are there, then combined, by slices of the vector
 - `drift.py`: corrections of client drift, and what they add to a replica's gradient
 - `gradient_rounds.py`: the outer step on gradients: any torch optimizer, L-BFGS an iteration a round
 - `local_work.py`: rules for the length of rounds

@@ -72,7 +72,7 @@ class Generation:
             warm = settings.schedule if isinstance(settings.schedule, WarmStart) else None
             schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s, warm=warm)
         elif settings.schedule is not None:
-            schedule = RuledSchedule(steps_per_epoch=max(steps), epochs=settings.epochs, rule=settings.schedule)
+            schedule = RuledSchedule(steps=steps, epochs=settings.epochs, rule=settings.schedule)
             common = start.epoch * max(steps) + max(seen)
             return cls(
                 shards=tuple(shards), schedule=schedule, began=start.round, consumed=(common,) * len(steps), steps=steps

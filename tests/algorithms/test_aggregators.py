@@ -18,6 +18,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program
 from sparkdeep.optim.aggregators import (
     Aggregator,
+    Changes,
     Median,
     NormClip,
     RadialDirectional,
@@ -25,7 +26,6 @@ from sparkdeep.optim.aggregators import (
     aggregator_of,
     embeddings_of,
 )
-from sparkdeep.optim.changes import Changes
 from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_together
 from sparkdeep.settings.local import LocalSettings
