@@ -8,68 +8,57 @@ from __future__ import annotations
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparkdeep.errors import ConfigError
+from sparkdeep.protocol.orders import RoundResult
 from sparkdeep.tensors.encoding import chunks_of
 from sparkdeep.tensors.parameters import Layout
 
-__all__ = ["Assign", "OnArrival", "OuterOptimizer", "RoundMean", "TorchOuter", "driven"]
+__all__ = ["Assign", "OnArrival", "OuterOptimizer", "TorchOuter", "driven"]
 
 # From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
 # host, waiting for more, for longer than they had worked.
 _MANY: Final = 1 << 25
 
 
-class RoundMean(Protocol):
-    """What one round gives to the outer step."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Weighted mean of the replicas' parameters, shape (numel,) float64."""
-
-    @property
-    def loss(self) -> float:
-        """Training loss of the round, the row-weighted mean over its local steps."""
-
-
-class OuterOptimizer(Protocol):
+class OuterOptimizer(ABC):
     """Moves the global parameters once a round."""
 
-    stopped: str
+    stopped = ""
     """Why no further step helps, where it can tell; else ""."""
-    uses_rate: bool
+    uses_rate = False
     """Whether it needs the replicas' learning rate of each round."""
-    inner_lr: float
+    inner_lr = 1.0
     """The mean of those of its steps, set before the round's closure returns."""
 
-    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+    @abstractmethod
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """Run one round and move `parameters`, shape (numel,), in place.
 
         If the round raises, neither the parameters nor the optimizer's state have changed.
         """
 
+    @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
         """What must be restored, beside the parameters, for the run to go on exactly."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
 
 @final
-class Assign:
+class Assign(OuterOptimizer):
     """Plain parameter averaging: the mean itself is written, bit for bit (delta arithmetic would round)."""
 
-    stopped = ""
-    uses_rate = False
-    inner_lr = 1.0
-
-    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """Write the round's mean into `parameters`, rounded once to their dtype."""
         mean = round_().mean
         if parameters.numel() < _MANY:
@@ -108,7 +97,7 @@ def driven(
 
 
 @final
-class TorchOuter:
+class TorchOuter(OuterOptimizer):
     """Drives a `torch.optim` optimizer over the global parameters, seen in their shapes.
 
     Args:
@@ -128,10 +117,8 @@ class TorchOuter:
                 "not tell. Use algorithm=lbfgs(), or work='gradient' with sync_every='epoch'."
             )
         self.uses_rate = hasattr(optimizer, "inner_lr")
-        self.inner_lr = 1.0
-        self.stopped = ""
 
-    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """One `optimizer.step(closure)`; the closure runs the round and sets `.grad = start - mean`."""
         assert parameters is self._parameters, "the outer optimizer holds views of another vector"
 
@@ -170,7 +157,7 @@ class TorchOuter:
 
 
 @final
-class OnArrival:
+class OnArrival(OuterOptimizer):
     """Steps once for every push of an asynchronous window, by `apply`; the window as a whole counts or does not.
 
     Args:
@@ -191,10 +178,8 @@ class OnArrival:
         self._outer = outer
         self._rate = rate
         self.uses_rate = outer.uses_rate
-        self.inner_lr = 1.0
-        self.stopped = ""
 
-    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """Run a window, whose pushes move `parameters`; if it raises, they and the optimizer are as before it.
 
         Memory: a copy of the parameters and of the optimizer's state.

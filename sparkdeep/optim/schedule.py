@@ -46,11 +46,6 @@ class Schedule:
     start: Position = _START
     """Where it begins: a run whose rows were dealt anew goes on in the middle of an epoch."""
 
-    @classmethod
-    def over(cls, steps: Sequence[int], *, epochs: int, sync_every: int | Literal["epoch"]) -> Schedule:
-        """The schedule for replicas with `steps[i]` local steps an epoch each."""
-        return cls(steps_per_epoch=max(steps), epochs=epochs, sync_every=sync_every)
-
     @property
     def stride(self) -> int:
         """Local steps of a full round."""
