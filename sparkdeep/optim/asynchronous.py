@@ -1,19 +1,22 @@
-"""What makes a run asynchronous: how often a replica fetches and pushes, how old what it pushes may be, and whose turn it is."""
+"""What makes a run asynchronous: how often replicas fetch and push, how old a push may be, whose turn it is, and the outer step."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
 from sparkdeep.checks import at_least
 from sparkdeep.errors import ConfigError
+from sparkdeep.optim.outer import OuterOptimizer, TorchOuter
 from sparkdeep.protocol.messages import Visit
+from sparkdeep.protocol.orders import RoundResult
 
-__all__ = ["FETCHED", "Asynchronous", "Turns", "Window"]
+__all__ = ["FETCHED", "Asynchronous", "OnArrival", "Turns", "Window"]
 
 FETCHED: Final = -1
 """Stands in a record for the staleness of a visit that pushes nothing."""
@@ -168,3 +171,54 @@ class Turns:
             f"{Counter(self._recorded)[replica]} times, and now it does {'less' if self._left[replica] > 0 else 'more'} often: "
             "repeat a run with the rows and the n_fetch, n_push and batch_size that it had."
         )
+
+
+@final
+class OnArrival(OuterOptimizer):
+    """Steps once for every push of an asynchronous window, by `apply`; the window as a whole counts or does not.
+
+    Args:
+        outer: whose optimizer steps.
+        rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
+            needs it.
+
+    Raises:
+        ConfigError: the optimizer cannot step with the one gradient that a push is.
+    """
+
+    def __init__(self, outer: TorchOuter, rate: Callable[[int, int], float]) -> None:
+        if outer.asks_again:
+            raise ConfigError(
+                "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
+                "asked for again. Use Downpour, Adagrad, DelayedNesterov or SGD."
+            )
+        self._outer = outer
+        self._rate = rate
+        self.uses_rate = outer.uses_rate
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
+        """Run a window, whose pushes move `parameters`; if it raises, they and the optimizer are as before it.
+
+        Memory: a copy of the parameters and of the optimizer's state.
+        """
+        before, state = parameters.detach().clone(), copy.deepcopy(dict(self._outer.state_dict()))
+        try:
+            round_()
+        except BaseException:
+            parameters.detach().copy_(before)
+            self._outer.load_state_dict(state)
+            raise
+
+    def apply(self, change: Tensor, clock: int, steps: int) -> None:
+        """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
+        if self.uses_rate:
+            self._outer.inner_lr = self._rate(clock, steps)
+        self._outer.apply(change)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The optimizer's own state dict."""
+        return self._outer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimizer's state dict."""
+        self._outer.load_state_dict(state)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
-from sparkdeep.optim.asynchronous import Window
+from sparkdeep.optim.asynchronous import OnArrival, Window
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
-from sparkdeep.optim.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
+from sparkdeep.optim.outer import Assign, OuterOptimizer, TorchOuter
 from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.fit_checks import check_factory, check_inner_optimizer, check_model, warn_of_dense_rounds

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program, inner_optimizer
 from sparkdeep.optim.drift import Scaffold
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.optim.outer import DelayedNesterov, Downpour
 from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.settings.run import RunSettings
