@@ -136,7 +136,7 @@ class Coordinator:
             def give_up() -> None:
                 self._give_up(deadline)
 
-            line = sock if self._tls is None else TlsSocket.accept(sock, self._tls, check=give_up)
+            line = sock if self._tls is None else TlsSocket.open(sock, self._tls, check=give_up)
             connection = Connection(line, self.token, check=give_up)
             frame = connection.receive(timeout_s=_HANDSHAKE_S)
             authenticated = True
