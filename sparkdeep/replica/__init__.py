@@ -1,8 +1,7 @@
 """All that runs where a replica runs: local steps, its end of a stage or job.
 
 - `gradients.py`: a replica's part of a gradient round
-- `job.py`: a replica's life in one job
-- `letter.py`: a conversation of which the driver's half was written beforehand
+- `job.py`: a replica's life in one job: a stage by letter, of which the driver's half was written beforehand
 - `link.py`: the replica's end of a connection
 - `overlapping.py`: an update that travels while the next round is trained
 - `reading.py`: a replica's batches, from its shard to its device, and how far it is in them

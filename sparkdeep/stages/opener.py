@@ -20,13 +20,11 @@ from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, rounds_to_run, stage_description
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
-from sparkdeep.stages.collector import Plane
+from sparkdeep.stages.collector import Plane, Star
 from sparkdeep.stages.coordinator import Coordinator
-from sparkdeep.stages.ring import Ring
+from sparkdeep.stages.ring import Ring, available, choose, needs_trial
 from sparkdeep.stages.staffing import Launcher, Staffing
 from sparkdeep.stages.stage import Stage
-from sparkdeep.stages.star import Star
-from sparkdeep.stages.topology import available, choose, needs_trial
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.versions import versions
 

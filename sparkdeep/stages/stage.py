@@ -16,9 +16,8 @@ from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
 from sparkdeep.stages.collector import Collector, Plane, Round
 from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.stages.gathering import Gathering
-from sparkdeep.stages.ring import Meeting
+from sparkdeep.stages.ring import Meeting, Trial, measure
 from sparkdeep.stages.staffing import RunningStage
-from sparkdeep.stages.topology import Trial, measure
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict
 

@@ -16,8 +16,7 @@ from sparkdeep.errors import ReplicaLostError
 from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.protocol.orders import Inline, Job, Parcel, Reply, Stored, digest_of
-from sparkdeep.replica.job import obey
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter, obey
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.settings.local import LocalSettings

@@ -23,10 +23,9 @@ from sparkdeep.protocol.wire import TOKEN_BYTES, Connection, ConnectionLostError
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.stages import stage as stage_module
 from sparkdeep.stages.arrivals import Arrivals
-from sparkdeep.stages.collector import Plane
+from sparkdeep.stages.collector import Plane, Star
 from sparkdeep.stages.ring import Ring
 from sparkdeep.stages.stage import Stage
-from sparkdeep.stages.star import Star
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.mean import Partition
 from sparkdeep.tensors.parameters import Layout, raw_bytes

@@ -30,9 +30,8 @@ from sparkdeep.replica.stage import serve
 from sparkdeep.settings.local import LocalSettings
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
-from sparkdeep.stages.collector import Plane, Round
+from sparkdeep.stages.collector import Plane, Round, Star
 from sparkdeep.stages.gathering import Gathering
-from sparkdeep.stages.star import Star
 from sparkdeep.storage.state_files import StateFiles
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes

@@ -19,8 +19,7 @@ import torch
 from sparkdeep.errors import PreflightError, ProtocolError, ReplicaLostError
 from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.protocol.orders import Job, Reply
-from sparkdeep.replica.job import obey
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter, obey
 from sparkdeep.replica.link import LogStream
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device

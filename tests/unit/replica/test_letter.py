@@ -10,7 +10,7 @@ from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, ShardMismatchError, VersionMismatchError
 from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, to_header
 from sparkdeep.protocol.orders import Inline, Job, Order, digest_of
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter
 from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.settings.local import LocalSettings
 

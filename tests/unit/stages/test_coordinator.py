@@ -22,10 +22,9 @@ from sparkdeep.protocol.messages import Address, Hello, to_header
 from sparkdeep.protocol.wire import TOKEN_BYTES
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.stages import coordinator as coordinator_module
-from sparkdeep.stages.collector import Plane
+from sparkdeep.stages.collector import Plane, Star
 from sparkdeep.stages.coordinator import Coordinator, parse_ports
 from sparkdeep.stages.stage import Stage
-from sparkdeep.stages.star import Star
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.versions import versions
