@@ -23,8 +23,7 @@ from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import serve
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.state_files import StateFiles

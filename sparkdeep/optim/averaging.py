@@ -47,12 +47,11 @@ def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal
     counted = [i for i, weight in enumerate(weights) if weight > 0]
     if weighting == "equal":
         return Shares(weights=tuple(float(weight > 0) for weight in weights), divisor=float(len(counted)))
-    steps = {updates[i].steps for i in counted}
     if weighting == "rows" or not counted:
         return Shares(weights=tuple(weights), divisor=sum(weights))
     # Weighted rows weigh in a shard as they did in the part of it that was trained on.
     parts = {i: rows[i] * updates[i].weight / updates[i].rows for i in counted}
-    if len(steps) == 1:
+    if len({updates[i].steps for i in counted}) == 1:
         alike = reduced_weights([parts.get(i, 0.0) for i in range(len(updates))])
         return Shares(weights=tuple(alike), divisor=sum(alike))
     whole = sum(parts.values())

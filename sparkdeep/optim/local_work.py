@@ -95,8 +95,7 @@ class PostLocal(LocalWork):
     def steps(self, clock: Clock) -> int:
         """1, or `sync_every`."""
         if self.switch_step is not None:
-            dense = self.switch_step - clock.step
-            return 1 if dense > 0 else clock.sync_every
+            return 1 if clock.step < self.switch_step else clock.sync_every
         return 1 if clock.rate(clock.step) >= clock.highest(clock.step) else clock.sync_every
 
 

@@ -29,7 +29,7 @@ from sparkdeep.errors import ProtocolError
 
 if TYPE_CHECKING:
     from sparkdeep.data.schema import Schema
-    from sparkdeep.settings.local import LocalSettings
+    from sparkdeep.settings.run import LocalSettings
 
 __all__ = [
     "TRIAL_BYTES",

@@ -21,7 +21,7 @@ from sparkdeep.storage.opening import open_store
 
 if TYPE_CHECKING:
     from sparkdeep.data.schema import Schema
-    from sparkdeep.settings.local import LocalSettings
+    from sparkdeep.settings.run import LocalSettings
 
 __all__ = [
     "Globals",

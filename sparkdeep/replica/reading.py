@@ -18,7 +18,7 @@ from sparkdeep.data.prefetch import prefetch_count, prefetched
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import FieldValues, Shard
 from sparkdeep.models.program import Program, prepared
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.storage.state_files import own_files
 
 __all__ = ["Progress", "Reader"]

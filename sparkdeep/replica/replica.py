@@ -27,7 +27,7 @@ from sparkdeep.replica.gradients import GradientWork
 from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of, unlike
 from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack_dict, unpack_tensors
 

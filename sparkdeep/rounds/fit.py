@@ -28,8 +28,7 @@ from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.transport import CheckpointSnapshots, FitParts, MemorySnapshots, Snapshot, Snapshots, StageOpener
 from sparkdeep.settings.contradictions import check_length, check_outer, check_together, warn_of_effects
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout

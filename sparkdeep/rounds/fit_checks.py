@@ -17,8 +17,7 @@ from sparkdeep.models.program import Program, inner_optimizer
 from sparkdeep.optim.drift import Scaffold
 from sparkdeep.optim.outer import DelayedNesterov, Downpour
 from sparkdeep.rounds.inner_rates import InnerRates
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["check_factory", "check_inner_optimizer", "check_model", "warn_of_dense_rounds"]
 

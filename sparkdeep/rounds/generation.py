@@ -12,8 +12,7 @@ from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.optim.local_work import DyLU, WarmStart
 from sparkdeep.optim.schedule import PacedSchedule, RuledSchedule, Schedule, TimeSchedule
 from sparkdeep.protocol.messages import Position, ShardFacts
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["AnySchedule", "Generation"]
 

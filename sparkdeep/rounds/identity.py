@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import ShardFacts
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.own_names import name_of
 from sparkdeep.tensors.parameters import Layout, named_tensors, raw_bytes
 

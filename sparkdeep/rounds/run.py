@@ -13,8 +13,7 @@ from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.transport import Replicas, Snapshot, Snapshots
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tracking.records import RoundRecord

@@ -18,8 +18,7 @@ from sparkdeep.protocol.orders import Globals, RoundResult
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.generation import AnySchedule, Generation
 from sparkdeep.rounds.inner_rates import InnerRates
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tensors.parameters import Layout, unlike
 from sparkdeep.tensors.state_dicts import pack, unpack_dict
 from sparkdeep.tracking.records import RoundRecord

@@ -13,8 +13,7 @@ from sparkdeep.optim.asynchronous import Window
 from sparkdeep.protocol.messages import ReplicaPlan, RoundSpec, ShardFacts
 from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory, Loaded
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout, named_tensors

@@ -11,8 +11,7 @@ from typing import Final, Protocol, final
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.protocol.messages import ShardFacts, Ticket
 from sparkdeep.rounds.run_state import RunState, deal_rest
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["Launcher", "RunningStage", "Staffing"]
 

@@ -19,7 +19,7 @@ from sparkdeep.protocol.orders import Inline, Job, Parcel, Reply, Stored, digest
 from sparkdeep.replica.job import Letter, obey
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.stages.staffing import RunningStage
 from sparkdeep.storage.opening import open_store
 

@@ -28,8 +28,7 @@ from sparkdeep.optim.aggregators import (
 )
 from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_together
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.tensors.encoding import CHUNK

@@ -27,7 +27,7 @@ from sparkdeep.replica import link as link_module
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import serve
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane, Round, Star

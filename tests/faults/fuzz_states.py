@@ -22,8 +22,7 @@ from sparkdeep.rounds.generation import Generation
 from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.rounds.run_state import Best, RunState
 from sparkdeep.rounds.transport import Snapshot
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.spark.model.stored_values import from_json, to_json
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore

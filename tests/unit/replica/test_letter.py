@@ -12,7 +12,7 @@ from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, to_h
 from sparkdeep.protocol.orders import Inline, Job, Order, digest_of
 from sparkdeep.replica.job import Letter
 from sparkdeep.replica.link import LogStream, ReplicaLink
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 
 HELLO = Hello(
     run="run",

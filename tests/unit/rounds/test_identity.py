@@ -11,8 +11,7 @@ from torch import nn
 from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.identity import describe, run_identity, tensors_digest
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 SHARDS = [ShardFacts(rows={"train": 5, "validation": 0}, digest="d")]
 
