@@ -99,17 +99,14 @@ class Turns:
         self._round = round_number
         self._recorded = recorded
         self._left = Counter(recorded)
-        self._steps = [0] * count
+        self.steps = [0] * count
+        """What each had done of the window when it last came in."""
         self._pushed = [0] * count
         self._behind = [0] * count
         self.working = set(range(count))
         """Replicas whose window has not ended."""
         self.log: list[list[int]] = []
         """[replica, staleness] in the order of arrival; the staleness of one that only fetches is `FETCHED`."""
-
-    def steps(self, replica: int) -> int:
-        """What it had done of the window when it last came in."""
-        return self._steps[replica]
 
     def may_come(self, replica: int, visit: Visit, *, last: bool) -> bool:
         """Whether it may come in now; `last`: it will not come again.
@@ -127,7 +124,7 @@ class Turns:
         left = []
         for other in self.working - ({replica} if last else set()):
             own = other == replica
-            to_push = self._rule.pushes_before_fetch(visit.steps if own else self._steps[other])
+            to_push = self._rule.pushes_before_fetch(visit.steps if own else self.steps[other])
             behind = (0 if visit.fetches else self._behind[other]) if own else self._behind[other] + 1
             left.append((bound - behind + to_push, to_push))
         taken = 0
@@ -146,7 +143,7 @@ class Turns:
             self._behind = [behind + (other != replica) for other, behind in enumerate(self._behind)]
         if visit.fetches:
             self._behind[replica] = 0
-        self._steps[replica] = visit.steps
+        self.steps[replica] = visit.steps
         self._left[replica] -= 1
         return before
 

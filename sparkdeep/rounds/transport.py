@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, final
 
 from torch import nn
@@ -40,10 +40,6 @@ _WORK_PER_OPENING: Final = 25.0
 _SHARE_OF_STAGE: Final = 0.9
 
 
-def _ignored(_replica: int, _what: Any) -> None:
-    pass
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class FitParts:
@@ -61,11 +57,11 @@ class FitParts:
     """Rows and digest of each shard, one per replica."""
     wide: bool
     """Whether the outer step wants the mean in float64."""
-    window: Window | None = None
+    window: Window | None
     """How an asynchronous run takes in pushes; None: its rounds are synchronous."""
-    on_beat: Callable[[int, int], None] = field(default=_ignored)
+    on_beat: Callable[[int, int], None]
     """Called with (replica, rows of the round so far)."""
-    on_log: Callable[[int, str], None] = field(default=_ignored)
+    on_log: Callable[[int, str], None]
     """Called with (replica, line) for what replicas print."""
 
     @property

@@ -94,7 +94,7 @@ class Arrivals:
             if frame.kind != "visit":
                 return frame
             visit = parse(Visit, frame.header)
-            inside = self._turns.steps(replica) < visit.steps < spec.num_steps and not spec.skip
+            inside = self._turns.steps[replica] < visit.steps < spec.num_steps and not spec.skip
             if visit.round != spec.round or not inside or not (visit.pushes or visit.fetches):
                 raise ProtocolError(f"{link.who} came in with {visit} in round {spec.round}.")
             if not visit.finite:
