@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from sparkdeep.optim.outer import OuterOptimizer, TorchOuter
 from sparkdeep.protocol.messages import Visit
 from sparkdeep.protocol.orders import RoundResult
 
-__all__ = ["FETCHED", "Asynchronous", "OnArrival", "Turns", "Window"]
+__all__ = ["FETCHED", "Asynchronous", "OnArrival", "Turns"]
 
 FETCHED: Final = -1
 """Stands in a record for the staleness of a visit that pushes nothing."""
@@ -56,20 +56,6 @@ class Asynchronous:
         """The smallest bound that can be kept: every other replica may push as often as one does between its fetches."""
         most = max(self.pushes_before_fetch(cycle * self.n_fetch) for cycle in range(self.n_push))
         return (num_replicas - 1) * most
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """What all windows of a run have in common."""
-
-    rule: Asynchronous
-    """How often replicas come in."""
-    apply: Callable[[Tensor, int, int], None]
-    """Moves the global parameters by one push, (numel,), of a replica whose clock stood at a step when it began it, and the
-    number of steps that made it."""
-    recorded: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """By round: the replicas in the order in which they came in, of a recorded run that is repeated."""
 
 
 @final
@@ -176,6 +162,8 @@ class OnArrival(OuterOptimizer):
 
     Args:
         outer: whose optimizer steps.
+        rule: how often replicas come in.
+        recorded: by round, the replicas in the order in which they came in, of a recorded run that is repeated.
         rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
             needs it.
 
@@ -183,12 +171,21 @@ class OnArrival(OuterOptimizer):
         ConfigError: the optimizer cannot step with the one gradient that a push is.
     """
 
-    def __init__(self, outer: TorchOuter, rate: Callable[[int, int], float]) -> None:
+    def __init__(
+        self,
+        outer: TorchOuter,
+        rule: Asynchronous,
+        *,
+        recorded: Mapping[int, Sequence[int]],
+        rate: Callable[[int, int], float],
+    ) -> None:
         if outer.asks_again:
             raise ConfigError(
                 "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
                 "asked for again. Use Downpour, Adagrad, DelayedNesterov or SGD."
             )
+        self.rule = rule
+        self.recorded = recorded
         self._outer = outer
         self._rate = rate
         self.uses_rate = outer.uses_rate

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
-from sparkdeep.optim.asynchronous import OnArrival, Window
+from sparkdeep.optim.asynchronous import OnArrival
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
 from sparkdeep.optim.outer import Assign, OuterOptimizer, TorchOuter
@@ -106,7 +106,10 @@ class Fit:
         if self.outer_optimizer is None:
             return Assign()
         outer = TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
-        return outer if self.settings.asynchronous is None else OnArrival(outer, self.state.rates.mean)
+        if self.settings.asynchronous is None:
+            return outer
+        recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
+        return OnArrival(outer, self.settings.asynchronous, recorded=recorded, rate=self.state.rates.mean)
 
     def _gradient_outer(self) -> GradientOuter:
         assert self.outer_optimizer is not None
@@ -148,7 +151,7 @@ class Fit:
             plan=self.plan,
             shards=self.shards,
             wide=self.outer_optimizer is not None,
-            window=self._window(),
+            pushed=self.outer if isinstance(self.outer, OnArrival) else None,
             on_beat=self.on_beat,
             on_log=self.on_log,
         )
@@ -168,13 +171,6 @@ class Fit:
         )
         with closing(run_rounds(run)) as records:
             yield from records
-
-    def _window(self) -> Window | None:
-        rule = self.settings.asynchronous
-        if rule is None or not isinstance(self.outer, OnArrival):
-            return None
-        recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
-        return Window(rule=rule, apply=self.outer.apply, recorded=recorded)
 
     @property
     def num_rounds(self) -> int | None:

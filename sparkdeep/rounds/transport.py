@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Protocol, final
 
 from torch import nn
 
-from sparkdeep.optim.asynchronous import Window
+from sparkdeep.optim.asynchronous import OnArrival
 from sparkdeep.protocol.messages import ReplicaPlan, RoundSpec, ShardFacts
 from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.run_state import RunState
@@ -57,8 +57,8 @@ class FitParts:
     """Rows and digest of each shard, one per replica."""
     wide: bool
     """Whether the outer step wants the mean in float64."""
-    window: Window | None
-    """How an asynchronous run takes in pushes; None: its rounds are synchronous."""
+    pushed: OnArrival | None
+    """What an asynchronous run moves by its pushes; None: its rounds are synchronous."""
     on_beat: Callable[[int, int], None]
     """Called with (replica, rows of the round so far)."""
     on_log: Callable[[int, str], None]

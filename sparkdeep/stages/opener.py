@@ -97,7 +97,7 @@ class SocketReplicas:
         )
         self.plane = Plane(
             averaging=averaging,
-            collector=Star if parts.window is None else partial(Arrivals, parts.window),
+            collector=Star if parts.pushed is None else partial(Arrivals, parts.pushed),
             terms=Terms(quorum=settings.quorum, grace_s=settings.quorum_grace_s, on_nonfinite=settings.on_nonfinite),
         )
 
