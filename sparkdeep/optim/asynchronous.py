@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sparkdeep.checks import at_least
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.outer import OuterOptimizer, TorchOuter
+from sparkdeep.optim.outer import TorchOuter
 from sparkdeep.protocol.messages import Visit
 from sparkdeep.protocol.orders import RoundResult
+from sparkdeep.tensors.parameters import Layout
 
 __all__ = ["FETCHED", "Asynchronous", "OnArrival", "Turns"]
 
@@ -157,11 +161,11 @@ class Turns:
 
 
 @final
-class OnArrival(OuterOptimizer):
+class OnArrival(TorchOuter):
     """Steps once for every push of an asynchronous window, by `apply`; the window as a whole counts or does not.
 
     Args:
-        outer: whose optimizer steps.
+        factory, parameters, layout: as of `TorchOuter`.
         rule: how often replicas come in.
         recorded: by round, the replicas in the order in which they came in, of a recorded run that is repeated.
         rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
@@ -173,46 +177,41 @@ class OnArrival(OuterOptimizer):
 
     def __init__(
         self,
-        outer: TorchOuter,
+        factory: Callable[..., Optimizer],
+        parameters: Tensor,
+        layout: Layout,
         rule: Asynchronous,
         *,
         recorded: Mapping[int, Sequence[int]],
         rate: Callable[[int, int], float],
     ) -> None:
-        if outer.asks_again:
+        super().__init__(factory, parameters, layout)
+        needed = inspect.signature(self._optimizer.step).parameters.get("closure")
+        if needed is not None and needed.default is inspect.Parameter.empty:  # which it may call again and again
             raise ConfigError(
                 "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
                 "asked for again. Use Downpour, Adagrad, DelayedNesterov or SGD."
             )
         self.rule = rule
         self.recorded = recorded
-        self._outer = outer
         self._rate = rate
-        self.uses_rate = outer.uses_rate
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """Run a window, whose pushes move `parameters`; if it raises, they and the optimizer are as before it.
 
         Memory: a copy of the parameters and of the optimizer's state.
         """
-        before, state = parameters.detach().clone(), copy.deepcopy(dict(self._outer.state_dict()))
+        before, state = parameters.detach().clone(), copy.deepcopy(dict(self.state_dict()))
         try:
             round_()
         except BaseException:
             parameters.detach().copy_(before)
-            self._outer.load_state_dict(state)
+            self.load_state_dict(state)
             raise
 
     def apply(self, change: Tensor, clock: int, steps: int) -> None:
         """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
+        torch.neg(change, out=self._grad)
         if self.uses_rate:
-            self._outer.inner_lr = self._rate(clock, steps)
-        self._outer.apply(change)
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """The optimizer's own state dict."""
-        return self._outer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the optimizer's state dict."""
-        self._outer.load_state_dict(state)
+            self._optimizer.inner_lr = self._rate(clock, steps)  # type: ignore[attr-defined]
+        self._optimizer.step()

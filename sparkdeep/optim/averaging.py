@@ -56,9 +56,7 @@ def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal
         return Shares(weights=tuple(alike), divisor=sum(alike))
     whole = sum(parts.values())
     effective = sum(parts[i] / whole * updates[i].steps for i in counted)
-    shares = [0.0] * len(updates)
-    for i in counted:
-        shares[i] = parts[i] / whole * effective / updates[i].steps
+    shares = [parts[i] / whole * effective / updates[i].steps if i in parts else 0.0 for i in range(len(updates))]
     return Shares(weights=tuple(shares), divisor=1.0, rest=1.0 - sum(shares))
 
 

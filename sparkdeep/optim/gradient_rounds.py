@@ -89,14 +89,15 @@ class Evaluations:
         place = place_of(parameters)
         self._known = {place: self._known[place]} if place in self._known else {}
         at_end = self._known.get(place, self._first)
-        fresh = self._fresh
         return dataclasses.replace(
             at_end,
-            updates=[_added(update, [one.updates[i] for one in fresh]) for i, update in enumerate(at_end.updates)],
-            seconds=sum(one.seconds for one in fresh),
+            updates=[
+                _added(update, [one.updates[i] for one in self._fresh]) for i, update in enumerate(at_end.updates)
+            ],
+            seconds=sum(one.seconds for one in self._fresh),
             traffic=Traffic(
-                sent_bytes=sum(one.traffic.sent_bytes for one in fresh),
-                received_bytes=sum(one.traffic.received_bytes for one in fresh),
+                sent_bytes=sum(one.traffic.sent_bytes for one in self._fresh),
+                received_bytes=sum(one.traffic.received_bytes for one in self._fresh),
             ),
         )
 

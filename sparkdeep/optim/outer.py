@@ -6,7 +6,6 @@ Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minim
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, final
@@ -105,7 +104,6 @@ def driven(factory: Callable[..., Optimizer], parameters: Tensor, gradient: Tens
     return optimizer
 
 
-@final
 class TorchOuter(OuterOptimizer):
     """Drives a `torch.optim` optimizer over the global parameters, seen in their shapes.
 
@@ -142,19 +140,6 @@ class TorchOuter(OuterOptimizer):
             return result.loss
 
         self._optimizer.step(closure)
-
-    def apply(self, change: Tensor) -> None:
-        """One `optimizer.step()` with minus what one replica changed, (numel,)."""
-        torch.neg(change, out=self._grad)
-        if self.uses_rate:
-            self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
-        self._optimizer.step()
-
-    @property
-    def asks_again(self) -> bool:
-        """Whether the optimizer cannot step without a closure, which it may call again and again."""
-        needed = inspect.signature(self._optimizer.step).parameters.get("closure")
-        return needed is not None and needed.default is inspect.Parameter.empty
 
     def state_dict(self) -> Mapping[str, Any]:
         """The optimizer's own state dict."""

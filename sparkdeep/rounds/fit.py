@@ -105,11 +105,11 @@ class Fit:
             return self._gradient_outer()
         if self.outer_optimizer is None:
             return Assign()
-        outer = TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
+        made_of = self.outer_optimizer, self.state.parameters, self.layout
         if self.settings.asynchronous is None:
-            return outer
+            return TorchOuter(*made_of)
         recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
-        return OnArrival(outer, self.settings.asynchronous, recorded=recorded, rate=self.state.rates.mean)
+        return OnArrival(*made_of, self.settings.asynchronous, recorded=recorded, rate=self.state.rates.mean)
 
     def _gradient_outer(self) -> GradientOuter:
         assert self.outer_optimizer is not None
