@@ -23,7 +23,7 @@ from sparkdeep.tensors.parameters import Layout, unlike
 from sparkdeep.tensors.state_dicts import pack, unpack_dict
 from sparkdeep.tracking.records import RoundRecord
 
-__all__ = ["Best", "RunState", "deal_rest"]
+__all__ = ["Best", "RunState"]
 
 
 # Some 10 MB; a window of an epoch may have an arrival for every local step.
@@ -130,9 +130,12 @@ class RunState:
         """Whether the present replicas have yet to train a round."""
         return self.committed == self.generation.began
 
-    def deal(self, generation: Generation) -> None:
-        """Go on with other replicas."""
-        self.generation, self.consumed = generation, list(generation.consumed)
+    def deal(self, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
+        """Go on with other shards; the same share of the epoch counts as seen in each of them."""
+        start = Position(round=self.committed, epoch=self.epochs_done(), step=0)
+        share = self.schedule.share_of_epoch(self.committed, self.consumed)
+        self.generation = Generation.over(shards, local, settings, start, share)
+        self.consumed = list(self.generation.consumed)
 
     def starting(self, *, base: Literal["start", "global"] | None = None) -> Globals:
         """What replicas start the next round from.
@@ -259,10 +262,3 @@ class _Stored:
     aggregation: str
     downlink: dict[str, Any] | None
     records: list[dict[str, Any]]
-
-
-def deal_rest(state: RunState, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
-    """Go on with other shards; the same share of the epoch counts as seen in each of them."""
-    start = Position(round=state.committed, epoch=state.epochs_done(), step=0)
-    share = state.schedule.share_of_epoch(state.committed, state.consumed)
-    state.deal(Generation.over(shards, local, settings, start, share))

@@ -29,7 +29,7 @@ from sparkdeep.protocol.orders import (
     mean_loss,
 )
 from sparkdeep.protocol.refusals import check_updates
-from sparkdeep.rounds.run_state import RunState, deal_rest
+from sparkdeep.rounds.run_state import RunState
 from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, job_description, stage_description
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
@@ -90,7 +90,7 @@ class JobReplicas:
             self._renew = False
         parts = self.parts
         if state.generation.num_replicas != len(parts.shards):  # a checkpoint goes on that had another number
-            deal_rest(state, parts.shards, parts.local, parts.settings)
+            state.deal(parts.shards, parts.local, parts.settings)
         self._state = state
         self._snapshot = latest() if self._send_states else None
         return Opening()

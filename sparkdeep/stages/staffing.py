@@ -10,7 +10,7 @@ from typing import Final, Protocol, final
 
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.protocol.messages import ShardFacts, Ticket
-from sparkdeep.rounds.run_state import RunState, deal_rest
+from sparkdeep.rounds.run_state import RunState
 from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["Launcher", "RunningStage", "Staffing"]
@@ -90,7 +90,7 @@ class Staffing:
         if before == count:
             return ""
         # Also when a checkpoint goes on that was written with another number.
-        deal_rest(state, self.shards, self.local, self.settings)
+        state.deal(self.shards, self.local, self.settings)
         return f"{before} -> {count}"
 
     def enough(self) -> bool:
