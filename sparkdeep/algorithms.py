@@ -14,9 +14,8 @@ from sparkdeep.checks import refuse_unknown
 from sparkdeep.errors import ConfigError
 from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.optim.local_work import WarmStart
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.optim.outer import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = [
     "ALGORITHMS",

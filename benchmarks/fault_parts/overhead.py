@@ -21,8 +21,7 @@ from torch import nn
 
 from fault_parts.unguarded import GUARDS, replica, unguarded
 from sparkdeep.models.program import Program
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["run"]
 

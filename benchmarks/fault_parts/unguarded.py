@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from speed_parts import plain_replicas
 
-from sparkdeep.protocol.plans import ReplicaPlan, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, Ticket
 
 __all__ = ["GUARDS", "replica", "unguarded"]
 
@@ -64,7 +64,7 @@ def _without_deadline(transfer: Callable[..., None]) -> Callable[..., None]:
 # (module, name or Class.name, what takes its place, what it is): what makes a wrapper is given what was there.
 GUARDS: Final[Sequence[tuple[str, str, Any, str]]] = (
     ("sparkdeep.tensors.encoding", "Checksum", _NoChecksum, "the checksum of every body, where it is sent"),
-    ("sparkdeep.protocol.bodies", "Checksum", _NoChecksum, "and where it is received"),
+    ("sparkdeep.protocol.refusals", "Checksum", _NoChecksum, "and where it is received"),
     ("sparkdeep.replica.update", "LocalUpdate.finite", _yes, "whether an update is finite, at the replica"),
     ("sparkdeep.stages.admission", "check_update", _nothing, "whether a header may be counted, at the driver"),
     ("sparkdeep.protocol.wire", "hmac", SimpleNamespace(compare_digest=_yes), "the token of every frame"),

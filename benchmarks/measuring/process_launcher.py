@@ -7,8 +7,8 @@ from typing import Any, final
 
 from measuring.processes import Processes
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.plans import ShardFacts, Ticket
-from sparkdeep.stages.launch import RunningStage
+from sparkdeep.protocol.messages import ShardFacts, Ticket
+from sparkdeep.stages.staffing import RunningStage
 
 __all__ = ["ProcessLauncher"]
 

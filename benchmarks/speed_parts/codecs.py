@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from measuring.rows import interleaved, over, row
 
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from speed_parts.fake_replicas import FakeFit, open_fake_fit
 
 __all__ = ["CODECS", "coded", "measure"]

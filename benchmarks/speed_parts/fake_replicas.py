@@ -18,14 +18,12 @@ from measuring.process_launcher import ProcessLauncher
 from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.messages import Hello, Update
-from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.messages import Hello, RoundSpec, ShardFacts, Ticket, Update
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import serve
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.disks import StateFiles

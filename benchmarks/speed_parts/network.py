@@ -16,8 +16,7 @@ from measuring.rows import interleaved, over, row
 from torch import nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tracking.records import RoundRecord
 from speed_parts.codecs import CODECS, coded
 from speed_parts.ddp_loop import Goal, train_ddp

@@ -14,12 +14,11 @@ from measuring.process_launcher import ProcessLauncher
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
 from speed_parts.images import Images

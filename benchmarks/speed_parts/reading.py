@@ -28,7 +28,7 @@ from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.models.program import Program
 from sparkdeep.replica.reading import Reader
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 
 _CHUNK_BYTES: Final = 4 << 20
 _BLOCK_ROWS: Final = 4096

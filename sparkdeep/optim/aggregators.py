@@ -1,41 +1,151 @@
-"""How a round's updates become one: each aggregator computes it from what the replicas changed."""
+"""How a round's updates become one: each aggregator computes it from what the replicas changed, kept until all are there."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparkdeep.checks import not_negative
-from sparkdeep.optim.changes import Changes, Floats
-from sparkdeep.protocol.messages import Update
-from sparkdeep.tensors.encoding import CHUNK
+from sparkdeep.errors import ConfigError
+from sparkdeep.tensors.encoding import CHUNK, chunks_of
 from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
+from sparkdeep.tensors.parameters import Layout
 
 if TYPE_CHECKING:
-    from sparkdeep.optim.averaging import Averaging
-    from sparkdeep.protocol.values import Globals
+    from sparkdeep.optim.averaging import Averaging, Shares
+    from sparkdeep.protocol.orders import Globals
 
 __all__ = [
     "Aggregator",
+    "Changes",
+    "Floats",
     "Median",
     "NormClip",
     "RadialDirectional",
-    "Shares",
     "TrimmedMean",
     "aggregator_of",
     "embeddings_of",
-    "shares_of",
 ]
 
 # Chunks that are summed at the same time: enough for replicas that arrive in bursts, few enough for the caches.
 _WINDOW: Final = 4
+# Elements of every replica that are looked at together: N x 512 KB in float64.
+_SLICE: Final = 1 << 16
+
+Floats: TypeAlias = NDArray[np.float64]
+
+
+@final
+class Changes:
+    """Keeps the vectors of all replicas that count, for an aggregator to combine when all are there.
+
+    Unlike `OrderedSum`, whose memory is one vector, this keeps N of them on the driver: N x P bytes. All is computed in
+    float64, in replica order, and rounded once.
+
+    Args:
+        aggregator: how they are combined.
+        layout: of the vectors.
+        weights: one a replica, >= 0; one of weight 0 does not count.
+        start: (numel,), what replicas began the round with.
+        differences: whether what is added are differences from `start`, and not parameters.
+        out: (numel,), where the result is written, rounded once to its dtype.
+        plain: names of the parameters that take the plain mean under `RadialDirectional`.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        layout: Layout,
+        weights: Sequence[float],
+        *,
+        start: Tensor,
+        differences: bool,
+        out: Tensor,
+        plain: frozenset[str] = frozenset(),
+    ) -> None:
+        assert out.numel() == start.numel() == layout.numel, "aggregators combine parameters, and nothing beside them"
+        self.numel = layout.numel
+        self.chunk = CHUNK
+        self.layout = layout
+        self.plain = plain
+        self._aggregator = aggregator
+        self._start = start.detach().numpy()
+        self._differ = differences
+        self._out = out
+        self._weights = {i: weight for i, weight in enumerate(reduced_weights(weights)) if weight > 0}
+        self._vectors: dict[int, Tensor] = {}
+
+    def add(self, replica: int, chunks: Callable[[int, int], Tensor], wait: Callable[[], None]) -> None:
+        """Take in one replica's vector; nobody waits for another, so `wait` is not called.
+
+        Args:
+            replica: the replica's number; its weight must be positive.
+            chunks: called as `chunks(start, stop)` in ascending order; gives elements start..stop of the vector.
+            wait: of `OrderedSum`.
+        """
+        del wait
+        assert replica in self._weights, f"replica {replica} does not count"
+        vector = torch.empty(self.numel, dtype=self.layout.dtype)
+        for start, stop in chunks_of(self.numel):
+            vector[start:stop].copy_(chunks(start, stop))
+        self._vectors[replica] = vector
+
+    def mean(self) -> Tensor:
+        """The combination, shape (numel,), in `out`; to be asked for after every positive-weight replica has added.
+
+        Raises:
+            ConfigError: the aggregator left elements out, or gave some twice.
+        """
+        missing = sorted(self._weights.keys() - self._vectors.keys())
+        assert not missing, f"replicas {missing} have not added their vector"
+        assert self._weights, "the mean of no replica is undefined"
+        given = 0
+        for part, values in self._aggregator.combine(self, np.array(list(self._weights.values()))):
+            np.copyto(self._out.numpy()[part], values, casting="same_kind")
+            given += values.size
+        if given != self.numel:
+            raise ConfigError(
+                f"aggregator={self._aggregator!r}: combine gave {given} of {self.numel} parameters; it must give each once."
+            )
+        return self._out
+
+    def slices(self, place: slice | None = None) -> Iterator[slice]:
+        """The slices of a place in the vector, or of all of it, that are looked at one after the other."""
+        start, stop = (0, self.numel) if place is None else (place.start, place.stop)
+        return (slice(at, min(at + _SLICE, stop)) for at in range(start, stop, _SLICE))
+
+    def parameters(self, part: slice) -> Floats:
+        """(replicas, elements) that the replicas ended with."""
+        return self._values(part) + self._start[part] if self._differ else self._values(part)
+
+    def differences(self, part: slice) -> Floats:
+        """(replicas, elements), the parameters less those that the round began with."""
+        return self._values(part) if self._differ else self._values(part) - self._start[part]
+
+    def _values(self, part: slice) -> Floats:
+        return np.stack([self._vectors[i].numpy()[part] for i in self._weights]).astype(np.float64)
+
+    def norms(self, place: slice | None = None) -> Floats:
+        """(replicas,), the 2-norms of the differences."""
+        squares = (np.square(self.differences(part)).sum(axis=1) for part in self.slices(place))
+        return np.sqrt(sum(squares, np.zeros(len(self._weights))))
+
+    def summed(self, part: slice, shares: Floats) -> Floats:
+        """(elements,), `sum_i shares_i * difference_i` in replica order."""
+        weighed = (share * own for share, own in zip(shares, self.differences(part), strict=True))
+        return sum(weighed, np.zeros(part.stop - part.start))
+
+    def moved(self, shares: Floats, place: slice | None = None) -> Iterator[tuple[slice, Floats]]:
+        """Slice by slice, what the round began with and `summed`: what `combine` gives where it weighs whole vectors."""
+        return ((part, self._start[part] + self.summed(part, shares)) for part in self.slices(place))
 
 
 class Aggregator(ABC):
@@ -194,45 +304,3 @@ def embeddings_of(module: nn.Module) -> frozenset[str]:
         for parameter in child.parameters(recurse=False)
     }
     return frozenset(name for name, parameter in module.named_parameters() if id(parameter) in tables)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """A round's new parameters are `sum_i weights[i] * x_i / divisor + rest * start`, with `start` what it began with."""
-
-    weights: tuple[float, ...]
-    divisor: float
-    rest: float = 0.0
-    """0 for a mean."""
-
-
-def shares_of(updates: Sequence[Update], rows: Sequence[int], weighting: Literal["rows", "equal", "fednova"]) -> Shares:
-    """The shares of a round's updates, in replica order.
-
-    Args:
-        updates: the headers; one of weight 0 does not count.
-        rows: training rows of each replica's shard.
-        weighting: "rows": by the rows, or their weights, that were trained on. "equal": all that trained alike. "fednova": Wang et al. (2020, "Tackling the
-            objective inconsistency problem in heterogeneous federated optimization"): with `p_i` the replica's part of the
-            rows that there are, and `t_i` its steps, the parameters move by
-            `(sum_j p_j t_j) * sum_i p_i (x_i - start) / t_i`, so that a replica which takes more steps does not pull the
-            optimum its way. With equal steps it is the mean by the rows that there are. Exact for plain SGD; a close correction for others.
-    """
-    weights = reduced_weights([update.weight for update in updates])
-    counted = [i for i, weight in enumerate(weights) if weight > 0]
-    if weighting == "equal":
-        return Shares(weights=tuple(float(weight > 0) for weight in weights), divisor=float(len(counted)))
-    steps = {updates[i].steps for i in counted}
-    if weighting == "rows" or not counted:
-        return Shares(weights=tuple(weights), divisor=sum(weights))
-    # Weighted rows weigh in a shard as they did in the part of it that was trained on.
-    parts = {i: rows[i] * updates[i].weight / updates[i].rows for i in counted}
-    if len(steps) == 1:
-        alike = reduced_weights([parts.get(i, 0.0) for i in range(len(updates))])
-        return Shares(weights=tuple(alike), divisor=sum(alike))
-    whole = sum(parts.values())
-    effective = sum(parts[i] / whole * updates[i].steps for i in counted)
-    shares = [0.0] * len(updates)
-    for i in counted:
-        shares[i] = parts[i] / whole * effective / updates[i].steps
-    return Shares(weights=tuple(shares), divisor=1.0, rest=1.0 - sum(shares))

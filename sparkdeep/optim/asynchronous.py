@@ -1,19 +1,26 @@
-"""What makes a run asynchronous: how often a replica fetches and pushes, how old what it pushes may be, and whose turn it is."""
+"""What makes a run asynchronous: how often replicas fetch and push, how old a push may be, whose turn it is, and the outer step."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, final
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sparkdeep.checks import at_least
 from sparkdeep.errors import ConfigError
+from sparkdeep.optim.outer import TorchOuter
 from sparkdeep.protocol.messages import Visit
+from sparkdeep.protocol.orders import RoundResult
+from sparkdeep.tensors.parameters import Layout
 
-__all__ = ["FETCHED", "Asynchronous", "Turns", "Window"]
+__all__ = ["FETCHED", "Asynchronous", "OnArrival", "Turns"]
 
 FETCHED: Final = -1
 """Stands in a record for the staleness of a visit that pushes nothing."""
@@ -56,20 +63,6 @@ class Asynchronous:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """What all windows of a run have in common."""
-
-    rule: Asynchronous
-    """How often replicas come in."""
-    apply: Callable[[Tensor, int, int], None]
-    """Moves the global parameters by one push, (numel,), of a replica whose clock stood at a step when it began it, and the
-    number of steps that made it."""
-    recorded: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """By round: the replicas in the order in which they came in, of a recorded run that is repeated."""
-
-
-@final
 class Turns:
     """Whose turn it is in a window: a pure account of who came in when; locks and bytes are elsewhere.
 
@@ -96,17 +89,14 @@ class Turns:
         self._round = round_number
         self._recorded = recorded
         self._left = Counter(recorded)
-        self._steps = [0] * count
+        self.steps = [0] * count
+        """What each had done of the window when it last came in."""
         self._pushed = [0] * count
         self._behind = [0] * count
         self.working = set(range(count))
         """Replicas whose window has not ended."""
         self.log: list[list[int]] = []
         """[replica, staleness] in the order of arrival; the staleness of one that only fetches is `FETCHED`."""
-
-    def steps(self, replica: int) -> int:
-        """What it had done of the window when it last came in."""
-        return self._steps[replica]
 
     def may_come(self, replica: int, visit: Visit, *, last: bool) -> bool:
         """Whether it may come in now; `last`: it will not come again.
@@ -124,7 +114,7 @@ class Turns:
         left = []
         for other in self.working - ({replica} if last else set()):
             own = other == replica
-            to_push = self._rule.pushes_before_fetch(visit.steps if own else self._steps[other])
+            to_push = self._rule.pushes_before_fetch(visit.steps if own else self.steps[other])
             behind = (0 if visit.fetches else self._behind[other]) if own else self._behind[other] + 1
             left.append((bound - behind + to_push, to_push))
         taken = 0
@@ -143,7 +133,7 @@ class Turns:
             self._behind = [behind + (other != replica) for other, behind in enumerate(self._behind)]
         if visit.fetches:
             self._behind[replica] = 0
-        self._steps[replica] = visit.steps
+        self.steps[replica] = visit.steps
         self._left[replica] -= 1
         return before
 
@@ -168,3 +158,60 @@ class Turns:
             f"{Counter(self._recorded)[replica]} times, and now it does {'less' if self._left[replica] > 0 else 'more'} often: "
             "repeat a run with the rows and the n_fetch, n_push and batch_size that it had."
         )
+
+
+@final
+class OnArrival(TorchOuter):
+    """Steps once for every push of an asynchronous window, by `apply`; the window as a whole counts or does not.
+
+    Args:
+        factory, parameters, layout: as of `TorchOuter`.
+        rule: how often replicas come in.
+        recorded: by round, the replicas in the order in which they came in, of a recorded run that is repeated.
+        rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
+            needs it.
+
+    Raises:
+        ConfigError: the optimizer cannot step with the one gradient that a push is.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., Optimizer],
+        parameters: Tensor,
+        layout: Layout,
+        rule: Asynchronous,
+        *,
+        recorded: Mapping[int, Sequence[int]],
+        rate: Callable[[int, int], float],
+    ) -> None:
+        super().__init__(factory, parameters, layout)
+        needed = inspect.signature(self._optimizer.step).parameters.get("closure")
+        if needed is not None and needed.default is inspect.Parameter.empty:  # which it may call again and again
+            raise ConfigError(
+                "asynchronous=... with an outer optimizer whose step() needs a closure: a push is one gradient, and cannot be "
+                "asked for again. Use Downpour, Adagrad, DelayedNesterov or SGD."
+            )
+        self.rule = rule
+        self.recorded = recorded
+        self._rate = rate
+
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
+        """Run a window, whose pushes move `parameters`; if it raises, they and the optimizer are as before it.
+
+        Memory: a copy of the parameters and of the optimizer's state.
+        """
+        before, state = parameters.detach().clone(), copy.deepcopy(dict(self.state_dict()))
+        try:
+            round_()
+        except BaseException:
+            parameters.detach().copy_(before)
+            self.load_state_dict(state)
+            raise
+
+    def apply(self, change: Tensor, clock: int, steps: int) -> None:
+        """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
+        torch.neg(change, out=self._grad)
+        if self.uses_rate:
+            self._optimizer.inner_lr = self._rate(clock, steps)  # type: ignore[attr-defined]
+        self._optimizer.step()

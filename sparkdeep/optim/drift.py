@@ -123,16 +123,14 @@ class ControlVariates(DriftTerm):
         """None once it is lost: the common one, until this replica has trained."""
         self._rates = 0.0
 
-    def _correction(self) -> list[Tensor]:
-        if self._own is None:
-            return [torch.zeros_like(p) for p in self._parameters]
-        return [common - own for common, own in zip(self._common, self._own, strict=True)]
-
     @torch.no_grad()
     def begin(self) -> None:
         """Remember where the round began."""
         self._start = [p.detach().clone() for p in self._parameters]
-        self._terms = self._correction()
+        if self._own is None:
+            self._terms = [torch.zeros_like(p) for p in self._parameters]
+        else:
+            self._terms = [common - own for common, own in zip(self._common, self._own, strict=True)]
         self._rates = 0.0
 
     @torch.no_grad()

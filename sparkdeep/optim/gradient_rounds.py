@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparkdeep.errors import ConfigError, NonFiniteError
-from sparkdeep.optim.outer import RoundMean, driven
+from sparkdeep.optim.outer import OuterOptimizer, driven
 from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.values import RoundResult, Traffic
+from sparkdeep.protocol.orders import RoundResult, Traffic
 from sparkdeep.tensors.parameters import Layout, raw_bytes
 from sparkdeep.tracking.records import EvaluationRecord
 
@@ -89,14 +89,15 @@ class Evaluations:
         place = place_of(parameters)
         self._known = {place: self._known[place]} if place in self._known else {}
         at_end = self._known.get(place, self._first)
-        fresh = self._fresh
         return dataclasses.replace(
             at_end,
-            updates=[_added(update, [one.updates[i] for one in fresh]) for i, update in enumerate(at_end.updates)],
-            seconds=sum(one.seconds for one in fresh),
+            updates=[
+                _added(update, [one.updates[i] for one in self._fresh]) for i, update in enumerate(at_end.updates)
+            ],
+            seconds=sum(one.seconds for one in self._fresh),
             traffic=Traffic(
-                sent_bytes=sum(one.traffic.sent_bytes for one in fresh),
-                received_bytes=sum(one.traffic.received_bytes for one in fresh),
+                sent_bytes=sum(one.traffic.sent_bytes for one in self._fresh),
+                received_bytes=sum(one.traffic.received_bytes for one in self._fresh),
             ),
         )
 
@@ -124,7 +125,7 @@ class _Seen:
 
 
 @final
-class GradientOuter:
+class GradientOuter(OuterOptimizer):
     """Drives a `torch.optim` optimizer over the global parameters, with the mean gradient as `.grad`: nothing is negated.
 
     With Adam and the like this is data-parallel training, as exact as one process with all the rows. `torch.optim.LBFGS`
@@ -137,9 +138,6 @@ class GradientOuter:
         clip: largest 2-norm of the whole gradient, or None.
         lr_scheduler: called with the optimizer, and stepped once a round, or None.
     """
-
-    wants_rate = False
-    inner_lr = 1.0
 
     def __init__(
         self,
@@ -164,13 +162,12 @@ class GradientOuter:
         self._one_iteration()
         self._scheduler = lr_scheduler(self._optimizer) if lr_scheduler is not None else None
         self._seen: dict[bytes, _Seen] = {}
-        self.stopped = ""
 
     def _one_iteration(self) -> None:
         if self.line_search:
             self._optimizer.param_groups[0].update(max_iter=1, max_eval=1 + _SEARCHES)
 
-    def step(self, parameters: Tensor, round_: Callable[[], RoundMean]) -> None:
+    def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """One `optimizer.step(closure)`; each call of the closure evaluates loss and gradient at `parameters` as they are then."""
         assert parameters is self._parameters, "the outer optimizer holds views of another vector"
         self._seen.clear()

@@ -6,15 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from sparkdeep.checks import at_least, positive
 from sparkdeep.errors import ConfigError
 from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["QSR", "AdaComm", "Clock", "DyLU", "Epochs", "LocalWork", "PostLocal", "WarmStart"]
-
-_LOOKED_AT: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +92,7 @@ class PostLocal(LocalWork):
     def steps(self, clock: Clock) -> int:
         """1, or `sync_every`."""
         if self.switch_step is not None:
-            dense = self.switch_step - clock.step
-            return 1 if dense > 0 else clock.sync_every
+            return 1 if clock.step < self.switch_step else clock.sync_every
         return 1 if clock.rate(clock.step) >= clock.highest(clock.step) else clock.sync_every
 
 
@@ -200,7 +196,7 @@ class DyLU(LocalWork):
 
     own_clock = True
     alike = False
-    rounds: int = _LOOKED_AT
+    rounds: int = 5
     """Newest rounds from which speeds are taken."""
 
     def __post_init__(self) -> None:
@@ -218,15 +214,14 @@ class DyLU(LocalWork):
             left: steps that each replica has left; one that has none is no measure for the others. One that has been late in all
                 the rounds that are looked at counts as half as fast as the slowest of the others.
         """
-        num_replicas = len(left)
         done = [[0, 0.0] for _ in left]
         for record in clock.records[-self.rounds :]:
-            if len(record.replicas) == num_replicas:
+            if len(record.replicas) == len(left):
                 for own, part in zip(done, record.replicas, strict=True):
                     own[0] += part.steps
                     own[1] += part.compute_seconds
         speeds = [steps / seconds if steps and seconds > 0 else 0.0 for steps, seconds in done]
         known = [speed for speed, rest in zip(speeds, left, strict=True) if speed > 0 and rest > 0]
         if not known:
-            return [clock.sync_every] * num_replicas
+            return [clock.sync_every] * len(left)
         return [max(1, round(clock.sync_every * min(1.0, (speed or min(known) / 2) / max(known)))) for speed in speeds]

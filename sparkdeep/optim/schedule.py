@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, final
 
 from sparkdeep.optim.local_work import Clock, DyLU, LocalWork, WarmStart
-from sparkdeep.protocol.plans import Position, RoundSpec
+from sparkdeep.protocol.messages import Position, RoundSpec
 
-__all__ = ["OwnClocks", "PacedSchedule", "RuledSchedule", "Schedule", "TimeSchedule", "stretches"]
+__all__ = ["Counted", "PacedSchedule", "RuledSchedule", "Schedule", "TimeSchedule", "stretches"]
 
 
 _START: Final = Position(round=0, epoch=0, step=0)
@@ -45,11 +45,6 @@ class Schedule:
     """Local steps between averages."""
     start: Position = _START
     """Where it begins: a run whose rows were dealt anew goes on in the middle of an epoch."""
-
-    @classmethod
-    def over(cls, steps: Sequence[int], *, epochs: int, sync_every: int | Literal["epoch"]) -> Schedule:
-        """The schedule for replicas with `steps[i]` local steps an epoch each."""
-        return cls(steps_per_epoch=max(steps), epochs=epochs, sync_every=sync_every)
 
     @property
     def stride(self) -> int:
@@ -117,13 +112,13 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnClocks:
-    """What schedules have in common in which each replica has a clock of its own."""
+class Counted:
+    """What schedules have in common whose steps the driver counts: here each replica has a clock of its own."""
 
     steps: tuple[int, ...]
     """Local steps an epoch, by replica."""
     epochs: int
-    """Passes of each replica over its rows."""
+    """Passes over the data."""
 
     num_rounds: None = None
     """Nobody knows before."""
@@ -138,25 +133,30 @@ class OwnClocks:
         del specs
         return [done + own for done, own in zip(consumed, taken, strict=True)]
 
+    def _progress(self, consumed: Sequence[int]) -> tuple[int, int]:
+        """Steps so far, and those of an epoch: all replicas' together."""
+        return sum(consumed), max(1, sum(self.steps))
+
     def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
-        """Whole epochs in what all replicas have consumed together."""
+        """Epochs that are over."""
         del committed
-        return sum(consumed) // max(1, sum(self.steps))
+        done, epoch = self._progress(consumed)
+        return done // epoch
 
     def share_of_epoch(self, committed: int, consumed: Sequence[int]) -> float:
-        """How much of the current epoch is over, from 0 to below 1, all replicas together."""
+        """How much of the current epoch is over, from 0 to below 1."""
         del committed
-        whole = max(1, sum(self.steps))
-        return sum(consumed) % whole / whole
+        done, epoch = self._progress(consumed)
+        return done % epoch / epoch
 
     def clock(self, committed: int, consumed: Sequence[int], replica: int) -> int:
-        """Steps of a replica's learning-rate schedule so far: its own."""
+        """Steps of a replica's learning-rate schedule so far."""
         del committed
         return consumed[replica]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeSchedule(OwnClocks):
+class TimeSchedule(Counted):
     """Rounds of a number of seconds: each replica takes the steps that it gets done, on a clock of its own.
 
     The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with
@@ -192,26 +192,19 @@ class TimeSchedule(OwnClocks):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RuledSchedule:
-    """Rounds on the common clock, as long as a rule says; the driver counts the steps, as nobody knows them before."""
+class RuledSchedule(Counted):
+    """Rounds on the common clock, which is that of the replica with the most rows, as long as a rule says."""
 
-    steps_per_epoch: int
-    """Local steps of the replica with the most rows: the common clock."""
-    epochs: int
-    """Passes over the data."""
     rule: LocalWork
-
-    num_rounds: None = None
-    """Nobody knows before."""
 
     def specs(self, committed: int, consumed: Sequence[int], clock: Clock) -> tuple[RoundSpec, ...] | None:
         """The next round, by replica: alike, but for those that are idle."""
-        at = max(consumed)
-        left = self.epochs * self.steps_per_epoch - at
+        at, period = self._progress(consumed)
+        left = self.epochs * period - at
         if left <= 0:
             return None
-        epoch, first = divmod(at, self.steps_per_epoch)
-        most = left if self.rule.crosses else self.steps_per_epoch - first
+        epoch, first = divmod(at, period)
+        most = left if self.rule.crosses else period - first
         num_steps = max(1, min(self.rule.steps(clock), most))
         return tuple(
             RoundSpec(
@@ -219,41 +212,24 @@ class RuledSchedule:
                 epoch=epoch,
                 first_step=first,
                 num_steps=num_steps,
-                period=self.steps_per_epoch if self.rule.crosses else 0,
+                period=period if self.rule.crosses else 0,
                 skip="idle" if self.rule.idle(clock, replica) else "",
             )
             for replica in range(len(consumed))
         )
-
-    def next(self, committed: int) -> RoundSpec | None:
-        """Not known before the round is due."""
-        del committed
-        return None
 
     def advanced(self, consumed: Sequence[int], specs: Sequence[RoundSpec], taken: Sequence[int]) -> list[int]:
         """The clock after a round: every replica's is the common one."""
         del taken
         return [done + spec.num_steps for done, spec in zip(consumed, specs, strict=True)]
 
-    def epochs_done(self, committed: int, consumed: Sequence[int]) -> int:
-        """Epochs that are over."""
-        del committed
-        return max(consumed) // self.steps_per_epoch
-
-    def share_of_epoch(self, committed: int, consumed: Sequence[int]) -> float:
-        """How much of the current epoch is over, from 0 to below 1."""
-        del committed
-        return max(consumed) % self.steps_per_epoch / self.steps_per_epoch
-
-    def clock(self, committed: int, consumed: Sequence[int], replica: int) -> int:
-        """Steps of a replica's learning-rate schedule so far: common ones."""
-        del committed
-        return consumed[replica]
+    def _progress(self, consumed: Sequence[int]) -> tuple[int, int]:
+        return max(consumed), max(self.steps)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PacedSchedule(OwnClocks):
+class PacedSchedule(Counted):
     """Rounds in which each replica has a number of steps in proportion to its speed, on a clock of its own (`DyLU`).
 
     The run is over when every replica has been through its own rows `epochs` times; one that is there first waits with

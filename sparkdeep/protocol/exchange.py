@@ -18,18 +18,13 @@ from sparkdeep.protocol.messages import Update, field, parse, to_header
 from sparkdeep.protocol.orders import Stored, digest_of
 from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
-from sparkdeep.storage.store import Bytes
+from sparkdeep.storage.store import Bytes, run_folder
 
-__all__ = ["Exchange", "job_folder", "run_folder"]
+__all__ = ["Exchange", "job_folder"]
 
 _FIRST_POLL_S: Final = 0.01
 _LAST_POLL_S: Final = 0.25
 _HEADER_LIMIT_BYTES: Final = 1 << 20
-
-
-def run_folder(run: str) -> str:
-    """The run's folder in the exchange directory."""
-    return f"sparkdeep-{run}"
 
 
 def job_folder(run: str, job: str) -> str:

@@ -1,4 +1,4 @@
-"""What crosses between driver and replica: small typed headers; vectors and state follow as bodies.
+"""What driver and replica tell each other in small: where a replica belongs, and headers, which bodies follow.
 
 A round, seen from the replica:
 
@@ -22,25 +22,112 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from sparkdeep.checks import fits, misfit, shown
 from sparkdeep.errors import ProtocolError
 
+if TYPE_CHECKING:
+    from sparkdeep.data.schema import Schema
+    from sparkdeep.settings.run import LocalSettings
+
 __all__ = [
     "TRIAL_BYTES",
+    "Address",
     "Failure",
     "Hello",
     "Open",
     "Opened",
-    "Rendezvous",
+    "Position",
+    "ReplicaPlan",
+    "RoundSpec",
     "Saved",
+    "ShardFacts",
+    "Ticket",
     "Update",
     "Visit",
     "field",
     "parse",
     "to_header",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run is: a pure function of the committed rounds."""
+
+    round: int
+    """Committed rounds."""
+    epoch: int
+    """Epoch of the next round, from 0."""
+    step: int
+    """First local step of the next round within its epoch, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSpec:
+    """The local work of one round, the same for every replica; one with fewer batches does what it has."""
+
+    round: int
+    """The round's number, from 1."""
+    epoch: int
+    """Which pass over the data, from 0."""
+    first_step: int
+    """First local step within the epoch."""
+    num_steps: int
+    """Local steps on the common clock; learning-rate schedules advance by this much on every replica."""
+    budget_s: float | None = None
+    """Stop after the step in which so many seconds are over; None: after `num_steps`."""
+    own_clock: bool = False
+    """Whether `epoch`, `first_step` and `num_steps` count this replica's own steps, and may cross an epoch's end."""
+    period: int = 0
+    """Local steps of an epoch on the common clock, where a round may cross its end; else 0."""
+    gradient: Literal["", "batches", "all"] = ""
+    """Nothing is trained, and the gradient told: of the next `num_steps` steps' batches, or of all rows; "": training."""
+    skip: str = ""
+    """Why the replica does nothing but advance the clock: "idle", or why the round was recorded as going on without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the coordinator listens, as replicas see it."""
+
+    host: str
+    port: int
+    nearby: str = ""
+    """Name of its Unix socket, for replicas on the driver's own host; "" where there is none."""
+    certificate: bytes = b""
+    """The only one that a replica takes (DER); empty where the port speaks no TLS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What the ledger knows of one shard, from the first time it was written."""
+
+    rows: dict[str, int]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """What a replica needs to join one opening of the stage."""
+
+    address: Address
+    token: bytes = dataclasses.field(repr=False)
+    run: str
+    stage: str
+    """Unique to this opening; what names a zombie."""
+    connect_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaPlan:
+    """What every replica of a run is made from; the same for all stages."""
+
+    program: bytes
+    """`program.pack_program`."""
+    settings: LocalSettings
+    schema: Schema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,13 +289,3 @@ def field(header: dict[str, Any], name: str, kind: Any) -> Any:
 
 TRIAL_BYTES: Final = 4 << 20
 """What each replica exchanges in a trial, at most."""
-
-
-class Rendezvous(Protocol):
-    """Keys and values that all replicas of a stage see."""
-
-    def put(self, key: str, value: bytes) -> None:
-        """Store a value."""
-
-    def get(self, key: str) -> bytes:
-        """Wait for a value, and give it."""

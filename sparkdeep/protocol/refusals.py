@@ -1,10 +1,13 @@
-"""What the driver refuses of a replica's words, by name: other versions, another shard, an update that may not be counted."""
+"""What is checked of a replica's words, and refused by name: its versions, its shard, an update's header and its body."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, final
+
+import torch
+from torch import Tensor
 
 from sparkdeep.errors import (
     NonFiniteError,
@@ -15,12 +18,16 @@ from sparkdeep.errors import (
     UserCodeError,
     VersionMismatchError,
 )
-from sparkdeep.protocol.messages import Failure, Hello, Update
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import Failure, Hello, ShardFacts, Update
+from sparkdeep.tensors.encoding import CHECKSUM_BYTES, Checksum
+from sparkdeep.tensors.parameters import raw_bytes
+from sparkdeep.tensors.state_dicts import unpack_tensors
 
 __all__ = [
     "MAX_SECTIONS",
+    "Body",
     "check_shard",
+    "check_size",
     "check_update",
     "check_updates",
     "check_versions",
@@ -31,6 +38,7 @@ __all__ = [
 
 MAX_SECTIONS: Final = 8
 """Optimizer states that replicas may average, at most."""
+_PIECE_BYTES: Final = 1 << 20
 
 
 def check_versions(own: dict[str, str], hellos: Sequence[Hello]) -> None:
@@ -125,3 +133,85 @@ def common_sections(updates: Sequence[Update]) -> list[str]:
     if len(sections) > 1:
         raise ProtocolError(f"replicas average different optimizer states: {sorted(sections)}.")
     return list(sections.pop()) if sections else []
+
+
+def check_size(replica: int, body_bytes: int, update: Update, vector_bytes: int, *, buffer_limit_bytes: int) -> None:
+    """Refuse an update whose body has another size than its header says, or more buffers than there are.
+
+    Raises:
+        ProtocolError: with the numbers.
+    """
+    expected = vector_bytes + update.buffer_bytes + CHECKSUM_BYTES
+    if body_bytes != expected or not 0 <= update.buffer_bytes <= buffer_limit_bytes:
+        raise ProtocolError(
+            f"replica {replica} announced a body of {body_bytes} bytes with {update.buffer_bytes} of buffers; expected "
+            f"{vector_bytes} of parameters, at most {buffer_limit_bytes} of buffers and a checksum."
+        )
+
+
+@final
+class Body:
+    """Reads a body from wherever it comes from: a connection, or memory.
+
+    Args:
+        read: fills a view with the next bytes.
+        who: whose it is, for messages.
+        replica, host: likewise.
+        scratch: uint8, for one chunk at a time; made as large as that.
+
+    Raises (all methods):
+        ReplicaLostError: it was damaged on its way; the round is void.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[memoryview], object],
+        *,
+        who: str,
+        replica: int,
+        host: str = "",
+        scratch: Tensor | None = None,
+    ) -> None:
+        self._read = read
+        self._scratch = torch.empty(0, dtype=torch.uint8) if scratch is None else scratch
+        self._who = who
+        self.replica = replica
+        self._host = host
+        self._checksum = Checksum()
+
+    def read(self, view: memoryview) -> None:
+        """Fill `view` (bytes) with what comes next."""
+        self._read(view)
+        self._checksum.update(view)
+
+    def chunk(self, num_bytes: int) -> Tensor:
+        """What comes next, (num_bytes,) uint8, until it is asked for again."""
+        if self._scratch.numel() < num_bytes:
+            self._scratch.resize_(num_bytes)
+        part = self._scratch[:num_bytes]
+        self.read(raw_bytes(part))
+        return part
+
+    def fill(self, into: Tensor) -> None:
+        """Fill a contiguous tensor."""
+        view = raw_bytes(into)
+        for start in range(0, view.nbytes, _PIECE_BYTES):
+            self.read(view[start : start + _PIECE_BYTES])
+
+    def buffers(self, num_bytes: int) -> dict[str, Tensor]:
+        """The buffers, with which it ends."""
+        data = bytearray(num_bytes)
+        self.read(memoryview(data))
+        self.verify()
+        return unpack_tensors(bytes(data)) if data else {}
+
+    def verify(self) -> None:
+        """Its end: what was read is what was sent."""
+        sent = bytearray(CHECKSUM_BYTES)
+        self._read(memoryview(sent))
+        if sent != self._checksum.digest():
+            raise ReplicaLostError(
+                f"the update of {self._who} was damaged on its way (checksum differs); the round is void.",
+                replica=self.replica,
+                host=self._host,
+            )

@@ -62,7 +62,13 @@ def server_context() -> tuple[ssl.SSLContext, bytes]:
     )
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # no session is taken up again, and so nothing follows the handshake that is not a frame
-    _load(context, locked + certificate.public_bytes(serialization.Encoding.PEM), password)
+    # OpenSSL's context takes a key from a file only. This one is encrypted, and gone before anybody connects; what a kill
+    # in between leaves cannot be opened, as the password was in memory.
+    with tempfile.TemporaryDirectory(prefix="sparkdeep-tls-") as folder:  # 0700
+        path = Path(folder) / "key.pem"
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(locked + certificate.public_bytes(serialization.Encoding.PEM))
+        context.load_cert_chain(path, password=password)
     return context, bytes(certificate.public_bytes(serialization.Encoding.DER))
 
 
@@ -79,16 +85,6 @@ def _context(protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
-
-
-def _load(context: ssl.SSLContext, chain: bytes, password: bytes) -> None:
-    # OpenSSL's context takes a key from a file only. This one is encrypted, and gone before anybody connects; what a kill
-    # in between leaves cannot be opened, as the password was in memory.
-    with tempfile.TemporaryDirectory(prefix="sparkdeep-tls-") as folder:  # 0700
-        path = Path(folder) / "key.pem"
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(chain)
-        context.load_cert_chain(path, password=password)
 
 
 def _cryptography() -> tuple[Any, Any, Any, Any]:
@@ -129,20 +125,39 @@ class TlsSocket:
         self._closed = False
         self._timeout_s = _POLL_S
         self.family = sock.family
+        # As of the plain socket.
+        self.setsockopt = sock.setsockopt
+        self.getpeername = sock.getpeername
+        self.getsockname = sock.getsockname
+        self.fileno = sock.fileno
 
     @classmethod
-    def accept(cls, sock: socket.socket, context: ssl.SSLContext, *, check: Callable[[], None]) -> TlsSocket:
-        """The driver's end of `sock`.
+    def open(cls, sock: socket.socket, context: ssl.SSLContext, *, check: Callable[[], None]) -> TlsSocket:
+        """The end of `sock` whose the context is, after the handshake.
 
         Args:
             sock: connected; closed when this fails.
-            context: with the run's certificate.
+            context: of the driver, with the run's certificate, or of a replica.
             check: called about four times a second while the other end keeps us waiting; raises to give up.
 
         Raises:
             OSError: the other end is gone, or speaks no TLS 1.3.
         """
-        return cls._open(sock, context, server_side=True, check=check)
+        server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
+        opened: TlsSocket | None = None
+        try:
+            sock.setblocking(False)
+            opened = cls(context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False))
+            while True:
+                try:
+                    opened._attempt(opened._ssl.do_handshake)
+                except TimeoutError:
+                    check()
+                else:
+                    return opened
+        except BaseException:
+            (opened or sock).close()
+            raise
 
     @classmethod
     def connect(
@@ -167,35 +182,13 @@ class TlsSocket:
                 raise TimeoutError(f"no TLS handshake within {timeout_s:g} s")
 
         try:
-            opened = cls._open(sock, context, server_side=False, check=check)
+            opened = cls.open(sock, context, check=check)
         except ssl.SSLCertVerificationError as error:
             raise ProtocolError(_OTHER_CERTIFICATE) from error
         if opened._ssl.getpeercert(binary_form=True) != certificate:
             opened.close()
             raise ProtocolError(_OTHER_CERTIFICATE)
         return opened
-
-    @classmethod
-    def _open(
-        cls, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, check: Callable[[], None]
-    ) -> TlsSocket:
-        try:
-            sock.setblocking(False)
-            opened = cls(context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False))
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            while True:
-                try:
-                    opened._attempt(opened._ssl.do_handshake)
-                except TimeoutError:
-                    check()
-                else:
-                    return opened
-        except BaseException:
-            opened.close()
-            raise
 
     def send(self, data: memoryview) -> int:
         """Send a first part of `data`; returns its bytes.
@@ -225,22 +218,6 @@ class TlsSocket:
     def settimeout(self, timeout_s: float) -> None:
         """How long `send` and `recv_into` wait."""
         self._timeout_s = timeout_s
-
-    def setsockopt(self, level: int, option: int, value: int) -> None:
-        """As of the plain socket."""
-        self._ssl.setsockopt(level, option, value)
-
-    def getpeername(self) -> Any:
-        """As of the plain socket."""
-        return self._ssl.getpeername()
-
-    def getsockname(self) -> Any:
-        """As of the plain socket."""
-        return self._ssl.getsockname()
-
-    def fileno(self) -> int:
-        """As of the plain socket; -1 when closed."""
-        return self._ssl.fileno()
 
     def shutdown(self, how: int) -> None:
         """End the connection, waking whoever waits; without TLS's own farewell, as frames tell their length."""

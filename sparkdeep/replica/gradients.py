@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.optim.schedule import stretches
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.replica.progress import Progress
-from sparkdeep.replica.reading import Reader
+from sparkdeep.protocol.messages import RoundSpec
+from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.tensors.parameters import Layout
 
 __all__ = ["GradientWork"]

@@ -6,21 +6,22 @@ import io
 import socket
 import threading
 import time
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from sparkdeep import seams
 from sparkdeep.errors import CoordinatorUnreachableError, ProtocolError
-from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Visit, field, parse, to_header
-from sparkdeep.protocol.plans import Address
+from sparkdeep.protocol.messages import Address, Failure, Hello, Open, Opened, Visit, field, parse, to_header
 from sparkdeep.protocol.tls import TlsSocket, client_context
 from sparkdeep.protocol.wire import Buffer, Connection, ConnectionLostError, Frame
-from sparkdeep.replica.letter import Letter
 from sparkdeep.replica.overlapping import Pace
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, checksummed, chunks_of
 from sparkdeep.tensors.parameters import raw_bytes
+
+if TYPE_CHECKING:
+    from sparkdeep.replica.job import Letter
 
 __all__ = ["LogStream", "ReplicaLink"]
 

@@ -1,14 +1,16 @@
-"""A replica's batches, from its shard to its device."""
+"""A replica's batches, from its shard to its device, and how far it is in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.feed import Feed
@@ -16,10 +18,12 @@ from sparkdeep.data.prefetch import prefetch_count, prefetched
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import FieldValues, Shard
 from sparkdeep.models.program import Program, prepared
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.storage.disks import own_files
 
-__all__ = ["Reader"]
+__all__ = ["Progress", "Reader"]
+
+BEAT_S = 0.5
 
 
 @final
@@ -110,3 +114,47 @@ class Reader:
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)
         return prepared(batch, self._program, augment=augment)
+
+
+@final
+class Progress:
+    """Counts of a round as it goes on.
+
+    Args:
+        beat: called with (rows, steps), at most every half second.
+    """
+
+    def __init__(self, beat: Callable[[int, int], None]) -> None:
+        self.rows = 0
+        self.steps = 0
+        self.weight = 0.0
+        self.input_s = 0.0
+        self._losses: list[Tensor | float] = []
+        self._weights: list[float] = []
+        self._beat = beat
+        self._last = time.monotonic()
+
+    def add(self, rows: int, weight: float, loss: Tensor | None) -> None:
+        """Count a batch."""
+        self.rows += rows
+        self.weight += weight
+        if loss is not None:
+            # A number on the CPU is there; one on a device would be waited for, and is fetched when the round ends.
+            self._losses.append(loss.item() if loss.device.type == "cpu" else loss.detach().reshape(()))
+            self._weights.append(weight)
+        if time.monotonic() - self._last > BEAT_S:
+            self._beat(self.rows, self.steps)
+            self._last = time.monotonic()
+
+    def end_step(self) -> None:
+        """Count a local step."""
+        self.steps += 1
+
+    def loss_sum(self) -> float:
+        """Sum over batches of loss times weight."""
+        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
+        losses = (
+            torch.stack(tensors).to("cpu", torch.float64) if tensors else torch.tensor(numbers, dtype=torch.float64)
+        )
+        return float(losses @ torch.tensor(self._weights, dtype=torch.float64))

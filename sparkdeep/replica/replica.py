@@ -22,14 +22,12 @@ from sparkdeep.models.program import Program, inner_optimizer, other_modules
 from sparkdeep.models.validation import Evaluator
 from sparkdeep.optim.drift import CONTROL, term_of
 from sparkdeep.optim.schedule import stretches
-from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec, Update
 from sparkdeep.replica.gradients import GradientWork
-from sparkdeep.replica.progress import Progress
-from sparkdeep.replica.reading import Reader
+from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of, unlike
 from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack_dict, unpack_tensors
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.messages import Rendezvous
+from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.tensors.mean import Partition, weighted_mean
 
 __all__ = ["Ring"]
@@ -25,22 +25,22 @@ __all__ = ["Ring"]
 if dist.is_available():
 
     class _Store(dist.Store):  # type: ignore[name-defined]  # torch has no stub of it
-        """A rendezvous, as a process group wants it: nothing listens, and every call goes through the coordinator."""
+        """Where replicas meet, as a process group wants it: nothing listens, and every call goes through the coordinator."""
 
-        def __init__(self, rendezvous: Rendezvous) -> None:
+        def __init__(self, link: ReplicaLink) -> None:
             super().__init__()
-            self._rendezvous = rendezvous
+            self._link = link
 
         def set(self, key: str, value: Any) -> None:
-            self._rendezvous.put(key, value.encode("latin-1") if isinstance(value, str) else bytes(value))
+            self._link.put(key, value.encode("latin-1") if isinstance(value, str) else bytes(value))
 
         def get(self, key: str) -> bytes:
-            return self._rendezvous.get(key)
+            return self._link.get(key)
 
         def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-            del timeout  # the rendezvous has its own
+            del timeout  # the link has its own
             for key in keys:
-                self._rendezvous.get(key)
+                self._link.get(key)
 
 
 @final
@@ -48,7 +48,7 @@ class Ring:
     """One replica's place among the replicas of a stage.
 
     Args:
-        rendezvous: of the stage.
+        link: by which the replicas of the stage meet.
         rank, size: this replica, and how many there are.
         host: this replica's address, as the others reach it.
         device: where it computes.
@@ -59,7 +59,7 @@ class Ring:
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, rank: int, size: int, *, host: str, device: torch.device, timeout_s: float
+        self, link: ReplicaLink, rank: int, size: int, *, host: str, device: torch.device, timeout_s: float
     ) -> None:
         self._rank = rank
         self.size = size
@@ -67,7 +67,7 @@ class Ring:
         self._device = device if device.type == "cuda" else torch.device("cpu")
         self._scratch: dict[str, Tensor] = {}
         try:
-            self._group = self._make(_Store(rendezvous), host)
+            self._group = self._make(_Store(link), host)
             # The first collective of a group meets through the store too, which is only there while the stage opens.
             self._exchange(torch.zeros(size, device=self._device), torch.empty(size, device=self._device))
         except RuntimeError as error:

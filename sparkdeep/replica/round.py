@@ -12,9 +12,8 @@ from typing import Final, final
 import torch
 
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import TRIAL_BYTES, Saved, Update, field, to_header
+from sparkdeep.protocol.messages import TRIAL_BYTES, RoundSpec, Saved, Update, field, to_header
 from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.plans import RoundSpec
 from sparkdeep.protocol.refusals import MAX_SECTIONS
 from sparkdeep.protocol.wire import Frame
 from sparkdeep.replica.link import ReplicaLink

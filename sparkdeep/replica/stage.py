@@ -16,9 +16,8 @@ from sparkdeep import seams
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
 from sparkdeep.models.program import Program, unpack_program
-from sparkdeep.protocol.messages import Failure, Hello, Open, field
+from sparkdeep.protocol.messages import Failure, Hello, Open, ReplicaPlan, field
 from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.plans import ReplicaPlan
 from sparkdeep.protocol.wire import ConnectionLostError, Frame
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparkdeep import seams
 from sparkdeep.errors import CheckpointError
 from sparkdeep.protocol.messages import Update
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, LARGEST, checksummed, chunks_of, codec_named, encoded_bytes
 from sparkdeep.tensors.parameters import Layout, raw_bytes
 

@@ -9,8 +9,7 @@ from typing import final
 import torch
 
 from sparkdeep.errors import ProtocolError
-from sparkdeep.protocol.messages import Visit
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec, Visit
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.update import LocalResult

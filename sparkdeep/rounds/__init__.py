@@ -8,11 +8,8 @@
 - `identity.py`: what makes a run the run that it is, for resuming
 - `inner_rates.py`: the replicas' learning rate, as the driver needs it
 - `loop.py`: the main loop
-- `planning.py`: how many rounds a stage is to run
-- `recording.py`: a round's record; recorded decisions, taken again
 - `round.py`: one round and its outer step: planned, trained, committed in the driver's memory, and put on record
 - `run.py`: what the loop works on
 - `run_state.py`: everything the next round depends on, as one value
-- `snapshots.py`: run states kept, in memory or as checkpoints
-- `transport.py`: what the main loop needs of a transport
+- `transport.py`: what the main loop needs of a transport, and the snapshots that it goes back to
 """

@@ -73,8 +73,7 @@ class Downlink:
         Raises:
             CheckpointError: it was written with other settings.
         """
-        copies = {"current": self.current if self._codec.lossy else None, "previous": self.previous}
-        if any(_unlike(state.get(name), own) for name, own in copies.items()):
+        if any(_unlike(state.get(name), own) for name, own in self.state_dict().items()):
             raise CheckpointError("the run's state was kept with another down_codec= or overlap=.")
         with torch.no_grad():
             if self._codec.lossy:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sparkdeep import seams
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
-from sparkdeep.optim.asynchronous import Window
+from sparkdeep.optim.asynchronous import OnArrival
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
-from sparkdeep.optim.outer import Assign, OnArrival, OuterOptimizer, TorchOuter
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts
+from sparkdeep.optim.outer import Assign, OuterOptimizer, TorchOuter
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.fit_checks import check_factory, check_inner_optimizer, check_model, warn_of_dense_rounds
 from sparkdeep.rounds.generation import Generation
@@ -26,11 +26,9 @@ from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.rounds.loop import run_rounds
 from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import CheckpointSnapshots, MemorySnapshots, Snapshot, Snapshots
-from sparkdeep.rounds.transport import FitParts, StageOpener
+from sparkdeep.rounds.transport import CheckpointSnapshots, FitParts, MemorySnapshots, Snapshot, Snapshots, StageOpener
 from sparkdeep.settings.contradictions import check_length, check_outer, check_together, warn_of_effects
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
@@ -107,8 +105,11 @@ class Fit:
             return self._gradient_outer()
         if self.outer_optimizer is None:
             return Assign()
-        outer = TorchOuter(self.outer_optimizer, self.state.parameters, self.layout)
-        return outer if self.settings.asynchronous is None else OnArrival(outer, self.state.rates.mean)
+        made_of = self.outer_optimizer, self.state.parameters, self.layout
+        if self.settings.asynchronous is None:
+            return TorchOuter(*made_of)
+        recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
+        return OnArrival(*made_of, self.settings.asynchronous, recorded=recorded, rate=self.state.rates.mean)
 
     def _gradient_outer(self) -> GradientOuter:
         assert self.outer_optimizer is not None
@@ -150,7 +151,7 @@ class Fit:
             plan=self.plan,
             shards=self.shards,
             wide=self.outer_optimizer is not None,
-            window=self._window(),
+            pushed=self.outer if isinstance(self.outer, OnArrival) else None,
             on_beat=self.on_beat,
             on_log=self.on_log,
         )
@@ -170,13 +171,6 @@ class Fit:
         )
         with closing(run_rounds(run)) as records:
             yield from records
-
-    def _window(self) -> Window | None:
-        rule = self.settings.asynchronous
-        if rule is None or not isinstance(self.outer, OnArrival):
-            return None
-        recorded = {record.round: [replica for replica, _ in record.arrivals] for record in self.replay}
-        return Window(rule=rule, apply=self.outer.apply, recorded=recorded)
 
     @property
     def num_rounds(self) -> int | None:

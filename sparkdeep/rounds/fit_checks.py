@@ -15,10 +15,9 @@ from torch.optim import SGD, Optimizer
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program, inner_optimizer
 from sparkdeep.optim.drift import Scaffold
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
-from sparkdeep.rounds.inner_rates import Rates
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.optim.outer import DelayedNesterov, Downpour
+from sparkdeep.rounds.inner_rates import InnerRates
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["check_factory", "check_inner_optimizer", "check_model", "warn_of_dense_rounds"]
 
@@ -84,16 +83,13 @@ def _unlike_plain_sgd(optimizer: Optimizer) -> str | None:
     return None
 
 
-def warn_of_dense_rounds(rates: Rates) -> None:
+def warn_of_dense_rounds(rates: InnerRates) -> None:
     """Warn that rounds which are to grow as the learning rate falls never will."""
     if rates.constant:
         _LOG.warning(
             "schedule=PostLocal() with a constant learning rate: it waits for the first fall of the rate, and every step is averaged "
             "until then. Give lr_scheduler=, or PostLocal(switch_step=n)."
         )
-
-
-_LOG = logging.getLogger("sparkdeep")
 
 
 def check_factory(factory: Any, run: RunSettings) -> None:

@@ -11,9 +11,8 @@ from sparkdeep.data.order import steps_per_epoch
 from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.optim.local_work import DyLU, WarmStart
 from sparkdeep.optim.schedule import PacedSchedule, RuledSchedule, Schedule, TimeSchedule
-from sparkdeep.protocol.plans import Position, ShardFacts
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.protocol.messages import Position, ShardFacts
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["AnySchedule", "Generation"]
 
@@ -72,7 +71,7 @@ class Generation:
             warm = settings.schedule if isinstance(settings.schedule, WarmStart) else None
             schedule = TimeSchedule(steps=steps, epochs=settings.epochs, budget_s=settings.time_budget_s, warm=warm)
         elif settings.schedule is not None:
-            schedule = RuledSchedule(steps_per_epoch=max(steps), epochs=settings.epochs, rule=settings.schedule)
+            schedule = RuledSchedule(steps=steps, epochs=settings.epochs, rule=settings.schedule)
             common = start.epoch * max(steps) + max(seen)
             return cls(
                 shards=tuple(shards), schedule=schedule, began=start.round, consumed=(common,) * len(steps), steps=steps

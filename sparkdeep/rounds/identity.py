@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ShardFacts
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.protocol.messages import ShardFacts
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.own_names import name_of
 from sparkdeep.tensors.parameters import Layout, named_tensors, raw_bytes
 

@@ -3,53 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, final
+from typing import final
 
 from torch import nn
 
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program, inner_optimizer
 
-__all__ = ["InnerRates", "NoRates", "Rates"]
-
-
-class Rates(Protocol):
-    """Learning rates by local steps."""
-
-    @property
-    def constant(self) -> bool:
-        """Whether nothing changes the rate."""
-
-    def at(self, step: int) -> float:
-        """The rate after this many local steps."""
-
-    def highest(self, step: int) -> float:
-        """The highest rate until then."""
-
-    def mean(self, first: int, steps: int) -> float:
-        """The mean rate of this many steps from the `first` on."""
-
-
-@final
-class NoRates:
-    """Rates for a run in which nothing asks for them."""
-
-    @property
-    def constant(self) -> bool:
-        """Never asked for."""
-        return self.at(0) == 0.0
-
-    def at(self, step: int) -> float:
-        """Never asked for."""
-        raise AssertionError(f"nobody has told the rate of step {step}")
-
-    def highest(self, step: int) -> float:
-        """Never asked for."""
-        return self.at(step)
-
-    def mean(self, first: int, steps: int) -> float:
-        """Never asked for."""
-        return self.at(first + steps)
+__all__ = ["InnerRates"]
 
 
 @final

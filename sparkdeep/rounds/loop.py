@@ -13,7 +13,7 @@ from sparkdeep.models.validation import merge_scores
 from sparkdeep.rounds.round import run_round
 from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.run_state import Best
-from sparkdeep.rounds.snapshots import Snapshot
+from sparkdeep.rounds.transport import Snapshot
 from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["run_rounds"]

@@ -10,16 +10,15 @@ from typing import final
 
 import torch
 
-from sparkdeep.errors import NonFiniteError
+from sparkdeep.errors import ConfigError, NonFiniteError
 from sparkdeep.optim.gradient_rounds import searched_too_far
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec, Update
+from sparkdeep.protocol.orders import RoundResult, RoundWork
 from sparkdeep.protocol.refusals import not_finite
-from sparkdeep.protocol.values import RoundResult, RoundWork
 from sparkdeep.rounds.guards import check_divergence, round_deadline_s
-from sparkdeep.rounds.recording import Told, record_of, replayed
 from sparkdeep.rounds.run import Run
 from sparkdeep.rounds.transport import Opening
-from sparkdeep.tracking.records import RoundRecord
+from sparkdeep.tracking.records import ReplicaRecord, RoundRecord
 
 __all__ = ["run_round"]
 
@@ -44,18 +43,7 @@ def run_round(run: Run, opening: Opening) -> RoundRecord:
     result = step.result
     assert result is not None
     _count_rolled_back(run, result)
-    record = record_of(
-        specs,
-        result,
-        seconds=time.perf_counter() - began,
-        told=Told(
-            opening_s=opening.seconds,
-            failures=run.ledger.take(),
-            aggregation=run.state.aggregation,
-            changed=opening.changed,
-            evaluations=[] if run.evaluations is None else run.evaluations.records,
-        ),
-    )
+    record = _record(run, specs, result, opening, seconds=time.perf_counter() - began)
     _commit(run, specs, record)
     return record
 
@@ -64,10 +52,38 @@ def _specs(run: Run) -> Sequence[RoundSpec]:
     """What each replica does in the next round, as it is planned or as it was recorded."""
     planned = run.state.specs()
     assert planned is not None
-    specs = replayed(planned, run.replay.get(run.state.committed + 1))
+    specs = _replayed(planned, run.replay.get(run.state.committed + 1))
     if run.settings.gradient:
         return tuple(dataclasses.replace(spec, gradient=run.settings.gradient) for spec in specs)
     return specs
+
+
+def _replayed(specs: Sequence[RoundSpec], record: RoundRecord | None) -> tuple[RoundSpec, ...]:
+    """The round's specs with the decisions of its record: what a clock, a quorum or NaN decided then is prescribed now.
+
+    Args:
+        specs: by replica.
+        record: of the same round in the run that is replayed; None: nothing is decided yet.
+
+    Raises:
+        ConfigError: the record is of another number of replicas.
+    """
+    if record is None:
+        return tuple(specs)
+    if len(record.replicas) != len(specs):
+        raise ConfigError(
+            f"round {record.round} was recorded with {len(record.replicas)} replicas, and is repeated with {len(specs)}: repeat "
+            "a run with the number of workers that it had."
+        )
+    return tuple(
+        dataclasses.replace(
+            spec,
+            budget_s=None,
+            num_steps=part.steps + part.skipped_steps if spec.own_clock else spec.num_steps,
+            skip=part.dropped,
+        )
+        for spec, part in zip(specs, record.replicas, strict=True)
+    )
 
 
 class _NobodyCountsError(Exception):
@@ -132,7 +148,7 @@ class _Step:
         if self._specs[0].gradient and not any(update.weight for update in result.updates):
             # No row has a weight, and so none a gradient.
             self.result = result = dataclasses.replace(result, mean=torch.zeros_like(result.mean))
-        if run.outer.wants_rate:
+        if run.outer.uses_rate:
             steps = max(update.steps for update in result.updates)
             run.outer.inner_lr = state.rates.mean(max(self._work.clocks), steps)
         if state.downlink is not None:
@@ -165,6 +181,70 @@ def _count_rolled_back(run: Run, result: RoundResult) -> None:
             run.state.committed + 1,
             f" {run.rolled_back} rounds in a row were taken back, and max_retries={run.settings.max_retries}.",
         )
+
+
+def _record(
+    run: Run, specs: Sequence[RoundSpec], result: RoundResult, opening: Opening, *, seconds: float
+) -> RoundRecord:
+    """The record of a round; `seconds`: of it and its outer step."""
+    compute_s = max(update.compute_s for update in result.updates)
+    failures = run.ledger.take()
+    return RoundRecord(
+        round=specs[0].round,
+        epoch=max(spec.epoch for spec in specs) + 1,
+        rows=sum(update.rows for update in result.updates),
+        loss=result.loss,
+        logged=_logged(result.updates),
+        seconds=seconds + opening.seconds,
+        compute_seconds=compute_s,
+        exchange_seconds=max(0.0, result.seconds - compute_s),
+        outer_seconds=max(0.0, seconds - result.seconds),
+        stage_seconds=opening.seconds,
+        state_seconds=max(saved.seconds for saved in result.saved),
+        state_bytes=sum(saved.bytes for saved in result.saved),
+        retries=len(failures),
+        failures=failures,
+        slowest=max(range(len(specs)), key=lambda i: result.updates[i].compute_s),
+        sent_bytes=result.traffic.sent_bytes,
+        received_bytes=result.traffic.received_bytes,
+        aggregation=run.state.aggregation,
+        state_reset=list(result.reset),
+        num_workers_changed=opening.changed,
+        evaluations=[] if run.evaluations is None else run.evaluations.records,
+        arrivals=result.arrivals,
+        replicas=[
+            ReplicaRecord(
+                replica=i,
+                host=result.hosts[i],
+                rows=update.rows,
+                weight=update.weight,
+                steps=update.steps,
+                compute_seconds=update.compute_s,
+                input_seconds=update.input_s,
+                dropped=spec.skip or result.dropped.get(i, ""),
+                skipped_steps=_skipped(spec, result, i),
+            )
+            for i, (spec, update) in enumerate(zip(specs, result.updates, strict=True))
+        ],
+    )
+
+
+def _skipped(spec: RoundSpec, result: RoundResult, replica: int) -> int:
+    """Steps of its rows that a replica's clock skips."""
+    if spec.skip == "idle" and spec.own_clock:
+        return 0  # its clock stands still in the meantime
+    if spec.skip or (replica in result.dropped and not spec.own_clock):
+        return spec.num_steps
+    return result.passed_over.get(replica, 0)
+
+
+def _logged(updates: Sequence[Update]) -> dict[str, float]:
+    """Means over the rows of those replicas that logged a name."""
+    means: dict[str, float] = {}
+    for name in [name for update in updates for name in update.logged]:
+        parts = [(update.logged[name], update.rows) for update in updates if name in update.logged]
+        means[name] = sum(value * rows for value, rows in parts) / sum(rows for _, rows in parts)
+    return means
 
 
 def _commit(run: Run, specs: Sequence[RoundSpec], record: RoundRecord) -> None:

@@ -9,13 +9,11 @@ from typing import Any, Literal, final
 
 from sparkdeep.optim.gradient_rounds import Evaluations
 from sparkdeep.optim.outer import OuterOptimizer
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshot, Snapshots
-from sparkdeep.rounds.transport import Replicas
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.rounds.transport import Replicas, Snapshot, Snapshots
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tracking.records import RoundRecord

@@ -13,18 +13,17 @@ from sparkdeep.checks import misfit
 from sparkdeep.errors import CheckpointError, DataError
 from sparkdeep.optim.drift import CONTROL
 from sparkdeep.optim.local_work import Clock
-from sparkdeep.protocol.plans import Position, RoundSpec, ShardFacts
-from sparkdeep.protocol.values import Globals, RoundResult
+from sparkdeep.protocol.messages import Position, RoundSpec, ShardFacts
+from sparkdeep.protocol.orders import Globals, RoundResult
 from sparkdeep.rounds.downlink import Downlink
 from sparkdeep.rounds.generation import AnySchedule, Generation
-from sparkdeep.rounds.inner_rates import NoRates, Rates
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.rounds.inner_rates import InnerRates
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tensors.parameters import Layout, unlike
 from sparkdeep.tensors.state_dicts import pack, unpack_dict
 from sparkdeep.tracking.records import RoundRecord
 
-__all__ = ["Best", "RunState", "deal_rest"]
+__all__ = ["Best", "RunState"]
 
 
 # Some 10 MB; a window of an epoch may have an arrival for every local step.
@@ -52,6 +51,8 @@ class RunState:
     """The present replicas, and the rounds before them."""
     consumed: list[int]
     """Steps that each of them has taken since the run began, where it keeps a clock of its own (`time_budget_s`)."""
+    rates: InnerRates
+    """The inner learning rate by local steps."""
     sections: list[str] = field(default_factory=list)
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -68,8 +69,6 @@ class RunState:
     stopped: str = ""
     """Why the run is over before its last round; "" while it is not."""
     records: list[RoundRecord] = field(default_factory=list)
-    rates: Rates = field(default_factory=NoRates)
-    """The inner learning rate by local steps."""
     sync_every: int | Literal["epoch"] = "epoch"
     """What a rule for the length of rounds starts from."""
 
@@ -131,9 +130,12 @@ class RunState:
         """Whether the present replicas have yet to train a round."""
         return self.committed == self.generation.began
 
-    def deal(self, generation: Generation) -> None:
-        """Go on with other replicas."""
-        self.generation, self.consumed = generation, list(generation.consumed)
+    def deal(self, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
+        """Go on with other shards; the same share of the epoch counts as seen in each of them."""
+        start = Position(round=self.committed, epoch=self.epochs_done(), step=0)
+        share = self.schedule.share_of_epoch(self.committed, self.consumed)
+        self.generation = Generation.over(shards, local, settings, start, share)
+        self.consumed = list(self.generation.consumed)
 
     def starting(self, *, base: Literal["start", "global"] | None = None) -> Globals:
         """What replicas start the next round from.
@@ -164,14 +166,6 @@ class RunState:
     def to_files(self, layout: Layout, outer: Mapping[str, Any], replicas: list[bytes]) -> dict[str, bytes]:
         """The state as named byte strings; the weights are in a safetensors file of their own."""
         weights = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
-        best = None
-        if self.best is not None:
-            best = {
-                "round": self.best.round,
-                "score": self.best.score,
-                "parameters": self.best.parameters,
-                "buffers": self.best.buffers,
-            }
         run = {
             "generation": self.generation.to_json(),
             "consumed": self.consumed,
@@ -181,7 +175,7 @@ class RunState:
             "sections": self.sections,
             "inner": self.inner,
             "buffers": self.buffers,
-            "best": best,
+            "best": None if self.best is None else vars(self.best),
             "outer": dict(outer),
             "aggregation": self.aggregation,
             "downlink": self.downlink.state_dict() if self.downlink is not None else None,
@@ -268,10 +262,3 @@ class _Stored:
     aggregation: str
     downlink: dict[str, Any] | None
     records: list[dict[str, Any]]
-
-
-def deal_rest(state: RunState, shards: Sequence[ShardFacts], local: LocalSettings, settings: RunSettings) -> None:
-    """Go on with other shards; the same share of the epoch counts as seen in each of them."""
-    start = Position(round=state.committed, epoch=state.epochs_done(), step=0)
-    share = state.schedule.share_of_epoch(state.committed, state.consumed)
-    state.deal(Generation.over(shards, local, settings, start, share))

@@ -1,29 +1,43 @@
-"""What the main loop needs from whatever runs the replicas of a fit, and what that is given about the fit."""
+"""What stands between the main loop and whatever runs a fit's replicas: their interface, stages planned, snapshots to go back to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol, final
 
 from torch import nn
 
-from sparkdeep.optim.asynchronous import Window
-from sparkdeep.protocol.plans import ReplicaPlan, RoundSpec, ShardFacts
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
+from sparkdeep.optim.asynchronous import OnArrival
+from sparkdeep.protocol.messages import ReplicaPlan, RoundSpec, ShardFacts
+from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
+from sparkdeep.storage.checkpoints import CheckpointDirectory, Loaded
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout, named_tensors
 from sparkdeep.tensors.state_dicts import pack_tensors
+from sparkdeep.tracking.records import RoundRecord
 
-__all__ = ["FitParts", "Opening", "Replicas", "StageOpener"]
+__all__ = [
+    "CheckpointSnapshots",
+    "FitParts",
+    "MemorySnapshots",
+    "Opening",
+    "Replicas",
+    "Snapshot",
+    "Snapshots",
+    "StageOpener",
+    "job_description",
+    "rounds_to_run",
+    "stage_description",
+]
 
-
-def _ignored(_replica: int, _what: Any) -> None:
-    pass
+# Opening costs at most 5 % of the time if 20 times its cost follows it; a quarter more, because rounds vary.
+_WORK_PER_OPENING: Final = 25.0
+# As above: the rest of max_stage_s is for rounds that take longer than those before.
+_SHARE_OF_STAGE: Final = 0.9
 
 
 @final
@@ -43,11 +57,11 @@ class FitParts:
     """Rows and digest of each shard, one per replica."""
     wide: bool
     """Whether the outer step wants the mean in float64."""
-    window: Window | None = None
-    """How an asynchronous run takes in pushes; None: its rounds are synchronous."""
-    on_beat: Callable[[int, int], None] = field(default=_ignored)
+    pushed: OnArrival | None
+    """What an asynchronous run moves by its pushes; None: its rounds are synchronous."""
+    on_beat: Callable[[int, int], None]
     """Called with (replica, rows of the round so far)."""
-    on_log: Callable[[int, str], None] = field(default=_ignored)
+    on_log: Callable[[int, str], None]
     """Called with (replica, line) for what replicas print."""
 
     @property
@@ -71,6 +85,72 @@ class Opening:
     """Seconds that opening their stage took, if one was opened just now."""
     changed: str = ""
     """Such as "3 -> 2" where their number changed since a round was counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A durable state: what `RunState.to_files` gave after a round."""
+
+    round: int
+    files: Mapping[str, bytes]
+
+    def replica(self, number: int) -> bytes | None:
+        """A replica's state, or None when none is in the snapshot (round 0)."""
+        name = f"replica-{number:05d}.safetensors"
+        return self.files[name] if name in self.files else None  # noqa: SIM401 (files may be read lazily)
+
+
+class Snapshots(Protocol):
+    """Where durable states are kept."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep `snapshot`, durably on return."""
+
+    def latest(self) -> Snapshot | None:
+        """The newest one, or None."""
+
+
+@final
+class MemorySnapshots:
+    """Keeps the newest snapshot in the driver's memory: as durable as the driver."""
+
+    def __init__(self) -> None:
+        self._latest: Snapshot | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Replace the previous one."""
+        self._latest = snapshot
+
+    def latest(self) -> Snapshot | None:
+        """The newest one."""
+        return self._latest
+
+
+@final
+class CheckpointSnapshots:
+    """Snapshots in a checkpoint directory: as durable as what lies beneath it."""
+
+    def __init__(self, directory: CheckpointDirectory) -> None:
+        self._directory = directory
+
+    def begin(self, *, resume: bool) -> Snapshot | None:
+        """Become the directory's writer; returns its newest checkpoint, None without one to resume."""
+        if not resume:
+            self._directory.discard()
+            return None
+        return _snapshot(self._directory.begin())
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Commit a checkpoint."""
+        self._directory.save(snapshot.round, snapshot.files, {"round": snapshot.round})
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint that verifies."""
+        return _snapshot(self._directory.latest())
+
+
+def _snapshot(loaded: Loaded | None) -> Snapshot | None:
+    return None if loaded is None else Snapshot(round=loaded.round_number, files=loaded.files)
 
 
 class Replicas(Protocol):
@@ -116,3 +196,59 @@ class StageOpener(Protocol):
 
     def replicas(self, parts: FitParts) -> Replicas:
         """The replicas of a fit; nothing is opened yet."""
+
+
+def rounds_to_run(
+    records: Sequence[RoundRecord], *, left: int, rounds_per_stage: int | Literal["auto"], max_stage_s: float
+) -> int | None:
+    """Decide how many rounds the next stage runs.
+
+    Args:
+        records: of the run so far; the last stage's rounds show how long a round takes, and its first what opening costs.
+        left: rounds of the run that are not committed yet; 0 when a stage is opened only to score or keep the last one.
+        rounds_per_stage: the setting.
+        max_stage_s: the setting: a stage is planned to fit into it, unless a single round does not.
+
+    Returns:
+        At most `left`, and at least 1 if `left` is; None for "auto" when nothing was measured yet and several rounds
+        are left: such a stage is closed by the clock.
+    """
+    measured = _last_stage(records)
+    limit = left if rounds_per_stage == "auto" else min(rounds_per_stage, left)
+    if measured is None:
+        return None if rounds_per_stage == "auto" and left > 1 else limit
+    round_s, opening_s = measured
+    limit = min(limit, max(1, int(_SHARE_OF_STAGE * max_stage_s / round_s)))
+    if rounds_per_stage == "auto":
+        limit = min(limit, max(1, math.ceil(_WORK_PER_OPENING * opening_s / round_s)))
+    return limit
+
+
+def stage_description(committed: int, planned: int | None, num_rounds: int | None) -> str:
+    """What the Spark UI shows of a stage's job."""
+    first, of = committed + 1, _of(num_rounds)
+    if planned is None:
+        return f"sparkdeep fit: rounds from {first}{of}"
+    if planned == 0:
+        return f"sparkdeep fit: scores and checkpoint of round {committed}{of}"
+    return f"sparkdeep fit: rounds {first}-{committed + planned}{of}"
+
+
+def job_description(what: str, committed: int, num_rounds: int | None) -> str:
+    """What the Spark UI shows of a job between rounds."""
+    return f"sparkdeep fit: {what} after round {committed}{_of(num_rounds)}"
+
+
+def _of(num_rounds: int | None) -> str:
+    return "" if num_rounds is None else f" of {num_rounds}"
+
+
+def _last_stage(records: Sequence[RoundRecord]) -> tuple[float, float] | None:
+    """Mean seconds of a round, and of opening, in the last stage; None if none was opened."""
+    for start in range(len(records) - 1, -1, -1):
+        opening_s = records[start].stage_seconds
+        if opening_s > 0:
+            rounds = records[start:]
+            round_s = (sum(record.seconds for record in rounds) - opening_s) / len(rounds)
+            return max(round_s, 1e-6), opening_s
+    return None

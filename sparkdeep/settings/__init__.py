@@ -1,6 +1,5 @@
 """What may be asked for, and what cannot be meant together.
 
 - `contradictions.py`: settings that cannot be meant together
-- `local.py`: settings of the local work, which travel to every replica
-- `run.py`: settings of the run, which stay on the driver
+- `run.py`: settings of the local work, which travel to every replica, and of the run, which stay on the driver
 """

@@ -9,8 +9,7 @@ from sparkdeep.checks import changed
 from sparkdeep.errors import ConfigError
 from sparkdeep.optim.drift import Scaffold
 from sparkdeep.optim.local_work import WarmStart
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 __all__ = ["check_length", "check_outer", "check_together", "warn_of_effects"]
 

@@ -7,12 +7,9 @@
 - `driver_link.py`: one replica's connection, as the driver sees it
 - `gathering.py`: one round at the driver: order, headers, bodies, mean
 - `jobs.py`: the driver's end of a job a round
-- `launch.py`: who starts replicas, and the stage that is on its way: two interfaces
-- `meeting.py`: where the replicas of a stage tell each other how they can be reached: on the driver, through their own connections
 - `opener.py`: when stages open and close
-- `ring.py`: the ring at the driver: replicas add up, and each sends its part of the mean
-- `staffing.py`: how many replicas the next stage has
+- `ring.py`: the ring at the driver: chosen where it is faster than the star; replicas meet, add up, and each sends its part
+- `staffing.py`: who starts replicas, and how many the next stage has
 - `stage.py`: the driver's end of one open stage
 - `star.py`: the star: every replica is sent the parameters by the driver, which adds their updates up as they arrive
-- `topology.py`: star or ring: what the driver measures when the first stage opens, and which of them it chooses
 """

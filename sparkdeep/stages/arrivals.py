@@ -9,7 +9,7 @@ from typing import Final, final
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError
-from sparkdeep.optim.asynchronous import Turns, Window
+from sparkdeep.optim.asynchronous import OnArrival, Turns
 from sparkdeep.protocol.messages import Update, Visit, parse
 from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.refusals import check_update, not_finite
@@ -33,21 +33,21 @@ class Arrivals:
     the account of `Turns`.
 
     Args:
-        window: what all windows of the run have in common.
+        outer: the step for each push, in all windows of the run.
         given: this one; pushes move its start's parameters.
     """
 
     held = False
 
-    def __init__(self, window: Window, given: Round) -> None:
+    def __init__(self, outer: OnArrival, given: Round) -> None:
         self._given = given
-        self._window = window
+        self._outer = outer
         self._parameters = given.start.parameters.detach()
         # All begin where the window does, though pushes of the first may have been applied when the last one is sent it.
         self._begin = self._parameters.clone()
         number = given.work.round
-        recorded = window.recorded.get(number)
-        self._turns = Turns(given.num_replicas, window.rule, round_number=number, recorded=recorded)
+        recorded = outer.recorded.get(number)
+        self._turns = Turns(given.num_replicas, outer.rule, round_number=number, recorded=recorded)
         self._news = threading.Condition()
 
     @property
@@ -58,7 +58,7 @@ class Arrivals:
     def order(self, replica: int, order: Order) -> tuple[Order, list[Buffer]]:
         """How often to come in, and the parameters at the window's start."""
         del replica
-        rule = self._window.rule
+        rule = self._outer.rule
         return replace(order, n_fetch=rule.n_fetch, n_push=rule.n_push), [raw_bytes(self._begin)]
 
     def take(self, link: DriverLink, admission: Admission) -> Taken | None:
@@ -94,7 +94,7 @@ class Arrivals:
             if frame.kind != "visit":
                 return frame
             visit = parse(Visit, frame.header)
-            inside = self._turns.steps(replica) < visit.steps < spec.num_steps and not spec.skip
+            inside = self._turns.steps[replica] < visit.steps < spec.num_steps and not spec.skip
             if visit.round != spec.round or not inside or not (visit.pushes or visit.fetches):
                 raise ProtocolError(f"{link.who} came in with {visit} in round {spec.round}.")
             if not visit.finite:
@@ -114,7 +114,7 @@ class Arrivals:
                     self._given.check()
             pushed = self._turns.come(replica, visit)
             if visit.pushes:
-                self._window.apply(room, self._given.work.clocks[replica] + pushed, visit.steps - pushed)
+                self._outer.apply(room, self._given.work.clocks[replica] + pushed, visit.steps - pushed)
             if visit.fetches:
                 room.copy_(self._parameters)
             if last:

@@ -9,10 +9,8 @@ from typing import Protocol, final
 from torch import Tensor
 
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Update
-from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.messages import RoundSpec, Update
+from sparkdeep.protocol.orders import Globals, Order, RoundWork
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission, Terms
 from sparkdeep.stages.driver_link import DriverLink

@@ -15,8 +15,7 @@ from typing import Any, Final, final
 
 from sparkdeep.checks import shown
 from sparkdeep.errors import ConfigError, ProtocolError
-from sparkdeep.protocol.messages import Hello, parse
-from sparkdeep.protocol.plans import Address
+from sparkdeep.protocol.messages import Address, Hello, parse
 from sparkdeep.protocol.tls import TlsSocket, server_context
 from sparkdeep.protocol.wire import TOKEN_BYTES, Connection
 
@@ -137,7 +136,7 @@ class Coordinator:
             def give_up() -> None:
                 self._give_up(deadline)
 
-            line = sock if self._tls is None else TlsSocket.accept(sock, self._tls, check=give_up)
+            line = sock if self._tls is None else TlsSocket.open(sock, self._tls, check=give_up)
             connection = Connection(line, self.token, check=give_up)
             frame = connection.receive(timeout_s=_HANDSHAKE_S)
             authenticated = True

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, RoundTimeoutError
-from sparkdeep.protocol.bodies import Body, check_size
 from sparkdeep.protocol.messages import Failure, Hello, Update, field, parse
-from sparkdeep.protocol.refusals import failed
+from sparkdeep.protocol.refusals import Body, check_size, failed
 from sparkdeep.protocol.wire import Buffer, Connection, Frame, SilentError
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES
 from sparkdeep.tensors.parameters import raw_bytes

@@ -10,9 +10,8 @@ from torch import Tensor
 from sparkdeep import seams
 from sparkdeep.errors import ProtocolError
 from sparkdeep.protocol.messages import Saved, Update, parse, to_header
-from sparkdeep.protocol.orders import Order
+from sparkdeep.protocol.orders import Order, RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.refusals import common_sections
-from sparkdeep.protocol.values import RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Collector, Round

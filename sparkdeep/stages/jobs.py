@@ -13,15 +13,24 @@ from torch import Tensor
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, SparkdeepError
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open, Opened, Saved, Update, parse
-from sparkdeep.protocol.orders import Job, JobRunner, Order, Parcel, Reply, Stored, digest_of
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import Hello, Open, Opened, RoundSpec, Saved, Update, parse
+from sparkdeep.protocol.orders import (
+    Globals,
+    Job,
+    JobRunner,
+    Order,
+    Parcel,
+    Reply,
+    RoundResult,
+    RoundWork,
+    Stored,
+    Traffic,
+    digest_of,
+    mean_loss,
+)
 from sparkdeep.protocol.refusals import check_updates
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork, Traffic, mean_loss
-from sparkdeep.rounds.planning import job_description, stage_description
-from sparkdeep.rounds.run_state import RunState, deal_rest
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.rounds.transport import FitParts, Opening
+from sparkdeep.rounds.run_state import RunState
+from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, job_description, stage_description
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict, unpack_tensors
@@ -81,7 +90,7 @@ class JobReplicas:
             self._renew = False
         parts = self.parts
         if state.generation.num_replicas != len(parts.shards):  # a checkpoint goes on that had another number
-            deal_rest(state, parts.shards, parts.local, parts.settings)
+            state.deal(parts.shards, parts.local, parts.settings)
         self._state = state
         self._snapshot = latest() if self._send_states else None
         return Opening()

@@ -13,24 +13,19 @@ from sparkdeep import seams
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.optim.aggregators import embeddings_of
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open
-from sparkdeep.protocol.plans import RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, Ticket
+from sparkdeep.protocol.orders import Globals, RoundResult, RoundWork
 from sparkdeep.protocol.refusals import check_shard, check_versions
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
-from sparkdeep.rounds.planning import rounds_to_run, stage_description
 from sparkdeep.rounds.run_state import RunState
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.rounds.transport import FitParts, Opening
+from sparkdeep.rounds.transport import FitParts, Opening, Snapshot, rounds_to_run, stage_description
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane
 from sparkdeep.stages.coordinator import Coordinator
-from sparkdeep.stages.launch import Launcher
-from sparkdeep.stages.ring import Ring
-from sparkdeep.stages.staffing import Staffing
+from sparkdeep.stages.ring import Ring, available, choose, needs_trial
+from sparkdeep.stages.staffing import Launcher, Staffing
 from sparkdeep.stages.stage import Stage
 from sparkdeep.stages.star import Star
-from sparkdeep.stages.topology import available, choose, needs_trial
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.versions import versions
 
@@ -103,7 +98,7 @@ class SocketReplicas:
         )
         self.plane = Plane(
             averaging=averaging,
-            collector=Star if parts.window is None else partial(Arrivals, parts.window),
+            collector=Star if parts.pushed is None else partial(Arrivals, parts.pushed),
             terms=Terms(quorum=settings.quorum, grace_s=settings.quorum_grace_s, on_nonfinite=settings.on_nonfinite),
         )
 

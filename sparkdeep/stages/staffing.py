@@ -1,4 +1,4 @@
-"""How many replicas the next stage has: all that were asked for, or, where allowed, as many as there are slots for."""
+"""Who starts replicas, and how many: all that were asked for, or, where allowed, as many as there are slots for."""
 
 from __future__ import annotations
 
@@ -6,19 +6,54 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, Protocol, final
 
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.plans import ShardFacts
-from sparkdeep.rounds.run_state import RunState, deal_rest
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
-from sparkdeep.stages.launch import Launcher
+from sparkdeep.protocol.messages import ShardFacts, Ticket
+from sparkdeep.rounds.run_state import RunState
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
-__all__ = ["Staffing"]
+__all__ = ["Launcher", "RunningStage", "Staffing"]
 
 _LOG = logging.getLogger("sparkdeep")
 _LOOK_EVERY_S: Final = 0.25
+
+
+class RunningStage(Protocol):
+    """Replicas on their way to the coordinator, or at work."""
+
+    def failure(self) -> BaseException | None:
+        """Why the stage failed, as far as its launcher knows; None while it runs or after it ended well."""
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for the replicas to end after they were told to stop; cancels what is left."""
+
+    def cancel(self) -> None:
+        """End the replicas now; returns at once."""
+
+
+class Launcher(Protocol):
+    """Starts one replica per shard."""
+
+    @property
+    def num_replicas(self) -> int:
+        """How many."""
+
+    def launch(self, ticket: Ticket, description: str) -> RunningStage:
+        """Start all replicas; each dials the ticket's address and says hello."""
+
+    def renew(self) -> None:
+        """Make the shards anew before the next launch: a replica did not find its own."""
+
+    def slots(self) -> int | None:
+        """How many replicas could run at the same time, whether their slots are busy or not; None where nobody knows."""
+
+    def resize(self, num_replicas: int) -> Sequence[ShardFacts]:
+        """Deal the rows anew, to so many replicas; what their shards hold.
+
+        Raises:
+            ReplicaLostError: it could not be done now, but perhaps later.
+        """
 
 
 @final
@@ -55,7 +90,7 @@ class Staffing:
         if before == count:
             return ""
         # Also when a checkpoint goes on that was written with another number.
-        deal_rest(state, self.shards, self.local, self.settings)
+        state.deal(self.shards, self.local, self.settings)
         return f"{before} -> {count}"
 
     def enough(self) -> bool:

@@ -10,17 +10,14 @@ from dataclasses import replace
 from typing import Any, TypeVar, final
 
 from sparkdeep.errors import ProtocolError, ReplicaLostError, SparkdeepError
-from sparkdeep.protocol.messages import Hello, Open, Opened, parse, to_header
-from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundResult, RoundWork
+from sparkdeep.protocol.messages import Hello, Open, Opened, RoundSpec, parse, to_header
+from sparkdeep.protocol.orders import Globals, Order, RoundResult, RoundWork
 from sparkdeep.protocol.wire import Connection, ConnectionLostError, SilentError
 from sparkdeep.stages.collector import Collector, Plane, Round
 from sparkdeep.stages.driver_link import DriverLink
 from sparkdeep.stages.gathering import Gathering
-from sparkdeep.stages.launch import RunningStage
-from sparkdeep.stages.meeting import Meeting
-from sparkdeep.stages.topology import Trial, measure
+from sparkdeep.stages.ring import Meeting, Trial, measure
+from sparkdeep.stages.staffing import RunningStage
 from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors, unpack_dict
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 from sparkdeep.errors import ConfigError
 
-__all__ = ["JSON", "TEMPORARY", "Bytes", "Store", "check_name", "shown_uri", "too_long"]
+__all__ = ["JSON", "TEMPORARY", "Bytes", "Store", "check_name", "run_folder", "shown_uri", "too_long"]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -17,6 +17,11 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 TEMPORARY = ".tmp-"  # prefix of unfinished files: no caller may use it, no list() shows it
 
 _PASSWORD = re.compile(r"//[^@\s]*:[^@\s]*@")
+
+
+def run_folder(run: str) -> str:
+    """A run's folder, in a directory that runs share."""
+    return f"sparkdeep-{run}"
 
 
 class Store(Protocol):

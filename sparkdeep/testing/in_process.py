@@ -13,16 +13,15 @@ from typing import final
 
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.exchange import run_folder
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.protocol.orders import Inline, Job, Parcel, Reply, Stored, digest_of
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
-from sparkdeep.replica.job import obey
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter, obey
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.stage import Place, live
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.stages.launch import RunningStage
+from sparkdeep.settings.run import LocalSettings
+from sparkdeep.stages.staffing import RunningStage
 from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import run_folder
 
 __all__ = ["InProcessLauncher", "InProcessRunner"]
 

@@ -18,6 +18,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program
 from sparkdeep.optim.aggregators import (
     Aggregator,
+    Changes,
     Median,
     NormClip,
     RadialDirectional,
@@ -25,11 +26,9 @@ from sparkdeep.optim.aggregators import (
     aggregator_of,
     embeddings_of,
 )
-from sparkdeep.optim.changes import Changes
 from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_together
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.tensors.encoding import CHUNK

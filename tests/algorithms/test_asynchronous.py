@@ -31,7 +31,7 @@ from twin import deal, local_coordinator, make_fit, schema_of
 from sparkdeep.errors import ConfigError
 from sparkdeep.optim.asynchronous import FETCHED, Asynchronous
 from sparkdeep.optim.local_work import PostLocal
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.optim.outer import DelayedNesterov, Downpour
 from sparkdeep.tracking.records import RoundRecord
 
 # -- written out ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from twin import deal, local_coordinator, make_fit
 
 from sparkdeep.errors import NonFiniteError, ReplicaLostError
 from sparkdeep.optim.asynchronous import Asynchronous
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.optim.outer import DelayedNesterov, Downpour
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.testing.injection import Injector

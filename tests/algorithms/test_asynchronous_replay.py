@@ -17,7 +17,7 @@ from asynchronous_runs import (
 from sparkdeep.errors import ConfigError
 from sparkdeep.optim.asynchronous import FETCHED, Asynchronous
 from sparkdeep.optim.local_work import DyLU, WarmStart
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour
+from sparkdeep.optim.outer import DelayedNesterov, Downpour
 
 # -- replay -----------------------------------------------------------------------------------------------------------
 

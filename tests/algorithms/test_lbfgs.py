@@ -19,7 +19,7 @@ from sparkdeep.algorithms import lbfgs
 from sparkdeep.errors import ConfigError, NonFiniteError, ReplicaLostError
 from sparkdeep.models.program import Program
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
-from sparkdeep.protocol.values import RoundResult
+from sparkdeep.protocol.orders import RoundResult
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.tensors.parameters import Layout

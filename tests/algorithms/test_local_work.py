@@ -20,7 +20,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program
 from sparkdeep.optim.local_work import QSR, AdaComm, Clock, DyLU, Epochs, PostLocal, WarmStart
 from sparkdeep.optim.schedule import stretches
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.rounds.guards import round_deadline_s
 from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.settings.run import RunSettings

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.optim.outer import TorchOuter
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
+from sparkdeep.optim.outer import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo, TorchOuter
 from sparkdeep.tensors.parameters import Layout
 from sparkdeep.tensors.state_dicts import pack, unpack_dict
 

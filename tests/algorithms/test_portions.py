@@ -16,8 +16,7 @@ from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ProtocolError, ReplicaLostError
 from sparkdeep.models.program import Program
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.jobs import JobStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore

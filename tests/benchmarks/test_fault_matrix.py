@@ -204,17 +204,17 @@ def test_a_soak_that_is_not_over_in_time_is_interrupted_and_one_that_fails_is_an
 
 
 def test_every_guard_is_found_taken_out_and_put_back():
-    from sparkdeep.protocol import bodies, wire
+    from sparkdeep.protocol import refusals, wire
     from sparkdeep.replica.link import ReplicaLink
     from sparkdeep.stages import opener as stages
 
     def now():
-        return (bodies.Checksum, stages.check_shard, wire.hmac, ReplicaLink.beat, wire.Connection._read)
+        return (refusals.Checksum, stages.check_shard, wire.hmac, ReplicaLink.beat, wire.Connection._read)
 
     before = now()
     with unguarded.unguarded():
         assert not set(map(id, now())) & set(map(id, before))
-        assert bodies.Checksum(b"a").digest() == bodies.Checksum(b"b").digest()
+        assert refusals.Checksum(b"a").digest() == refusals.Checksum(b"b").digest()
     assert now() == before
 
 

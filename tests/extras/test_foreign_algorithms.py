@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad
 
-from sparkdeep.optim.outer import Assign, TorchOuter
-from sparkdeep.optim.outer_optimizers import FedAdam, FedYogi
+from sparkdeep.optim.outer import Assign, FedAdam, FedYogi, TorchOuter
 from sparkdeep.tensors.parameters import Layout
 
 pytestmark = pytest.mark.extras

@@ -7,6 +7,7 @@ import dataclasses
 import socket
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from fuzzing import Target
@@ -15,11 +16,10 @@ from torch import nn
 from twin import local_coordinator
 
 from sparkdeep.models.validation import merge_scores
-from sparkdeep.optim.asynchronous import Asynchronous, Window
+from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, Open, Update, to_header
-from sparkdeep.protocol.plans import RoundSpec
-from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.messages import Hello, Open, RoundSpec, Update, to_header
+from sparkdeep.protocol.orders import Globals, RoundWork
 from sparkdeep.protocol.wire import TOKEN_BYTES, Connection, ConnectionLostError
 from sparkdeep.stages import coordinator as coordinator_module
 from sparkdeep.stages import stage as stage_module
@@ -221,11 +221,12 @@ class Driver:
         start = Globals(parameters=LAYOUT.empty().zero_(), buffers=BUFFERS, sections=[], inner=torch.empty(0))
         collector = Star
         if self._asynchronous is not None:
-            window = Window(
+            outer = SimpleNamespace(
                 rule=self._asynchronous,
+                recorded={},
                 apply=lambda change, clock, steps: start.parameters.add_(change, alpha=1 / (1 + clock + steps)),
             )
-            collector = partial(Arrivals, window)
+            collector = partial(Arrivals, outer)
         averaging = Averaging(layout=LAYOUT, codec=codec_named("identity"), wide=not self._ring)
         plane = Plane(averaging=averaging, collector=collector)
         stage = Stage(

@@ -7,6 +7,7 @@ import dataclasses
 import socket
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from fuzz_lines import BUFFERS, LAYOUT, SILENCE_S, SPEC, TOKEN, frame_of, hello, net, replaced
@@ -18,17 +19,16 @@ from twin import schema_of, write_shards
 
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
-from sparkdeep.optim.asynchronous import Asynchronous, Window
+from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.messages import Hello, to_header
-from sparkdeep.protocol.orders import Order
-from sparkdeep.protocol.values import Globals, RoundWork
+from sparkdeep.protocol.orders import Globals, Order, RoundWork
 from sparkdeep.protocol.wire import Connection
 from sparkdeep.replica import link as link_module
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.replica.replica import Replica
 from sparkdeep.replica.stage import serve
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.stages.admission import Terms
 from sparkdeep.stages.arrivals import Arrivals
 from sparkdeep.stages.collector import Plane, Round
@@ -79,9 +79,9 @@ class ReplicaEnd:
         train = _order(given, Star)
         terms = Terms(quorum=1)
         undoable = _order(dataclasses.replace(given, plane=dataclasses.replace(plane, terms=terms)), Star)
-        window = Window(rule=Asynchronous(1, 2), apply=lambda _change, _clock, _steps: None)
+        outer = SimpleNamespace(rule=Asynchronous(1, 2), recorded={}, apply=lambda _change, _clock, _steps: None)
         longer = dataclasses.replace(given.work, specs=[dataclasses.replace(SPEC, num_steps=2)])
-        window = _order(dataclasses.replace(given, work=longer), partial(Arrivals, window))
+        window = _order(dataclasses.replace(given, work=longer), partial(Arrivals, outer))
         fetched = frame_of("fetched", None, raw_bytes(start.parameters).tobytes())
         tensors = pack_tensors(dict(net().named_parameters()))
         answer = {"committed": 0, "scheduler_steps": 0, "state": "fresh", "tensor_bytes": 0, "keep": True}

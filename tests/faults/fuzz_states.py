@@ -14,15 +14,15 @@ from mutating import json_text, mutate_bytes, mutate_json, mutate_json_text, mut
 from safetensors.torch import save
 from torch import nn
 
+from sparkdeep.models.program import Program
 from sparkdeep.models.registry import ModelReference
 from sparkdeep.models.saving import read_model, write_model
-from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Saved, Update, parse
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import Failure, Hello, Open, Opened, Saved, ShardFacts, Update, parse
 from sparkdeep.rounds.generation import Generation
+from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.rounds.run_state import Best, RunState
-from sparkdeep.rounds.snapshots import Snapshot
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.rounds.transport import Snapshot
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.spark.model.stored_values import from_json, to_json
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.disks import StateFiles
@@ -31,6 +31,7 @@ from sparkdeep.storage.manifest import FileEntry, decode, encode
 from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack, unpack_tensors
 
 IDENTITY = {"schema": {"features": 2}, "seed": 0}
+RATES = InnerRates(Program(model=net(), loss=nn.MSELoss(), optimizer=partial(torch.optim.SGD, lr=0.1)))
 
 
 def run_state():
@@ -44,6 +45,7 @@ def run_state():
         buffers=BUFFERS,
         generation=generation(),
         consumed=[0],
+        rates=RATES,
         committed=2,
         best=best,
         records=records(),
@@ -79,7 +81,7 @@ def read_checkpoint(folder, files):
         loaded = directory.latest()
     if loaded is None:
         return
-    state = RunState(parameters=LAYOUT.empty(), buffers=BUFFERS, generation=generation(), consumed=[0])
+    state = RunState(parameters=LAYOUT.empty(), buffers=BUFFERS, generation=generation(), consumed=[0], rates=RATES)
     state.restore(LAYOUT, loaded.files, LOCAL, SETTINGS)
     Snapshot(round=loaded.round_number, files=loaded.files).replica(0)
     state.to_files(LAYOUT, {}, [])

@@ -137,7 +137,7 @@ def mutate_document(rng, data):
     return json_text(mutate_json(rng, json.loads(data)))
 
 
-# What pyarrow would look up in a network or start a JVM for is not asked: no port outside this machine is dialled.
+# What pyarrow would look up in a network or start a JVM for is not asked: no port outside this machine is dialed.
 _REMOTE = re.compile(r"\s*(s3|s3a|gs|gcs|hdfs|viewfs|abfs|abfss|wasb|wasbs|http|https|az)\s*:", re.IGNORECASE)
 
 

@@ -23,8 +23,7 @@ from invariants import (
 from twin import deal, schema_of, write_shards
 from twin_faults import Plan
 
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.testing.injection import Injector
 
 plain_replicas = pytest.importorskip("speed_parts.plain_replicas")

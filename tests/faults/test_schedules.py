@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from invariants import ROUNDS, assert_invariants, train
 from twin_faults import Plan
 
-from sparkdeep.protocol.bodies import Body
+from sparkdeep.protocol.refusals import Body
 from sparkdeep.replica import stage as session
 from sparkdeep.rounds import loop as rounds
 from sparkdeep.rounds.run_state import RunState

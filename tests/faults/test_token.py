@@ -53,7 +53,7 @@ def frame(token, kind, *, magic=b"SPD1", body=b""):
     return struct.pack(">4s32sIQ", magic, token, len(text), len(body)) + text + body
 
 
-def dialled(address, way):
+def dialed(address, way):
     if way == "unix":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(f"\0{address.nearby}")
@@ -65,7 +65,7 @@ def dialled(address, way):
 
 def answer_to(address, way, data):
     """Every byte that comes back before the port hangs up."""
-    with dialled(address, way) as sock:
+    with dialed(address, way) as sock:
         try:
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
@@ -108,7 +108,7 @@ def test_whoever_lacks_the_token_gets_not_one_byte(coordinator, way, record_prop
 
 @pytest.mark.parametrize("way", ["tcp", "unix"])
 def test_with_the_token_the_same_call_is_let_in(coordinator, way):
-    with dialled(coordinator.address, way) as sock:
+    with dialed(coordinator.address, way) as sock:
         sock.sendall(frame(coordinator.token, "hello"))
         deadline = time.monotonic() + 5.0
         while not coordinator.admitted and time.monotonic() < deadline:

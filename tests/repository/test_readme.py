@@ -13,8 +13,7 @@ from paths import ROOT, TESTS
 from test_layers import PURPOSES, floors
 
 from sparkdeep import TorchEstimator
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 # Before the session starts: executors run this interpreter.
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)

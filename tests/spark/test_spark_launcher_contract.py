@@ -14,8 +14,7 @@ from spark_models import emit
 from twin import local_coordinator
 
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.spark.ingest.ingest import read_manifests, shards_of
 from sparkdeep.spark.ingest.tasks import FLAG, numbered
 from sparkdeep.spark.session.jobs import SparkJob

@@ -20,8 +20,8 @@ from twin import deal, flat, run, schema_of
 from sparkdeep.data.columns import build_schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
-from sparkdeep.optim.changes import Changes
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.optim.aggregators import Changes
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.spark.ingest.tasks import FLAG, IngestJob, numbered, written
 from sparkdeep.spark.model.params import ESTIMATOR_PARAMS
 from sparkdeep.spark.model.stored_values import from_json, named_value, to_json

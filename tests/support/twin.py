@@ -12,10 +12,9 @@ import torch
 from sparkdeep.data.schema import Field, Schema
 from sparkdeep.data.shards import Shard, ShardWriter
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import Coordinator
 from sparkdeep.stages.opener import SocketStages
 from sparkdeep.testing.in_process import InProcessLauncher

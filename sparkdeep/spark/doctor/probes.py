@@ -139,8 +139,7 @@ def _cuda_devices() -> int:
 def _dial(job: Look, task: int, versions: dict[str, str]) -> tuple[float | None, str]:
     if "torch" not in versions:
         return None, ""  # a replica would not get as far as dialing
-    from sparkdeep.protocol.messages import Hello, to_header
-    from sparkdeep.protocol.plans import Address
+    from sparkdeep.protocol.messages import Address, Hello, to_header
     from sparkdeep.replica.link import ReplicaLink
 
     began = time.perf_counter()

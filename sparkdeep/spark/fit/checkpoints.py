@@ -12,8 +12,7 @@ from torch import nn
 
 from sparkdeep.models.program import Program, inner_optimizer
 from sparkdeep.rounds.identity import run_identity
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.spark.fit.settings import FitSettings, digest_of
 from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.model.model import TorchModel

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from sparkdeep.algorithms import Algorithm, preset_of
 from sparkdeep.data.schema import ColumnNames
 from sparkdeep.errors import ConfigError
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.spark.fit.estimator_files import EstimatorReader, EstimatorWriter
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.fit.training import train

@@ -21,8 +21,7 @@ from sparkdeep.models.prediction import check_choice
 from sparkdeep.rounds.fit_checks import check_factory
 from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_outer, check_together
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import parse_ports
 from sparkdeep.storage.own_names import with_first_modules
 from sparkdeep.storage.store import shown_uri

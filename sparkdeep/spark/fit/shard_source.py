@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ReplicaLostError
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.guards import FailureLedger
 from sparkdeep.spark.fit.programs import validation_of
 from sparkdeep.spark.fit.settings import FitSettings

@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.optim.drift import Scaffold
-from sparkdeep.protocol.plans import ReplicaPlan
+from sparkdeep.protocol.messages import ReplicaPlan
 from sparkdeep.protocol.tls import check_tls
 from sparkdeep.rounds.fit import Fit
 from sparkdeep.rounds.run_state import RunState

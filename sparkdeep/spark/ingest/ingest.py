@@ -18,7 +18,7 @@ from sparkdeep.data.columns import Faults
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.data.shards import ShardInfo, decode_rows
 from sparkdeep.errors import ConfigError, DataError
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.spark.ingest.dealing_by_key import KEY, key_column, repartitioned_by_key
 from sparkdeep.spark.ingest.tasks import (
     FLAG,

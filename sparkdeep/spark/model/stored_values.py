@@ -28,7 +28,7 @@ from sparkdeep.optim.aggregators import Aggregator
 from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.optim.drift import DriftCorrection
 from sparkdeep.optim.local_work import LocalWork
-from sparkdeep.optim.outer_optimizers import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
+from sparkdeep.optim.outer import DelayedNesterov, Downpour, FedAdam, FedYogi, SlowMo
 from sparkdeep.settings.run import EarlyStopping
 from sparkdeep.tensors.parameters import named_tensors
 

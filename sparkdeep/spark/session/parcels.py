@@ -19,12 +19,12 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from sparkdeep.errors import PreflightError, ReplicaLostError
-from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.protocol.orders import Inline, Parcel, Stored, checked, digest_of
 from sparkdeep.spark.session.access import access_to, is_connect
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import run_folder
 
 __all__ = ["ARTIFACT_LIMIT_BYTES", "CLOSURE_LIMIT_BYTES", "Carrier", "artifact_bytes", "carried", "carrier_for"]
 

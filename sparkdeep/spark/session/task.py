@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from pyspark.sql import DataFrame
 
-    from sparkdeep.protocol.plans import ShardFacts
+    from sparkdeep.protocol.messages import ShardFacts
 
 __all__ = ["Shards", "barrier_context", "host_of", "local_dirs", "ready_device", "run_root", "task_context"]
 

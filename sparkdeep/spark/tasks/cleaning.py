@@ -14,11 +14,11 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from sparkdeep.data.scratch import release
-from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.jobs import SparkJob
 from sparkdeep.spark.session.task import local_dirs
 from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import run_folder
 
 __all__ = ["clean_executors", "clean_task"]
 

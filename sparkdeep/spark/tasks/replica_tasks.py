@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 
 from sparkdeep.errors import DataError
 from sparkdeep.models.program import Program, unpack_program
-from sparkdeep.protocol.plans import ReplicaPlan, ShardFacts, Ticket
+from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.replica.stage import Place, live
 from sparkdeep.spark.ingest.tasks import unpacked
@@ -26,7 +26,7 @@ from sparkdeep.spark.session.failures import missing_module, named_failures
 from sparkdeep.spark.session.jobs import SparkJob, mapped
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.spark.session.task import Shards, barrier_context, host_of, ready_device, run_root, task_context
-from sparkdeep.stages.launch import RunningStage
+from sparkdeep.stages.staffing import RunningStage
 
 __all__ = ["BarrierLauncher", "ReplicaTask", "open_program", "placed", "placed_anywhere", "run_replica"]
 

@@ -17,16 +17,15 @@ import pyarrow as pa
 import torch
 
 from sparkdeep.errors import PreflightError, ProtocolError, ReplicaLostError
-from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.protocol.orders import Job, Reply
-from sparkdeep.replica.job import obey
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter, obey
 from sparkdeep.replica.link import LogStream
 from sparkdeep.spark.session.failures import named_failures
 from sparkdeep.spark.session.task import barrier_context, ready_device
 from sparkdeep.spark.tasks.replica_tasks import open_program, placed, placed_anywhere
 from sparkdeep.storage.disks import own_files
 from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import run_folder
 from sparkdeep.versions import versions
 
 __all__ = ["PROBE_COLUMNS", "REPLY_COLUMNS", "RoundJob", "probe_task", "read_replies", "round_task"]

@@ -20,9 +20,9 @@ from sparkdeep.data.prefetch import prefetch_count, prefetched
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.replica import Replica
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 
 X = np.random.default_rng(0).standard_normal((37, 3)).astype(np.float32)
 Y = X.sum(1, keepdims=True)

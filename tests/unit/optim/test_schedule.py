@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkdeep.optim.schedule import Schedule
-from sparkdeep.protocol.plans import Position, RoundSpec
+from sparkdeep.protocol.messages import Position, RoundSpec
 
 SCHEDULES = st.builds(
     Schedule,
@@ -54,8 +54,8 @@ def test_a_position_is_a_function_of_the_committed_rounds(schedule, committed):
         assert at == Position(round=committed, epoch=spec.epoch, step=spec.first_step)
 
 
-def test_a_short_last_round_and_the_common_clock_of_the_longest_shard():
-    schedule = Schedule.over([3, 7, 0], epochs=2, sync_every=5)
+def test_the_last_round_of_an_epoch_may_be_short():
+    schedule = Schedule(steps_per_epoch=7, epochs=2, sync_every=5)
     assert [(s.epoch, s.first_step, s.num_steps) for s in walk(schedule)] == [
         (0, 0, 5),
         (0, 5, 2),
@@ -67,4 +67,4 @@ def test_a_short_last_round_and_the_common_clock_of_the_longest_shard():
 
 @pytest.mark.parametrize(("sync_every", "rounds"), [("epoch", 3), (7, 3), (100, 3), (6, 6), (1, 21)])
 def test_an_epoch_or_more_a_round_is_one_round_an_epoch(sync_every, rounds):
-    assert Schedule.over([7], epochs=3, sync_every=sync_every).num_rounds == rounds
+    assert Schedule(steps_per_epoch=7, epochs=3, sync_every=sync_every).num_rounds == rounds

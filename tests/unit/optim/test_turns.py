@@ -18,7 +18,7 @@ def visit(steps, *, pushes=True, fetches=True):
 
 def next_of(turns, replica, rule, length):
     """A replica's next visit in a window of `length` steps, and whether it is its last."""
-    steps = turns.steps(replica) + 1
+    steps = turns.steps[replica] + 1
     while steps < length and steps % rule.n_push and steps % rule.n_fetch:
         steps += 1
     last = steps == length

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from twin import deal, flat, run, schema_of
 
 from sparkdeep.models.program import Program
-from sparkdeep.optim.aggregators import shares_of
+from sparkdeep.optim.averaging import shares_of
 from sparkdeep.protocol.messages import Update
 from sparkdeep.tensors.mean import OrderedSum
 

@@ -23,8 +23,7 @@ from twin import deal, flat, local_coordinator, make_fit, schema_of
 
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.messages import Hello, to_header
-from sparkdeep.protocol.plans import Address, Ticket
+from sparkdeep.protocol.messages import Address, Hello, Ticket, to_header
 from sparkdeep.protocol.tls import TlsSocket, check_tls, client_context, server_context
 from sparkdeep.protocol.wire import TOKEN_BYTES
 from sparkdeep.replica.link import ReplicaLink

@@ -35,7 +35,7 @@ def tls_ends():
     left, right = ends()
     serving, certificate = server_context()
     opened = []
-    driver = threading.Thread(target=lambda: opened.append(TlsSocket.accept(right, serving, check=lambda: None)))
+    driver = threading.Thread(target=lambda: opened.append(TlsSocket.open(right, serving, check=lambda: None)))
     driver.start()
     replica = TlsSocket.connect(left, client_context(certificate), certificate=certificate, timeout_s=5.0)
     driver.join(timeout=5.0)

@@ -8,12 +8,11 @@ import pytest
 
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ProtocolError, ReplicaLostError, ShardLostError, ShardMismatchError, VersionMismatchError
-from sparkdeep.protocol.messages import Hello, Open, to_header
+from sparkdeep.protocol.messages import Hello, Open, RoundSpec, ShardFacts, to_header
 from sparkdeep.protocol.orders import Inline, Job, Order, digest_of
-from sparkdeep.protocol.plans import RoundSpec, ShardFacts
-from sparkdeep.replica.letter import Letter
+from sparkdeep.replica.job import Letter
 from sparkdeep.replica.link import LogStream, ReplicaLink
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 
 HELLO = Hello(
     run="run",

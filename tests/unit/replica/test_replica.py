@@ -13,9 +13,9 @@ from twin import schema_of, write_shards
 from sparkdeep.data.shards import Shard
 from sparkdeep.models.program import Program
 from sparkdeep.models.rehearsal import rehearse, sample_batch
-from sparkdeep.protocol.plans import RoundSpec
+from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.replica import Replica
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 Y = X[:, :1].copy()

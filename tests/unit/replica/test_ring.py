@@ -18,7 +18,7 @@ from twin_faults import Plan, lost, marked_table
 from sparkdeep.errors import ConfigError, ReplicaLostError
 from sparkdeep.models.program import Program
 from sparkdeep.replica.ring import Ring
-from sparkdeep.stages.topology import Trial, choose, needs_trial, ring_s, star_s
+from sparkdeep.stages.ring import Trial, choose, needs_trial, ring_s, star_s
 from sparkdeep.tensors.mean import OrderedSum, Partition, weighted_mean
 
 

@@ -17,8 +17,7 @@ from sparkdeep.algorithms import fedyogi
 from sparkdeep.errors import CheckpointError
 from sparkdeep.models.program import Program
 from sparkdeep.rounds.identity import run_identity
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.spark.fit.settings import FitSettings, digest_of
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from sparkdeep.models.program import Program
-from sparkdeep.protocol.plans import ShardFacts
+from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.rounds.identity import describe, run_identity, tensors_digest
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 
 SHARDS = [ShardFacts(rows={"train": 5, "validation": 0}, digest="d")]
 

@@ -17,7 +17,7 @@ from twin import deal, run, schema_of
 from twin_faults import Plan, Watched, marked_table
 
 from sparkdeep.models.program import Program
-from sparkdeep.rounds.planning import rounds_to_run, stage_description
+from sparkdeep.rounds.transport import rounds_to_run, stage_description
 from sparkdeep.stages.opener import SocketReplicas
 from sparkdeep.tracking.records import RoundRecord
 

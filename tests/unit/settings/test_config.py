@@ -12,8 +12,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.optim.aggregators import Aggregator, TrimmedMean
 from sparkdeep.optim.asynchronous import Asynchronous
 from sparkdeep.optim.drift import DriftCorrection
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings, from_mapping
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings, from_mapping
 
 
 def test_defaults_are_valid_and_frozen():

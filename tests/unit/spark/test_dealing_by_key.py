@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.spark.fit.settings import FitSettings, described, digest_of
 from sparkdeep.spark.ingest.dealing_by_key import keys_dealt
 

@@ -18,8 +18,7 @@ from twin import local_coordinator
 
 from sparkdeep.errors import ConfigError, CoordinatorUnreachableError, ProtocolError
 from sparkdeep.optim.averaging import Averaging
-from sparkdeep.protocol.messages import Hello, to_header
-from sparkdeep.protocol.plans import Address
+from sparkdeep.protocol.messages import Address, Hello, to_header
 from sparkdeep.protocol.wire import TOKEN_BYTES
 from sparkdeep.replica.link import ReplicaLink
 from sparkdeep.stages import coordinator as coordinator_module

@@ -25,14 +25,14 @@ from sparkdeep.errors import (
 from sparkdeep.models.program import Program
 from sparkdeep.optim.drift import FedProx, Scaffold
 from sparkdeep.optim.local_work import Epochs, PostLocal
-from sparkdeep.protocol.exchange import Exchange, run_folder
+from sparkdeep.protocol.exchange import Exchange
 from sparkdeep.protocol.orders import Inline, Reply, Stored, digest_of
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import EarlyStopping, RunSettings
+from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.stages.jobs import JobStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
+from sparkdeep.storage.store import run_folder
 from sparkdeep.testing.in_process import InProcessRunner
 
 SIZES = [9, 14, 7]

@@ -16,8 +16,7 @@ from twin import deal, facts_of, local_coordinator, schema_of, write_shards
 from sparkdeep.errors import ReplicaLostError
 from sparkdeep.models.program import Program
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.stages.opener import SocketStages
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore

@@ -77,12 +77,12 @@ def test_a_shard_of_other_rows_or_order_is_refused(fit_of):
     fit = fit_of()
     first, second = fit.state.generation.shards
     other = (first, dataclasses.replace(second, digest="0" * 32))
-    fit.state.deal(dataclasses.replace(fit.state.generation, shards=other))
+    fit.state.generation = dataclasses.replace(fit.state.generation, shards=other)
     with pytest.raises(ShardMismatchError, match=r"shard of replica 1 .*not deterministic.*Parquet"):
         result(fit)
     fit = fit_of()
     other = (dataclasses.replace(first, rows={"train": 11, "validation": 0}), second)
-    fit.state.deal(dataclasses.replace(fit.state.generation, shards=other))
+    fit.state.generation = dataclasses.replace(fit.state.generation, shards=other)
     with pytest.raises(ShardMismatchError, match="replica 0"):
         result(fit)
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from sparkdeep.errors import DiskFullError, PreflightError
 from sparkdeep.models.program import Program
-from sparkdeep.settings.local import LocalSettings
-from sparkdeep.settings.run import RunSettings
+from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.spark.fit.checkpoints import check_checkpoint_room, least_checkpoint_bytes
 from sparkdeep.storage import disks
 from sparkdeep.storage.disks import Volume, check_room, room_for_shards, volume_of

@@ -16,10 +16,10 @@ from sparkdeep.data.scratch import claim, release
 from sparkdeep.models.program import Program
 from sparkdeep.models.registry import ModelReference
 from sparkdeep.models.saving import write_model
-from sparkdeep.protocol.exchange import run_folder
 from sparkdeep.storage.checkpoints import CheckpointDirectory
 from sparkdeep.storage.local import LocalStore
 from sparkdeep.storage.opening import open_store
+from sparkdeep.storage.store import run_folder
 
 
 @pytest.fixture(autouse=True)

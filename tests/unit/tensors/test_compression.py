@@ -17,7 +17,7 @@ from sparkdeep.errors import CheckpointError, ConfigError
 from sparkdeep.models.program import Program
 from sparkdeep.replica.update import LocalUpdate
 from sparkdeep.rounds.downlink import Downlink
-from sparkdeep.settings.local import LocalSettings
+from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.encoding import CHUNK, CODECS, chunks_of, codec_named, encoded_bytes
 from sparkdeep.tensors.parameters import Layout
 

@@ -143,8 +143,7 @@ def test_trackers_whose_package_is_missing_say_what_to_install(monkeypatch):
     ("given", "shown"), [(3, "hold 3: give functions"), (Callback, r"objects, Callback\(\.\.\.\)\.")]
 )
 def test_what_cannot_listen_is_refused(given, shown):
-    from sparkdeep.settings.local import LocalSettings
-    from sparkdeep.settings.run import RunSettings
+    from sparkdeep.settings.run import LocalSettings, RunSettings
     from sparkdeep.spark.fit.settings import FitSettings
 
     with pytest.raises(ConfigError, match=shown):
