@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from sparkdeep.tensors.mean import OrderedSum, pool_buffers, reduced_weights
 
 
-def mean_of(vectors, weights, *, order=None, chunk=1 << 18, delay=lambda: None):
-    """Add the vectors from threads that start in `order`, each chunk after a delay."""
-    total = OrderedSum(len(vectors[0]), weights, chunk=chunk)
+def mean_of(vectors, weights, *, order=None, chunk=1 << 18, delay=lambda: None, window=None):
+    """Add the vectors from threads that start in `order`, each chunk after a delay; `window`: chunks with room at a time."""
+    sums = None if window is None else torch.empty(window * chunk, dtype=torch.float64)
+    total = OrderedSum(len(vectors[0]), weights, chunk=chunk, sums=sums)
 
     def give_up():
         assert time.monotonic() < deadline, "a turn never came"
@@ -85,8 +86,10 @@ def test_random_delays_change_not_a_bit_while_another_order_of_adding_would():
     expected = mean_of(parts, weights, chunk=10)
     for _ in range(5):
         order = generator.sample(range(5), 5)
-        delayed = mean_of(parts, weights, order=order, chunk=10, delay=lambda: time.sleep(generator.random() * 0.003))
-        assert torch.equal(delayed, expected)
+        for window in (None, 1, 2):
+            options = {"delay": lambda: time.sleep(generator.random() * 0.003), "window": window}
+            delayed = mean_of(parts, weights, order=order, chunk=10, **options)
+            assert torch.equal(delayed, expected)
     backwards = mean_of(parts[::-1], weights[::-1], chunk=10)
     assert not torch.equal(backwards, expected)
     forwards, reverse = sum(p.float() for p in parts), sum(p.float() for p in parts[::-1])
@@ -160,6 +163,25 @@ def test_a_wait_for_a_turn_can_be_given_up():
 
     with pytest.raises(GivenUpError):
         OrderedSum(3, [1.0, 1.0]).add(1, lambda start, stop: torch.ones(stop - start), give_up)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_replica_that_is_ahead_waits_for_room(window):
+    class GivenUpError(Exception):
+        pass
+
+    def give_up():
+        raise GivenUpError
+
+    def chunks(start, stop):
+        asked.append(start)
+        return torch.ones(stop - start)
+
+    asked = []
+    total = OrderedSum(50, [1.0, 1.0], chunk=10, sums=torch.empty(window * 10, dtype=torch.float64))
+    with pytest.raises(GivenUpError):
+        total.add(0, chunks, give_up)
+    assert asked == [10 * i for i in range(window + 1)], "the last was read and has no room yet"
 
 
 # -- buffers ------------------------------------------------------------------------------------------------------
