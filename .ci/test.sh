@@ -19,7 +19,7 @@ step() {
     return "$code"
 }
 
-# Tests without a JVM take turns on all cores; those on Spark have them to themselves.
+# Tests without a JVM take turns on all cores.
 readonly on_all_cores=(-n logical --maxprocesses 4 --dist worksteal)
 
 # tier NAME BUDGET_S PYTEST_ARGUMENTS...: one tier of tests; one that selects nothing (pytest's exit 5) fails.
@@ -61,7 +61,8 @@ if [[ "${1:-}" != lint ]]; then
     nice -n 10 bash .ci/test.sh unit >"$log" 2>&1 &
     beside=$!
     set +m
-    trap 'kill -INT -- "-$beside" 2>/dev/null || true; wait "$beside" || true; rm -f "$log"' EXIT
+    # Its child is `timeout`, which hands the signal on to pytest.
+    trap 'pkill -INT -P "$beside" || true; wait "$beside" || true; rm -f "$log"' EXIT
     tier "tests on local[2]" 250 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
     tier "tests on two workers" 150 -m "cluster and not algorithms" tests/cluster
     code=0
