@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The gate, in the environment that .ci/setup.sh made: format, lint, types, then the tests by tier, each timed.
-# .ci/test.sh lint: the first three only; unit, algorithms, faults, jobs: that tier alone.
+# .ci/test.sh lint: the first three only; .ci/test.sh algorithms, faults, jobs: the further tiers.
 set -euo pipefail
 
 readonly budget_s=480
@@ -19,7 +19,7 @@ step() {
     return "$code"
 }
 
-# Tests without a JVM take turns on all cores.
+# Tests without a JVM take turns on all cores; those on Spark, which compute nearly all the time, have them to themselves.
 readonly on_all_cores=(-n logical --maxprocesses 4 --dist worksteal)
 
 # tier NAME BUDGET_S PYTEST_ARGUMENTS...: one tier of tests; one that selects nothing (pytest's exit 5) fails.
@@ -46,28 +46,12 @@ if [[ "${1:-}" == faults ]]; then
     printf '== faults: passed in %d s of %d s\n' $((SECONDS - started_s)) 480
     exit 0
 fi
-if [[ "${1:-}" == unit ]]; then
-    tier "tests without a JVM" 400 "${on_all_cores[@]}" -m "not spark" tests/unit tests/repository tests/benchmarks
-    exit 0
-fi
 step "format" 60 ruff format --check .
 step "lint" 60 ruff check .
 step "types" 60 mypy
 if [[ "${1:-}" != lint ]]; then
-    # Beside those on Spark, which leave cores idle while JVMs start and deadlines pass, and behind them where both compute.
-    # With job control, as Ctrl-C would be ignored in it otherwise: some of these tests press it.
-    log="$(mktemp)"
-    set -m
-    nice -n 10 bash .ci/test.sh unit >"$log" 2>&1 &
-    beside=$!
-    set +m
-    # Its child is `timeout`, which hands the signal on to pytest.
-    trap 'pkill -INT -P "$beside" || true; wait "$beside" || true; rm -f "$log"' EXIT
-    tier "tests on local[2]" 250 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
-    tier "tests on two workers" 150 -m "cluster and not algorithms" tests/cluster
-    code=0
-    wait "$beside" || code=$?
-    cat "$log"
-    [[ $code == 0 ]] || exit "$code"
+    tier "tests without a JVM" 150 "${on_all_cores[@]}" -m "not spark" tests/unit tests/repository tests/benchmarks
+    tier "tests on local[2]" 200 -m "spark and not jobs and not algorithms" tests/spark tests/repository/test_readme.py
+    tier "tests on two workers" 100 -m "cluster and not algorithms" tests/cluster
 fi
 printf '== gate: passed in %d s of %d s\n' $((SECONDS - started_s)) "$budget_s"
