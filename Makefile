@@ -1,10 +1,11 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: train test test-algorithms test-jobs test-faults test-lts test-extras lint docs clean help
+.PHONY: train test test-algorithms test-jobs test-faults test-lts test-extras coverage mutants lint docs clean help
 
 CONF ?= conf/digits.toml
 ARGS ?=
+COMMAND ?= bash .ci/run
 SETUP := source .ci/setup.sh
 
 help:  ## list the commands
@@ -37,6 +38,14 @@ test-lts:  ## the same tests on Spark 3.5, pyarrow 14 and petastorm, in an envir
 test-extras:  ## MLflow, TensorBoard, ONNX, transformers, Lightning, Keras, Airflow and a browser, in environments of their own
 	@$(SETUP)
 	bash .ci/extras.sh
+
+coverage:  ## set up, then line and branch coverage of sparkdeep/ by COMMAND (all of .ci/run), added to what build/coverage has
+	@$(SETUP)
+	bash .ci/coverage.sh $(COMMAND)
+
+mutants:  ## set up, then try whether tests notice changes of the heart, by what make coverage has seen; ARGS="--count 30"
+	@$(SETUP)
+	python benchmarks/mutants.py $(ARGS)
 
 lint:  ## set up, then format, lint and types only
 	@$(SETUP)
