@@ -2,6 +2,7 @@
 
 - `building.py`: the network built, and what models of other origin bring along
 - `export.py`: torch.export and ONNX
+- `generators.py`: whose turn it is with the process's random generators: fits in threads of one driver, as of a search, share them
 - `keras.py`: a Keras model as a torch module
 - `lightning_module.py`: a Lightning module without a Trainer
 - `lightning_optimizer.py`: its optimizer and scheduler

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError, SparkdeepError
+from sparkdeep.models.generators import forked
 from sparkdeep.models.keras import KerasNetwork, is_keras
 from sparkdeep.models.lightning_module import Clock, LightningStep, is_lightning
 from sparkdeep.models.lightning_optimizer import LightningOptimizer
@@ -175,8 +176,7 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
                 f"the model cannot be copied: {type(error).__name__}: {error}. Give its class, or a function that builds "
                 "it, as model=."
             ) from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with forked(seed):
         module = adopt(factory(**arguments))
     if not isinstance(module, nn.Module):
         raise ConfigError(

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from sparkdeep.errors import ConfigError
+from sparkdeep.models.generators import forked
 
 __all__ = ["KerasNetwork", "choose_keras_backend", "is_keras"]
 
@@ -138,7 +138,7 @@ def _own_classes(network: Any) -> dict[str, type]:
 
 def _rebuilt(config: Any, classes: dict[str, type], trained: list[str], training: bool) -> KerasNetwork:
     choose_keras_backend("torch")
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         network = import_module("keras").saving.deserialize_keras_object(config, custom_objects=classes)
     for name, variable in _named_variables(network).items():
         variable.value.requires_grad_(name in trained)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparkdeep.errors import ConfigError, ModelLoadError
+from sparkdeep.models.generators import forked
 
 __all__ = ["ModelReference", "Scalar", "import_factory", "reference_of", "register", "resolve"]
 
@@ -283,7 +284,7 @@ def _is_default_build(module: nn.Module) -> bool:
     except (TypeError, ValueError):  # it needs arguments, or hides what it takes
         return False
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with forked(), torch.device("meta"):
             fresh = factory()
     except Exception:  # noqa: BLE001 - a constructor that fails by itself is one that no name can stand for
         return False

@@ -16,6 +16,7 @@ from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
 from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.generators import forked
 from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward, logits_of
 from sparkdeep.models.program import Program, check_trained, inner_optimizer, prepared
 from sparkdeep.models.validation import check_metrics, is_torchmetric
@@ -40,8 +41,7 @@ def materialize(module: nn.Module, batch: Batch, seed: int) -> None:
     if not _lazy(module):
         return
     training = module.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with forked(seed), torch.no_grad():
         module.eval()
         try:
             forward(module, batch.features)
@@ -72,7 +72,7 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
     check_trained(program)
     model = copy_of(program.model).eval()
     loss_function = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         output: Any = None
         try:
             output = forward(model, batch.features)

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.models.building import adopt
+from sparkdeep.models.generators import forked
 from sparkdeep.models.registry import ModelReference, import_factory, resolve
 from sparkdeep.storage.manifest import (
     MAX_MANIFEST_BYTES,
@@ -201,7 +202,7 @@ def _build(source: Any, reference: ModelReference | None, stored_bytes: int) -> 
     if args or kwargs:
         _refuse_larger(source, args, kwargs, stored_bytes)
     try:
-        with torch.random.fork_rng(devices=[]):  # loading a model must not change the caller's random numbers
+        with forked():  # loading a model must not change the caller's random numbers
             module = source(*args, **kwargs)
     except Exception as exc:
         shown = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
@@ -220,7 +221,7 @@ def _refuse_larger(source: Callable[..., Any], args: Any, kwargs: Any, stored_by
     if math.prod(sizes) <= max(stored_bytes, _SMALL_BYTES):
         return
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with forked(), torch.device("meta"):
             tensors = [*source(*args, **kwargs).state_dict().values()]
     except Exception:  # noqa: BLE001 - what cannot be made without memory is judged when it is made with it
         return

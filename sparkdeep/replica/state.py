@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, cast, final
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkdeep.errors import ProtocolError
+from sparkdeep.models.generators import GENERATORS
 
 __all__ = ["Lent", "NumpyStream", "RandomState", "read_inner_state", "write_inner_state"]
 
@@ -111,10 +111,6 @@ def _swap(bits: Any, state: dict[str, Any] | None) -> None:
         np.random.set_state(state)
 
 
-# The default generators of torch, numpy and Python are global to a process; in-process replicas take turns on them.
-_GENERATORS = threading.RLock()
-
-
 class RandomState:
     """One replica's stream of random numbers, installed in the global generators while the replica computes.
 
@@ -172,7 +168,7 @@ class RandomState:
 
     @contextmanager
     def _saved(self) -> Iterator[None]:
-        with _GENERATORS:
+        with GENERATORS:
             before, lent = self._capture(), Lent()
             try:
                 yield
