@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Protocol, final
 
 from pyspark.sql import DataFrame, SparkSession
@@ -44,6 +44,9 @@ class Access(Protocol):
 
     def has_tasks(self, tag: str) -> bool | None:
         """Whether a job of that tag has a running task."""
+
+    def starving(self) -> set[int]:
+        """Stages that were submitted and have no slot; on Connect, whose client cannot know, none."""
 
     def slots(self, profile: Any) -> int | None:
         """Tasks that can run at the same time, whether busy or not."""
@@ -113,8 +116,22 @@ class _Classic:
         tracker = self._context.statusTracker()
         ids: Any = self._context._jsc.sc().statusTracker().getJobIdsForTag(tag)
         jobs = (tracker.getJobInfo(job) for job in ids)
-        stages = (tracker.getStageInfo(stage) for job in jobs if job is not None for stage in job.stageIds)
-        return any(stage is not None and stage.numActiveTasks > 0 for stage in stages)
+        stages = {stage for job in jobs if job is not None for stage in job.stageIds}
+        return any(tasks.stageId() in stages and tasks.runningTasks() > 0 for tasks in self._task_sets())
+
+    def starving(self) -> set[int]:
+        waiting = (tasks for tasks in self._task_sets() if not tasks.isZombie() and not tasks.runningTasks())
+        return {int(tasks.stageId()) for tasks in waiting}
+
+    def _task_sets(self) -> Iterator[Any]:
+        """What the scheduler works at; a zombie is one that is over.
+
+        The status tracker's count of running tasks may be the next heartbeat's, ten seconds late: Spark writes it down at most every
+        100 ms, and what came in between only with a further event (3.5.9, 4.3.0; AppStatusListener.maybeUpdate).
+        """
+        scheduler: Any = self._context._jsc.sc().taskScheduler()
+        queue = scheduler.rootPool().getSortedTaskSetQueue()
+        return (queue.apply(place) for place in range(queue.size()))
 
     def slots(self, profile: Any) -> int | None:
         context: Any = self._context._jsc.sc()
@@ -201,6 +218,9 @@ class _Connect:
     def has_tasks(self, tag: str) -> bool | None:
         running = self._tasks.get(tag)
         return None if running is None else running > 0
+
+    def starving(self) -> set[int]:
+        return set()
 
     def slots(self, profile: Any) -> int | None:
         del profile

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Final, final
+from typing import Final, final
 
 from pyspark.sql import SparkSession
 
 from sparkdeep.errors import PreflightError
+from sparkdeep.spark.session.access import access_to
 
 __all__ = ["Courtesy", "Lease", "SlotLedger", "ledger_of"]
 
@@ -169,7 +170,7 @@ class Courtesy:
     """
 
     def __init__(self, spark: SparkSession) -> None:
-        self._tracker = spark.sparkContext.statusTracker()
+        self._access = access_to(spark)
         self._waiting: set[int] = set()
         self._looked = self._closed = time.monotonic()
 
@@ -179,13 +180,9 @@ class Courtesy:
         if now - self._looked < _LOOK_EVERY_S:
             return False
         self._looked = now
-        waiting = {stage for stage in self._tracker.getActiveStageIds() if self._starves(stage)}
+        waiting = self._access.starving()
         again, self._waiting = waiting & self._waiting, waiting
         if not again or now - self._closed < _COURTESY_S:
             return False
         self._closed = now
         return True
-
-    def _starves(self, stage: int) -> bool:
-        info: Any = self._tracker.getStageInfo(stage)
-        return info is not None and info.numActiveTasks == 0 and info.numCompletedTasks < info.numTasks
