@@ -1,6 +1,7 @@
 """The user's network and callables: built, adapted, rehearsed, scored, saved.
 
 - `building.py`: the network built, and what models of other origin bring along
+- `denominators.py`: what a mean loss was divided by
 - `export.py`: torch.export and ONNX
 - `generators.py`: whose turn it is with the process's random generators: fits in threads of one driver, as of a search, share them
 - `keras.py`: a Keras model as a torch module

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
+from sparkdeep.models.denominators import BatchLoss, Count, DenominatorWatch, count_labels, label_counts, stated
 from sparkdeep.models.program import Program
 
 __all__ = ["BroadcastWatch", "LossFunction", "forward", "logits_of", "single_row_norms"]
@@ -36,11 +38,15 @@ def forward(model: nn.Module, features: Tensor | dict[str, Tensor]) -> Any:
 
 
 class LossFunction:
-    """The training loss of a batch, and its output where there is one.
+    """The training loss of a batch, and what it was divided by.
 
     torch's loss modules have a well-known trap: an output of shape (B, 1) and labels of shape (B,) broadcast to (B, B).
-    Here the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`, and where elements count differently in torch's own mean (class weights, `ignore_index`), they do so here: weights of one
-    change nothing.
+    Here the labels are viewed as (B, 1). Row weights w give `sum_i w_i l_i / sum_i w_i`, and where elements count
+    differently in torch's own mean (class weights, `ignore_index`), they do so here: weights of one change nothing.
+
+    A loss divides by the rows of its batch or by their weights, but for torch's means over labels (`cross_entropy`, `nll_loss`), which
+    divide by the labels that are not ignored, or by their classes' weights: so do the loss modules of these names, and what calls them.
+    A function or training step may say itself what it divides by: it returns (sum, count).
 
     Raises:
         ConfigError: the loss is not a mean, or there is a weight column and the loss cannot be computed per row.
@@ -48,9 +54,14 @@ class LossFunction:
 
     def __init__(self, program: Program, *, weighted: bool) -> None:
         self._step = program.training_step
-        self._loss = program.loss
+        self._loss: Any = program.loss
+        self._over_labels = isinstance(self._loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        self._compiled = self._step is not None and _is_compiled(program.model)
         self._per_row: Callable[..., Tensor] | None = None
         self._takes_weight = False
+        self.mixed = False
+        """Whether the last batch's loss had parts that torch divided by different counts, so that rows counted."""
+        self._watches = not _is_of_torch(program.loss)
         if self._step is not None:
             return
         if (reduction := getattr(program.loss, "reduction", None)) in {"sum", "none"}:
@@ -81,31 +92,63 @@ class LossFunction:
                 "or use training_step(model, batch) with batch.weights."
             )
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The scalar loss of `batch`: the mean over its rows, weighted where there are weights."""
-        if self._step is not None:
-            return self._step(model, batch)
-        return self.of_output(forward(model, batch.features), batch)
+    def __call__(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """The loss of `batch`: a mean over its rows, weighted where there are weights."""
+        if self._step is None:
+            return self.of_output(forward(model, batch.features), batch)
+        watch: AbstractContextManager[Any] = nullcontext() if self._compiled else DenominatorWatch()
+        with watch:
+            loss = self._step(model, batch)
+        return self._measured(loss, batch, watch if isinstance(watch, DenominatorWatch) else None)
 
     def take_logged(self, *, training: bool) -> dict[str, list[float]]:
         """What the model logged itself since the last call: name -> [sum over rows, rows]."""
         take = getattr(self._step, "take_logged", None)
         return take(training=training) if take is not None else {}
 
-    def of_output(self, output: Any, batch: Batch) -> Tensor:
-        """The scalar loss for an output that is already there (validation computes it once)."""
+    def count(self, batch: Batch) -> Count | None:
+        """What the loss of `batch` is divided by, where that is known before the loss is."""
+        if self._step is not None or (self._watches and batch.weights is None):
+            return None
+        if not self._over_labels or not isinstance(batch.labels, Tensor):
+            return _rows_of(batch)
+        if batch.weights is None:
+            return count_labels(batch.labels, self._loss.weight, self._loss.ignore_index)
+        counts = self._label_counts(batch.labels)
+        total = batch.weights.sum() if counts is None else _weighed(counts, batch.weights).sum()
+        return float(total) if total.device.type == "cpu" else total
+
+    def of_output(self, output: Any, batch: Batch) -> BatchLoss:
+        """The loss for an output that is already there (validation computes it once)."""
         assert self._loss is not None
         if isinstance(self._loss, _Loss):  # one of torch's own, which takes tensors only
             output = logits_of(output)
         labels = _aligned(self._loss, output, batch.labels)
-        if batch.weights is None or (self._per_row is None and not self._takes_weight):
-            return self._loss(output, labels)
-        if self._takes_weight:
-            return self._loss(output, labels, weight=batch.weights)
-        assert self._per_row is not None
-        return self._weighted(output, labels, batch.weights)
+        if batch.weights is not None and self._takes_weight:
+            return self._measured(self._loss(output, labels, weight=batch.weights), batch, None)
+        if batch.weights is not None and self._per_row is not None:
+            return self._weighted(output, labels, batch.weights)
+        if not self._watches:
+            count = self.count(batch)
+            assert count is not None
+            return BatchLoss(self._loss(output, labels), count)
+        with DenominatorWatch() as watch:
+            loss = self._loss(output, labels)
+        return self._measured(loss, batch, watch)
 
-    def _weighted(self, output: Any, labels: Any, weights: Tensor) -> Tensor:
+    def _measured(self, loss: Any, batch: Batch, watch: DenominatorWatch | None) -> BatchLoss:
+        if (own := stated(loss)) is not None:
+            return own
+        count = watch.count() if watch is not None else None
+        self.mixed = watch is not None and count is None and bool(watch.counts)
+        return BatchLoss(loss, _rows_of(batch) if count is None else count)
+
+    def _label_counts(self, labels: Any) -> Tensor | None:
+        if not self._over_labels or not isinstance(labels, Tensor):
+            return None
+        return label_counts(labels, self._loss.weight, self._loss.ignore_index)
+
+    def _weighted(self, output: Any, labels: Any, weights: Tensor) -> BatchLoss:
         assert self._per_row is not None
         losses = self._per_row(output, labels)
         if losses.dim() == 0 or len(losses) != len(weights):
@@ -114,16 +157,17 @@ class LossFunction:
                 f"{tuple(losses.shape)} for {len(weights)} rows. Write loss(output, label, weight), or use "
                 "training_step(model, batch) with batch.weights."
             )
-        counts = _counts(self._loss, labels)
+        counts = self._label_counts(labels)
         if counts is None:
             flat = losses.flatten(1) if losses.dim() > 1 else losses[:, None]
             losses = flat.sum(1) if getattr(self._loss, "reduction", "") == "batchmean" else flat.mean(1)
             total = weights.sum()
         else:
+            total = _weighed(counts, weights).sum()
             weights = weights.reshape(-1, *[1] * (losses.dim() - 1))
-            total = (counts * weights).sum()
         # A batch whose weights are all zero contributes nothing; its mean would be 0/0.
-        return (losses * weights).sum() / torch.where(total > 0, total, torch.ones_like(total))
+        mean = (losses * weights).sum() / torch.where(total > 0, total, torch.ones_like(total))
+        return BatchLoss(mean, float(total) if total.device.type == "cpu" else total.detach())
 
     def check_weights(self, output: Any, batch: Batch) -> None:
         """Compare the loss under weights of one with the loss without weights, which must be the same number.
@@ -135,9 +179,9 @@ class LossFunction:
             return
         stream = torch.get_rng_state()
         ones = dataclasses.replace(batch, weights=torch.ones_like(batch.weights))
-        weighted = self.of_output(output, ones)
+        weighted = self.of_output(output, ones).mean
         torch.set_rng_state(stream)
-        plain = self.of_output(output, dataclasses.replace(batch, weights=None))
+        plain = self.of_output(output, dataclasses.replace(batch, weights=None)).mean
         if plain.numel() != 1 or weighted.numel() != 1 or not bool(torch.isfinite(plain).all()):
             return
         got, expected = float(weighted.detach()), float(plain.detach())
@@ -156,14 +200,22 @@ class LossFunction:
         return inspect.signature(self._loss).parameters["weight"].default is not inspect.Parameter.empty
 
 
-def _counts(loss: Any, labels: Any) -> Tensor | None:
-    """How much each label counts in torch's mean over class labels, in their shape; None: all the same."""
-    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
-        return None
-    counted = labels != loss.ignore_index
-    if loss.weight is None:
-        return counted
-    return cast("Tensor", loss.weight[labels.long().masked_fill(~counted, 0)] * counted)
+def _rows_of(batch: Batch) -> float:
+    return float(batch.rows) if batch.weights is None else float(batch.weights.sum())
+
+
+def _weighed(counts: Tensor, weights: Tensor) -> Tensor:
+    return counts * weights.reshape(-1, *[1] * (counts.dim() - 1))
+
+
+def _is_of_torch(loss: Any) -> bool:
+    """Whether its class is torch's own: then its module says what it divides by."""
+    return isinstance(loss, _Loss) and type(loss).__module__.startswith("torch.nn.")
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile traces a part of it, which must not meet a mode of ours on its way."""
+    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in model.modules())
 
 
 def _aligned(loss: Any, output: Any, labels: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
 from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.generators import forked
 from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward, logits_of
 from sparkdeep.models.program import Program, check_trained, inner_optimizer, prepared
@@ -23,6 +25,8 @@ from sparkdeep.models.validation import check_metrics, is_torchmetric
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
+
+_LOG = logging.getLogger("sparkdeep")
 
 
 def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:
@@ -94,7 +98,7 @@ def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Modu
     produced = _shapes(batch) if output is None else f"output {_describe(output)}, {_shapes(batch)}"
     try:
         plain = program.training_step is None
-        loss = _watched_loss(loss_function, output, batch, produced) if plain else loss_function(model, batch)
+        loss = (_watched_loss(loss_function, output, batch, produced) if plain else loss_function(model, batch)).mean
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
             # Some losses accept labels of a wrong dtype, and only computing their gradient fails.
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
@@ -112,9 +116,14 @@ def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Modu
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on any trainable parameter; it was given {produced}.")
     loss_function.check_weights(output, batch)
+    if loss_function.mixed:
+        _LOG.warning(
+            "the loss has parts that torch divides by different counts (labels that are not ignored, their classes' weights): batches "
+            "and replicas weigh by their rows in it. For another mean return (sum, count) from the loss or training_step."
+        )
 
 
-def _watched_loss(loss_function: LossFunction, output: Any, batch: Batch, produced: str) -> Any:
+def _watched_loss(loss_function: LossFunction, output: Any, batch: Batch, produced: str) -> BatchLoss:
     watch = BroadcastWatch(batch.rows, batch.labels)
     with warnings.catch_warnings(record=True) as caught, watch:
         warnings.simplefilter("always")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparkdeep.checks import fits, misfit
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError, ProtocolError
+from sparkdeep.models.denominators import number_of
 from sparkdeep.models.losses import LossFunction, forward, logits_of
 
 __all__ = ["Evaluator", "check_metrics", "is_torchmetric", "merge_scores"]
@@ -61,14 +62,14 @@ class Evaluator:
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         """Score one batch; the model is in eval mode and no gradient is kept."""
-        weight = float(batch.rows) if batch.weights is None else float(batch.weights.sum())
         output = None
         if not self._has_step or self._functions or self._metrics:
             output = forward(model, batch.features)
         loss = self._loss(model, batch) if self._has_step else self._loss.of_output(output, batch)
         self._sums[_ROWS] += batch.rows
-        self._sums[_WEIGHT] += weight
-        self._sums[_LOSS] += float(loss) * weight
+        if (count := number_of(loss.count)) > 0:  # of no row that counts the mean is NaN
+            self._sums[_WEIGHT] += count
+            self._sums[_LOSS] += float(loss.mean) * count
         for name, function in self._functions.items():
             self._sums[name] += float(function(output, batch.labels)) * batch.rows
         for metric in self._metrics.values():

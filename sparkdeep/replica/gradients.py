@@ -1,25 +1,59 @@
-"""A replica's part of a gradient round: the gradient of rows at parameters that stay where they are."""
+"""Gradients of several batches: of a local step's, and of a gradient round's, in which the parameters stay where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from sparkdeep.data.batches import Batch
+from sparkdeep.models.denominators import BatchLoss, Count, number_of
 from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.tensors.parameters import Layout
 
-__all__ = ["GradientWork"]
+__all__ = ["GradientWork", "accumulate"]
+
+
+def accumulate(
+    batches: Sequence[Batch],
+    count_of: Callable[[Batch], Count | None],
+    loss_of: Callable[[Batch], BatchLoss],
+    parameters: Sequence[Tensor],
+    progress: Progress,
+) -> None:
+    """Add the gradient of the mean over several batches, which is divided once, to the parameters' own.
+
+    Args:
+        batches: of the step.
+        count_of: what a batch's loss is divided by, where that is known beforehand.
+        loss_of: a batch's loss.
+        parameters: the trainable ones.
+        progress: counts rows and losses.
+    """
+    known = [count_of(batch) for batch in batches]
+    total = sum(number_of(count) for count in known if count is not None)
+    late = 0.0
+    for batch, count in zip(batches, known, strict=True):
+        loss = loss_of(batch)
+        if count is None:
+            late += number_of(loss.count)
+            (loss.mean * loss.count).backward()
+        else:
+            (loss.mean * (number_of(count) / total if total else 0.0)).backward()
+        progress.add(batch.rows, loss)
+    if late:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(late)
 
 
 @final
 class GradientWork:
-    """Sums up gradients of batches, each times its rows or their weights, in float64.
+    """Sums up gradients of batches, each times what its loss was divided by, in float64.
 
     Of "batches" the model is in train mode, as in a local step. Of "all" rows it is in eval mode, and nothing is augmented: a line
     search compares losses, which must depend on the parameters alone. So dropout is off, and batch norms use the running
@@ -30,7 +64,7 @@ class GradientWork:
         reader: of the shard.
         parameters: the trainable ones, in the layout's order.
         layout: of the model.
-        loss_of: a batch's loss, the mean over its rows.
+        loss_of: a batch's loss.
     """
 
     def __init__(
@@ -39,7 +73,7 @@ class GradientWork:
         reader: Reader,
         parameters: list[Tensor],
         layout: Layout,
-        loss_of: Callable[[Batch], Tensor],
+        loss_of: Callable[[Batch], BatchLoss],
     ) -> None:
         self._model = model
         self._reader = reader
@@ -59,21 +93,23 @@ class GradientWork:
         total = torch.zeros(self._layout.numel, dtype=torch.float64, device=self._parameters[0].device)
         views = self._layout.views(total)
         self._model.train(spec.gradient == "batches")
+        counted = 0.0
         for step in self._steps(spec, own):
             between(progress.steps / max(1, spec.num_steps))
             for batch in step:
-                weight = float(batch.rows) if batch.weights is None else float(batch.weights.sum())
                 for parameter in self._parameters:
                     parameter.grad = None
                 loss = self._loss_of(batch)
-                loss.backward()
+                loss.mean.backward()
+                count = number_of(loss.count)
+                counted += count
                 for view, parameter in zip(views, self._parameters, strict=True):
-                    if parameter.grad is not None:
-                        view.add_(parameter.grad, alpha=weight)
-                progress.add(batch.rows, weight, loss)
+                    if parameter.grad is not None and count > 0:
+                        view.add_(parameter.grad, alpha=count)
+                progress.add(batch.rows, loss)
             progress.end_step()
-        if progress.weight > 0:
-            total.div_(progress.weight)
+        if counted > 0:
+            total.div_(counted)
         return total.to("cpu", self._layout.dtype)
 
     def _steps(self, spec: RoundSpec, own: int) -> Iterator[list[Batch]]:

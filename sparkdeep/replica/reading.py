@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import final
@@ -17,6 +17,7 @@ from sparkdeep.data.feed import Feed
 from sparkdeep.data.prefetch import prefetch_count, prefetched
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import FieldValues, Shard
+from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.program import Program, prepared
 from sparkdeep.settings.run import LocalSettings
 from sparkdeep.storage.disks import own_files
@@ -127,21 +128,20 @@ class Progress:
     def __init__(self, beat: Callable[[int, int], None]) -> None:
         self.rows = 0
         self.steps = 0
-        self.weight = 0.0
         self.input_s = 0.0
         self._losses: list[Tensor | float] = []
-        self._weights: list[float] = []
+        self._counts: list[Tensor | float] = []
         self._beat = beat
         self._last = time.monotonic()
 
-    def add(self, rows: int, weight: float, loss: Tensor | None) -> None:
+    def add(self, rows: int, loss: BatchLoss | None = None) -> None:
         """Count a batch."""
         self.rows += rows
-        self.weight += weight
         if loss is not None:
             # A number on the CPU is there; one on a device would be waited for, and is fetched when the round ends.
-            self._losses.append(loss.item() if loss.device.type == "cpu" else loss.detach().reshape(()))
-            self._weights.append(weight)
+            mean = loss.mean
+            self._losses.append(mean.item() if mean.device.type == "cpu" else mean.detach().reshape(()))
+            self._counts.append(loss.count)
         if time.monotonic() - self._last > BEAT_S:
             self._beat(self.rows, self.steps)
             self._last = time.monotonic()
@@ -150,11 +150,14 @@ class Progress:
         """Count a local step."""
         self.steps += 1
 
-    def loss_sum(self) -> float:
-        """Sum over batches of loss times weight."""
-        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
-        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
-        losses = (
-            torch.stack(tensors).to("cpu", torch.float64) if tensors else torch.tensor(numbers, dtype=torch.float64)
-        )
-        return float(losses @ torch.tensor(self._weights, dtype=torch.float64))
+    def sums(self) -> tuple[float, float]:
+        """Sum over batches of what the loss was divided by, and of loss times that; of batches that count."""
+        losses, counts = _float64(self._losses), _float64(self._counts)
+        return float(counts.sum()), float(losses[counts > 0] @ counts[counts > 0])
+
+
+def _float64(values: Sequence[Tensor | float]) -> Tensor:
+    """(values,), on the CPU: those on a device are fetched together."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).cpu()

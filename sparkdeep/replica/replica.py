@@ -17,13 +17,14 @@ from sparkdeep.data.order import steps_per_epoch
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import CheckpointError, SparkdeepError
+from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.losses import LossFunction, single_row_norms
 from sparkdeep.models.program import Program, inner_optimizer, other_modules
 from sparkdeep.models.validation import Evaluator
 from sparkdeep.optim.drift import CONTROL, term_of
 from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec, Update
-from sparkdeep.replica.gradients import GradientWork
+from sparkdeep.replica.gradients import GradientWork, accumulate
 from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
@@ -246,15 +247,13 @@ class Replica:
             self._scheduler.step()
 
     def _local_step(self, batches: list[Batch], progress: Progress) -> None:
-        weights = [float(b.rows) if b.weights is None else float(b.weights.sum()) for b in batches]
-        total = sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
-        for batch, weight in zip(batches, weights, strict=True):
-            loss = self._loss_of(batch)
-            # One batch a step is left alone, so that the step is a plain torch loop's to the last bit.
-            share = loss if len(batches) == 1 else loss * (weight / total if total else 0.0)
-            share.backward()
-            progress.add(batch.rows, weight, loss)
+        if len(batches) == 1:  # left alone, so that the step is a plain torch loop's to the last bit
+            loss = self._loss_of(batches[0])
+            loss.mean.backward()
+            progress.add(batches[0].rows, loss)
+        else:
+            accumulate(batches, self._loss.count, self._loss_of, self._parameters, progress)
         self._drift.adjust()
         if self._settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
@@ -264,7 +263,7 @@ class Replica:
             self._scheduler.step()
         progress.end_step()
 
-    def _loss_of(self, batch: Batch) -> Tensor:
+    def _loss_of(self, batch: Batch) -> BatchLoss:
         alone = batch.rows == 1 and self.train_rows == 1
         with self._autocast(), single_row_norms(self.model) if alone else _NOTHING:
             return self._loss(self.model, batch)
@@ -282,11 +281,12 @@ class Replica:
 
     def _result(self, spec: RoundSpec, progress: Progress, began: float, gradient: Tensor | None = None) -> LocalResult:
         sections: list[str] = []
-        vector, buffers, finite, loss_sum = self.layout.empty(0), b"", True, 0.0
+        vector, buffers, finite = self.layout.empty(0), b"", True
         if self.exchange.overlap:
             self._own_buffers = self.layout.read_buffers(self.model)
             vector = self.exchange.end()
-        if progress.weight > 0:
+        weight, loss_sum = progress.sums()
+        if weight > 0:
             sections, state = self._traveling()
             if sections:
                 vector = self.exchange.end(len(sections))
@@ -297,12 +297,11 @@ class Replica:
             elif not self.exchange.overlap:
                 vector = self.exchange.end() if gradient is None else gradient
             buffers = self._packed_buffers()
-            loss_sum = progress.loss_sum()
             finite = math.isfinite(loss_sum) and self.exchange.finite(vector)
         update = Update(
             round=spec.round,
             rows=progress.rows,
-            weight=progress.weight,
+            weight=weight,
             steps=progress.steps,
             loss_sum=loss_sum if math.isfinite(loss_sum) else 0.0,
             finite=finite,
@@ -338,5 +337,5 @@ class Replica:
             for batch in self._reader.validation():
                 with self._autocast():
                     evaluator.add(self.model, batch)
-                progress.add(batch.rows, 0.0, None)
+                progress.add(batch.rows)
         return evaluator.scores()

@@ -30,20 +30,20 @@ LABELS = torch.tensor([1.0, 0.0, 0.0])
 
 @pytest.mark.parametrize("kind", [nn.MSELoss(), nn.L1Loss(), nn.BCEWithLogitsLoss(), nn.SmoothL1Loss()], ids=repr)
 def test_an_output_of_one_column_meets_labels_without_it(kind):
-    got = loss_of(kind).of_output(OUTPUT, batch(LABELS))
+    got = loss_of(kind).of_output(OUTPUT, batch(LABELS)).mean
     assert got == kind(OUTPUT, LABELS[:, None])
-    assert got == loss_of(kind).of_output(OUTPUT, batch(LABELS[:, None]))
+    assert got == loss_of(kind).of_output(OUTPUT, batch(LABELS[:, None])).mean
 
 
 def test_without_the_alignment_the_loss_would_be_another_number():
     with pytest.warns(UserWarning, match="target size"):
         broadcast = nn.MSELoss()(OUTPUT, LABELS)
-    assert broadcast != loss_of(nn.MSELoss()).of_output(OUTPUT, batch(LABELS))
+    assert broadcast != loss_of(nn.MSELoss()).of_output(OUTPUT, batch(LABELS)).mean
 
 
 def test_whole_labels_and_wider_outputs_are_left_alone():
     logits, classes = torch.randn(3, 4), torch.tensor([0, 3, 1])
-    assert loss_of(nn.CrossEntropyLoss()).of_output(logits, batch(classes)) == F.cross_entropy(logits, classes)
+    assert loss_of(nn.CrossEntropyLoss()).of_output(logits, batch(classes)).mean == F.cross_entropy(logits, classes)
     seen = []
     loss_of(lambda output, label: seen.append(label.shape)).of_output(OUTPUT, batch(LABELS))
     assert seen == [(3,)], "a callable of the user's gets what the columns hold"
@@ -53,18 +53,18 @@ WEIGHTS = torch.tensor([1.0, 0.0, 3.0])
 
 
 def test_row_weights_give_the_weighted_mean_of_row_losses():
-    got = loss_of(nn.MSELoss(), weighted=True).of_output(OUTPUT, batch(LABELS, WEIGHTS))
+    got = loss_of(nn.MSELoss(), weighted=True).of_output(OUTPUT, batch(LABELS, WEIGHTS)).mean
     assert got.item() == pytest.approx((0 * 1 + 16 * 3) / 4)
     wide, targets = torch.randn(3, 5), torch.randn(3, 5)
-    got = loss_of(nn.MSELoss(), weighted=True).of_output(wide, batch(targets, WEIGHTS))
+    got = loss_of(nn.MSELoss(), weighted=True).of_output(wide, batch(targets, WEIGHTS)).mean
     rows = (wide - targets).square().mean(1)
     assert got.item() == pytest.approx(((rows * WEIGHTS).sum() / 4).item())
 
 
 def test_weights_of_one_are_no_weights():
     ones = torch.ones(3)
-    got = loss_of(nn.MSELoss(), weighted=True).of_output(OUTPUT, batch(LABELS, ones))
-    torch.testing.assert_close(got, loss_of(nn.MSELoss()).of_output(OUTPUT, batch(LABELS)))
+    got = loss_of(nn.MSELoss(), weighted=True).of_output(OUTPUT, batch(LABELS, ones)).mean
+    torch.testing.assert_close(got, loss_of(nn.MSELoss()).of_output(OUTPUT, batch(LABELS)).mean)
 
 
 LOGITS = torch.tensor([[0.2, -1.0, 0.5], [1.5, 0.1, 0.3], [0.0, 0.4, -0.7], [2.0, -2.0, 0.0]])
@@ -98,7 +98,7 @@ MEANS = [
 @pytest.mark.parametrize(("kind", "output", "labels"), MEANS, ids=lambda v: repr(v) if isinstance(v, nn.Module) else "")
 def test_weights_of_one_are_no_weights_in_every_loss_of_torch(kind, output, labels):
     weighted = loss_of(kind, weighted=True)
-    torch.testing.assert_close(weighted.of_output(output, batch(labels, torch.ones(4))), kind(output, labels))
+    torch.testing.assert_close(weighted.of_output(output, batch(labels, torch.ones(4))).mean, kind(output, labels))
     weighted.check_weights(output, batch(labels, torch.ones(4)))
 
 
@@ -106,7 +106,7 @@ def test_weights_of_one_are_no_weights_in_every_loss_of_torch(kind, output, labe
 @pytest.mark.parametrize(("kind", "output", "labels"), MEANS, ids=lambda v: repr(v) if isinstance(v, nn.Module) else "")
 def test_a_whole_weight_is_as_many_copies_of_the_row_in_every_loss_of_torch(kind, output, labels):
     copies = torch.tensor([2, 1, 0, 3])
-    got = loss_of(kind, weighted=True).of_output(output, batch(labels, copies.float()))
+    got = loss_of(kind, weighted=True).of_output(output, batch(labels, copies.float())).mean
     torch.testing.assert_close(got, kind(output.repeat_interleave(copies, 0), labels.repeat_interleave(copies, 0)))
 
 
@@ -154,14 +154,14 @@ def test_a_loss_of_the_users_with_weights_is_held_to_its_own_value_without():
 
 def test_a_batch_of_zero_weights_teaches_nothing_and_is_not_nan():
     output = OUTPUT.clone().requires_grad_()
-    loss = loss_of(nn.MSELoss(), weighted=True).of_output(output, batch(LABELS, torch.zeros(3)))
+    loss = loss_of(nn.MSELoss(), weighted=True).of_output(output, batch(LABELS, torch.zeros(3))).mean
     loss.backward()
     assert loss == 0
     assert output.grad.tolist() == [[0.0], [0.0], [0.0]]
 
 
 def test_a_callable_that_takes_weight_is_given_the_weights_and_others_are_refused():
-    got = loss_of(lambda o, y, weight: weight.sum(), weighted=True).of_output(OUTPUT, batch(LABELS, WEIGHTS))
+    got = loss_of(lambda o, y, weight: weight.sum(), weighted=True).of_output(OUTPUT, batch(LABELS, WEIGHTS)).mean
     assert got == 4
     with pytest.raises(ConfigError, match=r"weight_col needs a loss per row.*loss\(output, label, weight\)"):
         loss_of(lambda o, y: 0, weighted=True)
@@ -175,7 +175,7 @@ def test_the_users_loss_module_is_not_changed_by_weights():
 
 def test_a_training_step_takes_the_place_of_the_loss():
     step = loss_of(None, step=lambda model, given: given.labels.sum(), weighted=True)
-    assert step(nn.Linear(2, 1), batch(LABELS, WEIGHTS)) == 1
+    assert step(nn.Linear(2, 1), batch(LABELS, WEIGHTS)).mean == 1
 
 
 def test_named_columns_become_named_arguments():

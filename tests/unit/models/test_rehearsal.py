@@ -43,6 +43,20 @@ def test_a_program_that_fits_gives_its_output_and_changes_nothing():
     assert torch.equal(torch.get_rng_state(), stream)
 
 
+def test_parts_of_a_loss_that_divide_by_different_counts_are_told_once_before_training(caplog):
+    some = np.array([0, 1, -100, 0])
+    weights = torch.tensor([1.0, 3.0])
+
+    def both(output, label):
+        return nn.functional.cross_entropy(output, label, weight=weights) + nn.functional.cross_entropy(output, label)
+
+    rehearsed(nn.Linear(3, 2), nn.functional.cross_entropy, X, some)
+    assert caplog.text == ""
+    rehearsed(nn.Linear(3, 2), both, X, some)
+    assert "the loss has parts that torch divides by different counts" in caplog.text
+    assert "return (sum, count)" in caplog.text
+
+
 def test_integer_features_into_a_dense_layer_say_how_to_cast():
     with pytest.raises(ConfigError, match=r"cannot take integer features.*int64 \(4, 3\).*array<float>") as caught:
         rehearsed(nn.Linear(3, 2), nn.CrossEntropyLoss(), np.ones((4, 3), np.int64), CLASSES)
