@@ -13,5 +13,6 @@
 - `registry.py`: which factories a stored model may name
 - `rehearsal.py`: the first rows through the model, on the driver, before anything trains
 - `saving.py`: model folders: safetensors and JSON
+- `scored_rows.py`: outputs and labels of all validation rows, for metrics that are functions of them
 - `validation.py`: scores of the averaged model
 """

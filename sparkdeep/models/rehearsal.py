@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import traceback
 import warnings
@@ -19,9 +18,9 @@ from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
 from sparkdeep.models.building import build_model, copy_of
 from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.generators import forked
-from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward, logits_of
+from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward
 from sparkdeep.models.program import Program, check_trained, inner_optimizer, prepared
-from sparkdeep.models.validation import check_metrics, is_torchmetric
+from sparkdeep.models.validation import check_metrics, described, try_metric
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 
 __all__ = ["build_model", "float_dtype_of", "materialize", "rehearse", "sample_batch"]
@@ -89,13 +88,13 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
                 output = forward(model, batch.features)  # as transform will see it, with the user's own type
             _rehearse_one_row(program, model, output, batch)
             for name, metric in (program.metrics or {}).items():
-                _rehearse_metric(name, metric, output, batch)
+                try_metric(name, metric, output, batch.labels)
         _rehearse_optimizer(program, model)
     return output
 
 
 def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Module, output: Any, batch: Batch) -> None:
-    produced = _shapes(batch) if output is None else f"output {_describe(output)}, {_shapes(batch)}"
+    produced = _shapes(batch) if output is None else f"output {described(output)}, {_shapes(batch)}"
     try:
         plain = program.training_step is None
         loss = (_watched_loss(loss_function, output, batch, produced) if plain else loss_function(model, batch)).mean
@@ -111,7 +110,7 @@ def _rehearse_loss(program: Program, loss_function: LossFunction, model: nn.Modu
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ConfigError(
-            f"the loss must be one number a batch (reduction='mean'), got {_describe(loss)} from {produced}."
+            f"the loss must be one number a batch (reduction='mean'), got {described(loss)} from {produced}."
         )
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on any trainable parameter; it was given {produced}.")
@@ -154,7 +153,7 @@ def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Ba
         raise _forward_error(error, batch, "a batch of one row, the first of the ingested ones") from error
     if not isinstance(one, Tensor) or one.dim() != output.dim() or len(one) != 1:
         raise ConfigError(
-            f"the model's output for one row is {_describe(one)}, for {rows} rows {_describe(output)}: the dimension of rows "
+            f"the model's output for one row is {described(one)}, for {rows} rows {described(output)}: the dimension of rows "
             "is gone, as .squeeze() does to a batch of one. Name the dimension: .squeeze(-1)."
         )
 
@@ -173,21 +172,6 @@ def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
             "of trainable parameters, lr_scheduler with the optimizer, and its step() with nothing, once a local step: "
             "optimizer=partial(torch.optim.AdamW, lr=1e-3), lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, "
             f"step_size=100).\n{traceback.format_exc()}"
-        ) from error
-
-
-def _rehearse_metric(name: str, metric: Any, output: Any, batch: Batch) -> None:
-    try:
-        if is_torchmetric(metric):
-            # The first rows may lack a class, so that no score can be computed for them yet.
-            copy.deepcopy(metric).update(logits_of(output), batch.labels)
-        else:
-            float(metric(output, batch.labels))
-    except Exception as error:
-        raise UserCodeError(
-            f"{traceback.format_exc().rstrip()}\n\nmetric {name!r} raised {type(error).__name__}: {error} for output "
-            f"{_describe(output)} and labels {_describe(batch.labels)}; it must return one number.",
-            traceback_text=traceback.format_exc(),
         ) from error
 
 
@@ -217,24 +201,4 @@ def _label_remedy(batch: Batch) -> str:
 
 
 def _shapes(batch: Batch) -> str:
-    return f"features {_describe(batch.features)}, labels {_describe(batch.labels)}"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_describe, value)) + ")"
-    return type(value).__name__
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {k: _detached(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_detached, value))
-    return value
+    return f"features {described(batch.features)}, labels {described(batch.labels)}"

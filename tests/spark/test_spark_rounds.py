@@ -122,14 +122,16 @@ def test_early_stopping_returns_the_best_round(blobs):
     assert not same_bits(weights(model), weights(last_round))
 
 
-def test_a_torchmetric_is_merged_over_replicas_and_a_function_averaged(blobs):
+def test_a_torchmetric_is_merged_over_replicas_and_a_function_is_given_all_rows(blobs):
     torchmetrics = pytest.importorskip("torchmetrics")
     metrics = {
         "accuracy": torchmetrics.Accuracy(task="multiclass", num_classes=3),
         "share": lambda output, label: (output.argmax(1) == label).float().mean(),
+        "rows": lambda output, label: len(output),
     }
     model = estimator(epochs=3, validation=0.3, metrics=metrics).fit(blobs)
     scores = model.history[-1].metrics
+    assert 40 < scores["rows"] < 80
     assert scores["accuracy"] == pytest.approx(scores["share"], abs=1e-6)
     assert scores["accuracy"] > 0.8
 

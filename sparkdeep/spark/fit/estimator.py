@@ -52,7 +52,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         outer_optimizer: a torch.optim factory for the driver's step on the averaged parameters; None assigns the mean.
         weight_col: row weights, in the loss and in the mean of replicas.
         validation: a fraction of rows, a boolean column, or a second DataFrame.
-        metrics: name -> `f(output, label)` or a torchmetrics Metric, scored on the validation rows.
+        metrics: name -> `f(output, label)` or a torchmetrics Metric, scored on the validation rows. A function is given all of them at
+            once, of all replicas (64 MiB a replica at most); a pair (head, metric) is of one of several outputs.
         early_stopping: an `EarlyStopping`, or its patience in validations.
         training_step: `training_step(model, batch) -> loss`, for losses that need more than (output, label).
         preprocess: on a batch's features, in training, validation and `transform`.

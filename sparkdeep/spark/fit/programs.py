@@ -16,6 +16,8 @@ from sparkdeep.models.prediction import Prediction
 from sparkdeep.models.program import NO_STEPS, Program, pack_program
 from sparkdeep.models.registry import import_factory
 from sparkdeep.models.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
+from sparkdeep.models.scored_rows import check_room
+from sparkdeep.models.validation import has_functions
 from sparkdeep.spark.fit.settings import FitSettings
 from sparkdeep.spark.ingest.ingest import Ingested
 from sparkdeep.spark.model.columns import VECTORS
@@ -106,6 +108,9 @@ def rehearsed(settings: FitSettings, program: Program, ingested: Ingested) -> tu
     )
     pack_program(program)  # names what cannot be pickled, before copying for the rehearsal fails on it
     output = rehearse(program, batch, ingested.schema)
+    validated = max(shard.rows["validation"] for shard in ingested.facts)
+    if validated and has_functions(program.metrics or {}):
+        check_room(output, batch.labels, batch.rows, validated)
     return program, _prediction(settings, program, output, batch.rows)
 
 

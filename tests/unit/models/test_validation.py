@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 
 import pytest
 import torch
 import torchmetrics
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from sparkdeep.data.batches import Batch
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, UserCodeError
+from sparkdeep.models import scored_rows
 from sparkdeep.models.losses import LossFunction
 from sparkdeep.models.program import Program
-from sparkdeep.models.validation import Evaluator, check_metrics, merge_scores
+from sparkdeep.models.scored_rows import ScoredRows, check_room
+from sparkdeep.models.validation import Evaluator, check_metrics, merge_scores, try_metric
 from sparkdeep.tensors.state_dicts import pack, unpack
 
 
@@ -90,12 +95,106 @@ def test_torchmetrics_of_numbers_merge_too(name):
         assert merged["m"] == pytest.approx(whole.compute().item(), rel=1e-4)
 
 
-def test_the_mean_of_batchwise_f1_is_not_f1_which_is_why_states_are_merged():
+def auc(output, label):
+    return roc_auc_score(label, output) if 0 < label.sum() < len(label) else 0.5
+
+
+def rmse(output, label):
+    return (output - label).square().mean().sqrt()
+
+
+def precision(output, label):
+    chosen = output > 1
+    return (label[chosen] == 1).double().mean()
+
+
+@pytest.mark.parametrize("shares", [[600], [1, 599], [300, 0, 300], [200, 200, 200]], ids=str)
+@pytest.mark.parametrize("function", [auc, rmse, precision])
+def test_a_function_is_given_all_rows_of_all_replicas(function, shares):
+    generator = torch.Generator().manual_seed(2)
+    label = (torch.rand(600, generator=generator) < 0.05).double()
+    output = torch.randn(600, generator=generator, dtype=torch.float64) + 1.5 * label
+    merged = scores(output, label, {"m": function}, shares=shares, loss=nn.MSELoss())
+    exact = float(function(output, label))
+    assert merged["m"] == pytest.approx(exact, rel=1e-12)
+    by_batch = torch.stack(
+        [torch.as_tensor(function(o, y)) for o, y in zip(output.split(8), label.split(8), strict=True)]
+    )
+    assert not abs(float(by_batch.double().mean()) - exact) < 0.01, "the mean over batches is another number"
+
+
+class Named(dict):
+    """As transformers' outputs: a mapping with attributes and places."""
+
+
+@dataclasses.dataclass
+class Heads:
+    price: torch.Tensor
+    risk: torch.Tensor
+
+
+FORMS = {
+    "dict": lambda x: {"price": x[:, 0], "risk": x[:, 1]},
+    "subclass of dict": lambda x: Named(price=x[:, 0], risk=x[:, 1]),
+    "dataclass": lambda x: Heads(x[:, 0], x[:, 1]),
+    "named tuple": lambda x: collections.namedtuple("Pair", "price risk")(x[:, 0], x[:, 1]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_of_many_heads_has_metrics_of_its_own(form):
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(3))
+    labels = {"price": torch.arange(20.0), "risk": torch.arange(20) % 2}
+
+    def loss(output, label):
+        price = output["price"] if isinstance(output, dict) else output.price
+        return (price - label["price"]).square().mean()
+
+    metrics = {
+        "mae": ("price", torchmetrics.MeanAbsoluteError()),
+        "error": ("price", rmse),
+        "of all": lambda output, label: (output["risk"] + output.price + output[0]).sum() + label["risk"].sum(),
+    }
+    program = Program(model=nn.Identity(), loss=loss, optimizer=torch.optim.SGD, metrics=metrics)
+    parts = []
+    for rows in (slice(0, 12), slice(12, 20)):
+        evaluator = Evaluator(LossFunction(program, weighted=False), metrics, has_step=False)
+        own = {name: column[rows] for name, column in labels.items()}
+
+        class Net(nn.Module):
+            def forward(self, features):
+                return FORMS[form](features)
+
+        evaluator.add(Net(), Batch(features=x[rows], labels=own, weights=None, rows=rows.stop - rows.start))
+        parts.append(unpack(pack(evaluator.scores())))
+    merged = merge_scores(parts, metrics)
+    assert merged["mae"] == pytest.approx((x[:, 0] - labels["price"]).abs().mean().item(), rel=1e-6)
+    assert merged["error"] == pytest.approx(rmse(x[:, 0], labels["price"]).item(), rel=1e-6)
+    assert merged["of all"] == pytest.approx((x[:, 1] + 2 * x[:, 0]).sum().item() + 10, rel=1e-5)
+
+
+def test_what_cannot_be_gathered_is_refused_with_a_remedy(monkeypatch):
+    rows = ScoredRows()
+    rows.add(torch.zeros(2, 3), None)
+    rows.add(torch.zeros(2, 4), None)
+    with pytest.raises(ConfigError, match=r"shapes after the rows are \['\(3,\)', '\(4,\)'\].*Pad them"):
+        rows.taken()
+    with pytest.raises(ConfigError, match=r"hold a set.*torchmetrics"):
+        rows.add({"x": {1}}, None)
+    with pytest.raises(ConfigError, match=r"the output 'z'; the model's outputs are \['x'\]"):
+        try_metric("m", ("z", rmse), {"x": torch.zeros(2)}, torch.zeros(2))
+    monkeypatch.setattr(scored_rows, "MOST_BYTES", 1 << 20)
+    check_room(torch.zeros(2, 3), torch.zeros(2), 2, (1 << 20) // 16)
+    with pytest.raises(ConfigError, match=r"65537 validation rows .* at most 1 are gathered.*torchmetrics"):
+        check_room(torch.zeros(2, 3), torch.zeros(2), 2, (1 << 20) // 16 + 1)
+    with pytest.raises(ConfigError, match=r"more than 1 MiB"):
+        ScoredRows().add(torch.zeros(1 << 20), None)
+
+
+def test_a_function_that_raises_on_all_rows_has_its_traceback():
     x, y = rows()
-    whole = METRICS["f1"]()
-    whole.update(x, y)
-    per_batch = scores(x, y, {"m": lambda o, t: METRICS["f1"]()(o, t)}, shares=[57])
-    assert abs(per_batch["m"] - whole.compute().item()) > 0.01
+    with pytest.raises(UserCodeError, match=r"^Traceback[\s\S]*metric 'm' raised ZeroDivisionError.*float32 \(57, 3\)"):
+        scores(x, y, {"m": lambda o, t: 1 / 0}, shares=[20, 37])
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
