@@ -168,8 +168,8 @@ class OnArrival(TorchOuter):
         factory, parameters, layout: as of `TorchOuter`.
         rule: how often replicas come in.
         recorded: by round, the replicas in the order in which they came in, of a recorded run that is repeated.
-        rate: the mean of the replicas' learning rates from a step of their clock on, of so many; asked for if the optimizer
-            needs it.
+        rate: the mean of the replicas' learning rates from a step of their clock on, of so many, one a parameter; asked for
+            if the optimizer needs it.
 
     Raises:
         ConfigError: the optimizer cannot step with the one gradient that a push is.
@@ -183,7 +183,7 @@ class OnArrival(TorchOuter):
         rule: Asynchronous,
         *,
         recorded: Mapping[int, Sequence[int]],
-        rate: Callable[[int, int], float],
+        rate: Callable[[int, int], Sequence[float]],
     ) -> None:
         super().__init__(factory, parameters, layout)
         needed = inspect.signature(self._optimizer.step).parameters.get("closure")
@@ -213,5 +213,5 @@ class OnArrival(TorchOuter):
         """Take a push, (numel,), of a replica that made it in so many steps, before which its clock was at `clock`."""
         torch.neg(change, out=self._grad)
         if self.uses_rate:
-            self._optimizer.inner_lr = self._rate(clock, steps)  # type: ignore[attr-defined]
+            self.tell(self._rate(clock, steps))
         self._optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -62,8 +62,8 @@ class DriftTerm:
     def adjust(self) -> None:
         """Add the term to the gradients, before they are clipped."""
 
-    def stepped(self, rate: float) -> None:
-        """A local step was taken at this learning rate."""
+    def stepped(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """A local step was taken, by an optimizer with these parameter groups."""
 
     def end(self) -> list[Tensor] | None:
         """A round in which there were steps is over; what travels to the driver, one tensor a parameter, or None."""
@@ -121,7 +121,8 @@ class ControlVariates(DriftTerm):
         self._common = [torch.zeros_like(p) for p in self._parameters]
         self._own: list[Tensor] | None = [torch.zeros_like(p) for p in self._parameters]
         """None once it is lost: the common one, until this replica has trained."""
-        self._rates = 0.0
+        self._places = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        self._rates = [0.0] * len(self._parameters)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -131,7 +132,7 @@ class ControlVariates(DriftTerm):
             self._terms = [torch.zeros_like(p) for p in self._parameters]
         else:
             self._terms = [common - own for common, own in zip(self._common, self._own, strict=True)]
-        self._rates = 0.0
+        self._rates = [0.0] * len(self._parameters)
 
     @torch.no_grad()
     def adjust(self) -> None:
@@ -142,18 +143,20 @@ class ControlVariates(DriftTerm):
             elif term.any():
                 parameter.grad = term.clone()
 
-    def stepped(self, rate: float) -> None:
-        """Sum up the rates."""
-        self._rates += rate
+    def stepped(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Sum up the rates, each parameter's own."""
+        for group in groups:
+            rate = float(group.get("lr", 0.0))
+            for parameter in group["params"]:
+                self._rates[self._places[id(parameter)]] += rate
 
     @torch.no_grad()
     def end(self) -> list[Tensor] | None:
         """The new `c_i`: what moved the parameters, a step's rate taken out, less the correction in it."""
-        if self._rates > 0:
-            moved = zip(self._start, self._parameters, self._terms, strict=True)
-            self._own = [(start - p) / self._rates - term for start, p, term in moved]
-        elif self._own is None:
-            self._own = [common.clone() for common in self._common]
+        before = [common.clone() for common in self._common] if self._own is None else self._own
+        moved = zip(before, self._start, self._parameters, self._terms, self._rates, strict=True)
+        # Of a parameter whose rate is 0 nothing is learned.
+        self._own = [(start - p) / rate - term if rate > 0 else own for own, start, p, term, rate in moved]
         return self._own
 
     @torch.no_grad()

@@ -7,7 +7,8 @@ Federated Optimization") and of DiLoCo (Douillard et al., 2023), so that a minim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, final
 
 import numpy as np
@@ -44,9 +45,9 @@ class OuterOptimizer(ABC):
     stopped = ""
     """Why no further step helps, where it can tell; else ""."""
     uses_rate = False
-    """Whether it needs the replicas' learning rate of each round."""
-    inner_lr = 1.0
-    """The mean of those of its steps, set before the round's closure returns."""
+    """Whether it needs the replicas' learning rates of each round."""
+    inner_lrs: Sequence[float] = ()
+    """Of every parameter, the mean of its rates in the round's steps; set before the round's closure returns."""
 
     @abstractmethod
     def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
@@ -124,6 +125,16 @@ class TorchOuter(OuterOptimizer):
                 "not tell. Use algorithm=lbfgs(), or work='gradient' with sync_every='epoch'."
             )
         self.uses_rate = hasattr(optimizer, "inner_lr")
+        own = {p.storage_offset(): p for group in optimizer.param_groups for p in group["params"]}
+        self._leaves = [own.get(entry.offset) for entry in layout.entries]
+
+    def tell(self, rates: Sequence[float]) -> None:
+        """Give the optimizer the replicas' learning rates, one a parameter of the layout, as `inner_lr` and `inner_lrs`."""
+        optimizer: Any = self._optimizer
+        optimizer.inner_lr = max(rates)
+        if hasattr(optimizer, "inner_lrs"):
+            known = zip(self._leaves, rates, strict=True)
+            optimizer.inner_lrs = {leaf: rate for leaf, rate in known if leaf is not None}
 
     def step(self, parameters: Tensor, round_: Callable[[], RoundResult]) -> None:
         """One `optimizer.step(closure)`; the closure runs the round and sets `.grad = start - mean`."""
@@ -136,7 +147,7 @@ class TorchOuter(OuterOptimizer):
                 for start, stop in chunks_of(own.numel()):  # in float64, without a copy of all of it
                     self._grad[start:stop] = own[start:stop].to(torch.float64) - result.mean[start:stop]
             if self.uses_rate:  # known once the round is done
-                self._optimizer.inner_lr = self.inner_lr  # type: ignore[attr-defined]
+                self.tell(self.inner_lrs)
             return result.loss
 
         self._optimizer.step(closure)
@@ -215,12 +226,14 @@ class FedYogi(FedAdam):
 class SlowMo(_OwnOptimizer):
     """SlowMo (Wang et al., 2020): `u = momentum u + (start - mean) / rate`, `x = start - lr rate u`.
 
-    `rate` is the mean of the replicas' learning rates in the round, which the fit tells: with a constant one it is SGD with momentum, with one
-    that decays it is not, as `u` is kept in units of gradients.
+    `rate` is the mean of the replicas' learning rates in the round, each parameter's own, which the fit tells: with a constant one it is SGD
+    with momentum, with one that decays it is not, as `u` is kept in units of gradients.
     """
 
     inner_lr: float = 1.0
-    """The mean of the replicas' learning rates in the round: the loop sets it, in every outer optimizer that has this attribute."""
+    """The replicas' learning rate, the highest of all parameters: the fit sets it in every outer optimizer that has this attribute."""
+    inner_lrs: Mapping[Tensor, float] = MappingProxyType({})
+    """Likewise, each parameter's own, the mean over the round's steps."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1.0, momentum: float = 0.5) -> None:
         not_negative("lr", lr)
@@ -228,7 +241,7 @@ class SlowMo(_OwnOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        rate = self.inner_lr
+        rate = self.inner_lrs.get(parameter, self.inner_lr)
         if not rate > 0:  # where every step's rate is 0 replicas have not moved
             return
         if "momentum_buffer" not in state:
@@ -273,6 +286,8 @@ class Downpour(Adagrad):
 
     inner_lr: float = 1.0
     """As of `SlowMo`."""
+    inner_lrs: Mapping[Tensor, float] = MappingProxyType({})
+    """Likewise."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.1, eps: float = 1e-10) -> None:
         super().__init__(params, lr=lr, eps=eps)
@@ -283,9 +298,11 @@ class Downpour(Adagrad):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            for parameter, gradient in _moved(group):
+                rate = self.inner_lrs.get(parameter, self.inner_lr)
+                if rate > 0:  # else no replica has moved it
+                    gradient.div_(rate)
         if self.inner_lr > 0:
-            for group in self.param_groups:
-                for _, gradient in _moved(group):
-                    gradient.div_(self.inner_lr)
             super().step()
         return loss

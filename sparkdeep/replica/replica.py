@@ -258,7 +258,7 @@ class Replica:
         if self._settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
         self._optimizer.step()
-        self._drift.stepped(self._optimizer.param_groups[0].get("lr", 0.0))
+        self._drift.stepped(self._optimizer.param_groups)
         if self._scheduler is not None:
             self._scheduler.step()
         progress.end_step()

@@ -78,8 +78,6 @@ def _unlike_plain_sgd(optimizer: Optimizer) -> str | None:
         for name in ("momentum", "weight_decay", "maximize"):
             if group[name]:
                 return f"SGD({name}={group[name]})"
-        if group["lr"] != optimizer.param_groups[0]["lr"]:
-            return "SGD with several learning rates"
     return None
 
 

@@ -150,7 +150,7 @@ class _Step:
             self.result = result = dataclasses.replace(result, mean=torch.zeros_like(result.mean))
         if run.outer.uses_rate:
             steps = max(update.steps for update in result.updates)
-            run.outer.inner_lr = state.rates.mean(max(self._work.clocks), steps)
+            run.outer.inner_lrs = state.rates.mean(max(self._work.clocks), steps)
         if state.downlink is not None:
             state.downlink.before_step()
         return result

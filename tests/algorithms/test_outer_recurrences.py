@@ -42,7 +42,7 @@ def drive(factory, rates=None, rounds=ROUNDS, restored_at=None):
             kept = unpack_dict(pack({"outer": dict(outer.state_dict())}))["outer"]
             outer = TorchOuter(factory, parameters, layout)
             outer.load_state_dict(kept)
-        outer.inner_lr = rates[t] if rates else 1.0
+        outer.inner_lrs = [rates[t] if rates else 1.0] * len(layout.entries)
         mean = torch.from_numpy(mean_after(parameters.detach().numpy(), target))
         outer.step(parameters, lambda mean=mean: SimpleNamespace(mean=mean, loss=1.0))
     return parameters.detach().numpy(), start

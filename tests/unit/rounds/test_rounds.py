@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 from torch.optim import SGD, AdamW
 from twin import deal, flat, local_coordinator, make_fit, run, schema_of
@@ -140,14 +141,17 @@ def test_state_lost_while_scoring_is_named_in_the_next_record(tmp_path):
     assert all("m" in r.metrics for r in records)
 
 
-class Metric:
+class Metric(torchmetrics.MeanMetric):
+    """Meets the plan's function wherever a replica scores a batch."""
+
     def __init__(self, key):
+        super().__init__()
         self.key = key
 
-    def __call__(self, output, label):
+    def update(self, output, label):
         from twin_faults import PLANS
 
-        return PLANS[self.key].meet_metric(output, label)
+        super().update(PLANS[self.key].meet_metric(output, label))
 
 
 def test_a_replica_lost_while_scoring_costs_nothing_but_time(tmp_path, undisturbed_scored):
