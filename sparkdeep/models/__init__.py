@@ -8,8 +8,9 @@
 - `lightning_module.py`: a Lightning module without a Trainer
 - `lightning_optimizer.py`: its optimizer and scheduler
 - `losses.py`: a batch through model and loss, with row weights
+- `packing.py`: the user's objects on their way to replicas, without the values of the model's tensors
 - `prediction.py`: a model's output as a column
-- `program.py`: the user's objects on their way to replicas
+- `program.py`: the user's objects, and what is asked of them
 - `registry.py`: which factories a stored model may name
 - `rehearsal.py`: the first rows through the model, on the driver, before anything trains
 - `saving.py`: model folders: safetensors and JSON

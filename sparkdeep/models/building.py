@@ -5,25 +5,22 @@ None of these packages is imported here: a model's class tells what it is.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from sparkdeep.data.batches import Batch
-from sparkdeep.errors import ConfigError, SparkdeepError
+from sparkdeep.errors import ConfigError
 from sparkdeep.models.generators import forked
 from sparkdeep.models.keras import KerasNetwork, is_keras
 from sparkdeep.models.lightning_module import Clock, LightningStep, is_lightning
 from sparkdeep.models.lightning_optimizer import LightningOptimizer
-from sparkdeep.models.program import Program, check_picklable
+from sparkdeep.models.program import Program
 
-__all__ = ["OwnLoss", "adopt", "build_model", "copy_of", "may_bring_loss", "may_bring_optimizer", "own_parts", "ready"]
+__all__ = ["OwnLoss", "adopt", "build_model", "may_bring_loss", "may_bring_optimizer", "own_parts", "ready"]
 
 _NO_LOSS = "give loss=, such as nn.CrossEntropyLoss(), or training_step=."
 _NO_OPTIMIZER = "give optimizer=, such as partial(torch.optim.SGD, lr=0.1)."
@@ -155,10 +152,10 @@ def _fields(output: Any) -> str:
 
 
 def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """A module of our own on the CPU: a copy of the given one, or what the factory makes after `manual_seed(seed)`.
+    """The given module itself, or what the factory makes on the CPU after `manual_seed(seed)`.
 
     Raises:
-        ConfigError: the factory gives no module, or the module holds what cannot be copied and sent.
+        ConfigError: the factory gives no module, or a module is given with arguments.
     """
     factory = adopt(factory)
     if isinstance(factory, nn.Module):
@@ -166,16 +163,7 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
             raise ConfigError(
                 f"model_args={dict(arguments)!r} with a model that is built already; give the class instead."
             )
-        try:
-            return copy_of(factory).cpu()
-        except SparkdeepError:
-            raise
-        except Exception as error:
-            check_picklable(Program(model=factory, loss=None, optimizer=torch.optim.SGD))  # names the attribute
-            raise ConfigError(
-                f"the model cannot be copied: {type(error).__name__}: {error}. Give its class, or a function that builds "
-                "it, as model=."
-            ) from error
+        return factory
     with forked(seed):
         module = adopt(factory(**arguments))
     if not isinstance(module, nn.Module):
@@ -184,26 +172,3 @@ def build_model(factory: nn.Module | Callable[..., Any], arguments: Mapping[str,
             "returns one, or 'package.module:function'."
         )
     return module.cpu()
-
-
-def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy, even where `copy.deepcopy` alone refuses.
-
-    It refuses lazy buffers, and tensors that were computed from parameters: `torch.nn.utils.weight_norm` keeps one as
-    an attribute and computes it anew in every forward pass.
-    """
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        values = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
-        for tensor in [value for value in values if isinstance(value, Tensor)]:
-            if is_lazy(tensor):
-                memo[id(tensor)] = _lazy_copy(tensor)
-            elif not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
-def _lazy_copy(tensor: Any) -> Any:
-    made = type(tensor)(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
-    made.__dict__.update(tensor.__dict__)
-    return made

@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, SparkdeepError, UserCodeError
-from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.building import build_model
 from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.generators import forked
 from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward
-from sparkdeep.models.program import Program, check_trained, inner_optimizer, prepared
+from sparkdeep.models.packing import check_trained, copied
+from sparkdeep.models.program import Program, inner_optimizer, prepared
 from sparkdeep.models.validation import check_metrics, described, try_metric
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 
@@ -73,7 +74,8 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
     """
     check_metrics(program.metrics or {})
     check_trained(program)
-    model = copy_of(program.model).eval()
+    program = copied(program)
+    model = program.model.eval()
     loss_function = LossFunction(program, weighted=any(f.role == "weight" for f in schema.fields))
     with forked():
         output: Any = None
@@ -89,7 +91,7 @@ def rehearse(program: Program, batch: Batch, schema: Schema) -> Any:
             _rehearse_one_row(program, model, output, batch)
             for name, metric in (program.metrics or {}).items():
                 try_metric(name, metric, output, batch.labels)
-        _rehearse_optimizer(program, model)
+        _rehearse_optimizer(program)
     return output
 
 
@@ -158,9 +160,9 @@ def _rehearse_one_row(program: Program, model: nn.Module, output: Any, batch: Ba
         )
 
 
-def _rehearse_optimizer(program: Program, model: nn.Module) -> None:
+def _rehearse_optimizer(program: Program) -> None:
     try:
-        _, scheduler = inner_optimizer(program, [p for p in model.parameters() if p.requires_grad])
+        _, scheduler = inner_optimizer(program)
         if scheduler is not None:
             scheduler.step()
             scheduler.state_dict()

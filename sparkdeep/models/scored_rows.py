@@ -22,7 +22,7 @@ _REMEDY: Final = (
 
 
 class Outputs(dict[Any, Any]):
-    """A model's named outputs, as `out["logits"]`, `out.logits` or by their place, `out[0]`."""
+    """A model's named outputs: by name, as attributes, or by their place."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:

@@ -125,7 +125,7 @@ class ReplicaPlan:
     """What every replica of a run is made from; the same for all stages."""
 
     program: bytes
-    """`program.pack_program`."""
+    """`packing.pack_program`."""
     settings: LocalSettings
     schema: Schema
 

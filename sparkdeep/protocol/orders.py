@@ -182,7 +182,7 @@ class Job:
     body: Parcel | None = None
     """Of the order."""
     program: Parcel | None = None
-    """`program.pack_program`."""
+    """`packing.pack_program`."""
     fixed: Parcel | None = None
     """Parameters that are not trained, as `state_dicts.pack_tensors`."""
     states: tuple[Parcel, ...] = ()

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any, Final, final
 
 from sparkdeep.errors import NonFiniteError, ProtocolError, ReplicaLostError, ShardLostError
-from sparkdeep.models.program import Program, unpack_program
+from sparkdeep.models.packing import unpack_program
+from sparkdeep.models.program import Program
 from sparkdeep.optim.averaging import Averaging
 from sparkdeep.protocol.exchange import Exchange
 from sparkdeep.protocol.messages import Failure, Hello, ReplicaPlan, Update, parse, to_header

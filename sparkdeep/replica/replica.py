@@ -151,7 +151,7 @@ class Replica:
         return buffers
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
-        self._optimizer, self._scheduler = inner_optimizer(self._program, self._parameters)
+        self._optimizer, self._scheduler = inner_optimizer(self._program)
         self._clock = scheduler_steps
         for _ in range(scheduler_steps if self._scheduler is not None else 0):
             self._scheduler.step()

@@ -15,7 +15,8 @@ import torch
 from sparkdeep import seams
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import CheckpointError, ProtocolError, ReplicaLostError, SparkdeepError, UserCodeError
-from sparkdeep.models.program import Program, unpack_program
+from sparkdeep.models.packing import unpack_program
+from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import Failure, Hello, Open, ReplicaPlan, field
 from sparkdeep.protocol.orders import Order
 from sparkdeep.protocol.wire import ConnectionLostError, Frame

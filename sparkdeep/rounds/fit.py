@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparkdeep import seams
-from sparkdeep.models.program import NO_STEPS, Program, pack_program
+from sparkdeep.models.packing import pack_program
+from sparkdeep.models.program import NO_STEPS, Program
 from sparkdeep.optim.asynchronous import OnArrival
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal

@@ -43,8 +43,7 @@ def check_inner_optimizer(program: Program, local: LocalSettings, run: RunSettin
         _check_delay(outer, run)
     if not isinstance(local.drift_correction, Scaffold) and made is not Downpour:
         return
-    parameters = [nn.Parameter(p.detach()) for p in program.model.parameters() if p.requires_grad]
-    optimizer, _ = inner_optimizer(program, parameters)
+    optimizer, _ = inner_optimizer(program)
     odd = _unlike_plain_sgd(optimizer)
     if odd is not None and made is Downpour:
         _LOG.warning(

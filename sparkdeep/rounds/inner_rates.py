@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, final
 
-from torch import nn
-
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program, inner_optimizer
 
@@ -64,8 +62,8 @@ class InnerRates:
 
     def _reach(self, step: int) -> None:
         if not self._rates:
-            parameters = [nn.Parameter(p.detach()) for p in self._program.model.parameters() if p.requires_grad]
-            self._optimizer, self._scheduler = inner_optimizer(self._program, parameters)
+            parameters = [p for p in self._program.model.parameters() if p.requires_grad]
+            self._optimizer, self._scheduler = inner_optimizer(self._program)
             groups = {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
             self._group_of = [groups.get(id(parameter)) for parameter in parameters]
             self._add()

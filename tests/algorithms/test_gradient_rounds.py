@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_before_a_replica_starts(tmp_path, given, m
 def test_lbfgs_as_a_local_optimizer_is_refused_by_name():
     local = program(optimizer=torch.optim.LBFGS)
     with pytest.raises(ConfigError, match=r"optimizer=LBFGS.*closure.*algorithm=lbfgs"):
-        inner_optimizer(local, list(local.model.parameters()))
+        inner_optimizer(local)
 
 
 def test_the_drivers_schedule_is_not_stepped_on_replicas(tmp_path):

@@ -16,9 +16,10 @@ from torch import nn
 from twin import deal, facts_of, run, schema_of, write_shards
 
 from sparkdeep import ConfigError, TorchEstimator, TorchModel
-from sparkdeep.models.building import build_model, copy_of
+from sparkdeep.models.building import build_model
 from sparkdeep.models.keras import KerasNetwork
-from sparkdeep.models.program import Program, pack_program, unpack_program
+from sparkdeep.models.packing import copied, pack_program, unpack_program
+from sparkdeep.models.program import Program
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("default")]
 
@@ -110,7 +111,7 @@ def test_moving_averages_of_replicas_are_those_of_all_rows(keras, tmp_path):
 def test_copies_and_pickles_hold_the_same_network(keras):
     first = build_model(network(keras, 0.3, trainable=False), {}, 0)
     assert [name for name, _ in first.named_parameters()] == ["2/gamma", "3/beta", "7/kernel", "8/bias"]
-    second = copy_of(first)
+    second = copied(Program(model=first, loss=None, optimizer=SGD)).model
     third = unpack_program(pack_program(Program(model=first, loss=None, optimizer=SGD))).model
     third.load_state_dict(first.state_dict())
     x = torch.randn(5, 8)

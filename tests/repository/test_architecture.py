@@ -24,8 +24,8 @@ MANY_ARGUMENTS = {"TorchEstimator", "TorchModel"}
 
 # Where code that can run what it reads is called, and why that is safe. (file, call) -> reason.
 UNPICKLERS = {
-    ("models/program.py", "pickle.loads"): "the user's own program, sent inside Spark's task closure",
-    ("models/program.py", "pickle.Unpickler"): "as above: the same bytes, with tensors by name",
+    ("models/packing.py", "pickle.loads"): "the user's own program, sent inside Spark's task closure",
+    ("models/packing.py", "pickle.Unpickler"): "as above: the same bytes, with tensors by name",
     ("spark/tasks/child.py", "cloudpickle.loads"): "the replica's task, from the pipe of the process that started it",
     ("spark/model/scoring.py", "cloudpickle.loads"): "the user's own callables, sent inside Spark's task closure",
     ("spark/ingest/tasks.py", "cloudpickle.loads"): "the user's own decoder, sent inside Spark's task closure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def _sections(program: Program) -> int:
     probe = nn.Parameter(torch.zeros(_SHAPE))
     probe.grad = torch.zeros(_SHAPE)
     try:
-        optimizer, _ = inner_optimizer(program, [probe])
+        optimizer, _ = inner_optimizer(replace(program, model=nn.ParameterList([probe])))
         optimizer.step()
     except Exception as error:  # noqa: BLE001 (an optimizer for this one model, or that wants a closure: not known then)
         _LOG.debug("the optimizer's state is left out of the estimated size of checkpoints: %s", error)

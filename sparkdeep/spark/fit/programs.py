@@ -12,8 +12,9 @@ from sparkdeep.data.order import steps_per_epoch
 from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.building import own_parts, ready
+from sparkdeep.models.packing import copied
 from sparkdeep.models.prediction import Prediction
-from sparkdeep.models.program import NO_STEPS, Program, pack_program
+from sparkdeep.models.program import NO_STEPS, Program
 from sparkdeep.models.registry import import_factory
 from sparkdeep.models.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
 from sparkdeep.models.scored_rows import check_room
@@ -49,8 +50,6 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         raise ConfigError("validation=nan: give a fraction between 0 and 1.")
     factory = import_factory(settings.model) if isinstance(settings.model, str) else settings.model
     module = build_model(factory, settings.model_args, settings.local.seed)
-    if warm_start is not None:
-        _warm(module, warm_start.model)
     training_step, optimizer = own_parts(
         module,
         loss=settings.loss,
@@ -58,7 +57,7 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         optimizer=settings.optimizer if settings.run.work == "local" else NO_STEPS,
         weighted=settings.weight_col is not None,
     )
-    return Program(
+    given = Program(
         model=module,
         loss=settings.loss,
         optimizer=optimizer,
@@ -69,6 +68,10 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         collate=settings.collate,
         metrics=settings.metrics,
     )
+    program = copied(given)  # the user's own objects are left as they are
+    if warm_start is not None:
+        _warm(program.model, warm_start.model)
+    return program
 
 
 def schema_for(settings: FitSettings, dataset: DataFrame, program: Program) -> Schema:
@@ -106,7 +109,6 @@ def rehearsed(settings: FitSettings, program: Program, ingested: Ingested) -> tu
         steps_per_epoch=steps_per_epoch(rows, batch_size=local.batch_size, accumulate_batches=local.accumulate_batches),
         batches_per_step=local.accumulate_batches,
     )
-    pack_program(program)  # names what cannot be pickled, before copying for the rehearsal fails on it
     output = rehearse(program, batch, ingested.schema)
     validated = max(shard.rows["validation"] for shard in ingested.facts)
     if validated and has_functions(program.metrics or {}):

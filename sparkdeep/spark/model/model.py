@@ -20,8 +20,9 @@ from torch import nn
 from sparkdeep.data.schema import Callables, Schema
 from sparkdeep.errors import ConfigError, DataError
 from sparkdeep.models.export import exported
+from sparkdeep.models.packing import pack_program
 from sparkdeep.models.prediction import Prediction, check_choice
-from sparkdeep.models.program import Program, pack_program
+from sparkdeep.models.program import Program
 from sparkdeep.models.registry import ModelReference
 from sparkdeep.spark.model.columns import Columns, by_column, feature_cols_of
 from sparkdeep.spark.model.files import ModelReader, ModelWriter, relative_to_here, write_file

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from sparkdeep.data.schema import Field, callable_for
 from sparkdeep.errors import ConfigError, DataError, ModelLoadError
-from sparkdeep.models.program import pack_program
+from sparkdeep.models.packing import pack_program
 from sparkdeep.spark.model.columns import by_column
 from sparkdeep.spark.model.model import TorchModel
 from sparkdeep.spark.model.scoring import Scorer, load_here

@@ -22,8 +22,9 @@ from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
 from sparkdeep.models.losses import forward
+from sparkdeep.models.packing import unpack_program
 from sparkdeep.models.prediction import Prediction, check_rows, to_arrow
-from sparkdeep.models.program import Program, other_modules, prepared, unpack_program
+from sparkdeep.models.program import Program, other_modules, prepared
 from sparkdeep.spark.session.placement import resolve_device
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 from sparkdeep.tensors.state_dicts import unpack_tensors

@@ -16,7 +16,8 @@ from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
 from sparkdeep.errors import DataError
-from sparkdeep.models.program import Program, unpack_program
+from sparkdeep.models.packing import unpack_program
+from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import ReplicaPlan, ShardFacts, Ticket
 from sparkdeep.replica.link import LogStream, ReplicaLink
 from sparkdeep.replica.stage import Place, live

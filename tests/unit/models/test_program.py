@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sparkdeep.errors import ConfigError, PreflightError
-from sparkdeep.models.program import Program, other_modules, pack_program, unpack_program
+from sparkdeep.models.packing import pack_program, unpack_program
+from sparkdeep.models.program import Program, other_modules
 from sparkdeep.tensors.parameters import named_tensors
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from twin import schema_of
 
 from sparkdeep.errors import ConfigError, DataError
+from sparkdeep.models.packing import pack_program
 from sparkdeep.models.prediction import Prediction
-from sparkdeep.models.program import Program, pack_program
+from sparkdeep.models.program import Program
 from sparkdeep.spark.model import scoring
 from sparkdeep.spark.model.scoring import ZERO_ROWS, Scorer, zero_output
 from sparkdeep.tensors.parameters import named_tensors
