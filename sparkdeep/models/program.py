@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.errors import ConfigError
+from sparkdeep.tensors.pooling import Rule
 
 __all__ = [
     "NO_STEPS",
@@ -48,6 +49,8 @@ class Program:
     """Applied to a batch's features in training only, after `preprocess`."""
     collate: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None
     """For ragged columns: list of 1-d tensors -> tensor."""
+    buffers: Mapping[str, Rule] | None = None
+    """Pattern of names -> how state of that name becomes one: of buffers, extra state, attributes of modules."""
     metrics: Mapping[str, Any] | None = None
     """Name -> `f(output, label)` or a torchmetrics Metric; scored on the validation rows."""
 

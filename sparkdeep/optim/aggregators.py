@@ -18,6 +18,7 @@ from sparkdeep.errors import ConfigError
 from sparkdeep.tensors.encoding import CHUNK, chunks_of
 from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
 from sparkdeep.tensors.parameters import Layout
+from sparkdeep.tensors.pooling import Elementwise
 
 if TYPE_CHECKING:
     from sparkdeep.optim.averaging import Averaging, Shares
@@ -179,6 +180,11 @@ class Aggregator(ABC):
             plain=averaging.embeddings,
         )
 
+    @property
+    def elementwise(self) -> Elementwise | None:
+        """What takes the place of the mean where replicas' buffers become one; None: the mean by weight."""
+        return None
+
     def weakness(self, counted: int) -> str:
         """What to say where it does less than it says among so many replicas; else ""."""
         del counted
@@ -229,6 +235,11 @@ class Median(Aggregator):
         del weights
         return ((part, np.median(changes.parameters(part), axis=0)) for part in changes.slices())
 
+    @property
+    def elementwise(self) -> Elementwise:
+        """The median too."""
+        return lambda values, _: torch.from_numpy(np.asarray(np.median(values.numpy(), axis=0)))
+
 
 @dataclass(frozen=True)
 class TrimmedMean(Aggregator):
@@ -242,10 +253,18 @@ class TrimmedMean(Aggregator):
 
     def combine(self, changes: Changes, weights: Floats) -> Iterator[tuple[slice, Floats]]:
         """Sort, cut, and take the mean; replicas count alike."""
-        cut = math.floor(self.share * len(weights))
+        del weights
         for part in changes.slices():
-            values = np.sort(changes.parameters(part), axis=0)
-            yield part, values[cut : len(values) - cut].mean(axis=0)
+            yield part, self._trimmed(changes.parameters(part))
+
+    @property
+    def elementwise(self) -> Elementwise:
+        """The trimmed mean too."""
+        return lambda values, _: torch.from_numpy(np.asarray(self._trimmed(values.numpy())))
+
+    def _trimmed(self, values: Floats) -> Floats:
+        cut = math.floor(self.share * len(values))
+        return np.sort(values, axis=0)[cut : len(values) - cut].mean(axis=0)
 
     def weakness(self, counted: int) -> str:
         """Of few replicas none is cut."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
@@ -15,8 +15,9 @@ from sparkdeep.protocol.messages import Update
 from sparkdeep.protocol.orders import Globals
 from sparkdeep.protocol.refusals import Body, check_size, common_sections
 from sparkdeep.tensors.encoding import CHECKSUM_BYTES, CHUNK, Codec, encoded_bytes
-from sparkdeep.tensors.mean import Combining, OrderedSum, pool_buffers, reduced_weights
+from sparkdeep.tensors.mean import Combining, OrderedSum, reduced_weights
 from sparkdeep.tensors.parameters import Layout
+from sparkdeep.tensors.pooling import Pooling
 
 __all__ = ["Averaging", "Shares", "shares_of"]
 
@@ -74,6 +75,8 @@ class Averaging:
     """How much each replica counts."""
     aggregator: Aggregator | Literal["mean"] = "mean"
     """How their updates become one."""
+    pooling: Pooling = field(default_factory=Pooling)
+    """How their state beside the parameters becomes one."""
     embeddings: frozenset[str] = frozenset()
     """Names of the embeddings' parameters."""
     _kept: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -107,6 +110,22 @@ class Averaging:
         """Length of an update's body."""
         return self.vector_bytes(update) + update.buffer_bytes + CHECKSUM_BYTES
 
+    def pool(
+        self, updates: Sequence[Update], received: Sequence[Mapping[str, Tensor]], start: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state of the replicas that count as one, by the weights that their parameters have.
+
+        Args:
+            updates: the headers, in replica order.
+            received: their state; of one that does not count, anything.
+            start: what the round started from.
+        """
+        weights = [update.weight for update in updates]
+        if self.weighting == "equal":
+            weights = [float(weight > 0) for weight in weights]
+        aggregator = aggregator_of(self.aggregator)
+        return replace(self.pooling, elementwise=aggregator.elementwise).pool(received, weights, start)
+
     def add(self, total: Combining, update: Update, body: Body, wait: Callable[[], None]) -> dict[str, Tensor]:
         """Add a body to the total chunk by chunk, as it comes in; returns its buffers.
 
@@ -129,7 +148,11 @@ class Averaging:
         return body.buffers(update.buffer_bytes)
 
     def mean(
-        self, updates: Sequence[Update], bodies: Callable[[int], bytes], base: Tensor | None
+        self,
+        updates: Sequence[Update],
+        bodies: Callable[[int], bytes],
+        base: Tensor | None,
+        buffers: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of updates that are all here, by the rows that they were trained on, in float64; and their pooled buffers.
 
@@ -137,6 +160,7 @@ class Averaging:
             updates: the headers, which were found good, in replica order; one of them counts.
             bodies: gives a replica's body; asked for each one that counts, in order.
             base: what the mean is added to where they are differences, (numel,); else None.
+            buffers: the state that the round started from.
 
         Raises:
             ReplicaLostError: a body was damaged on its way.
@@ -152,7 +176,7 @@ class Averaging:
                 check_size(replica, len(data), update, self.vector_bytes(update), buffer_limit_bytes=len(data))
                 body = Body(io.BytesIO(data).readinto, who=f"replica {replica}", replica=replica)
                 received[replica] = self.add(total, update, body, _never_waits)
-        return total.mean(), pool_buffers(received, weights, self.layout.variance_of)
+        return total.mean(), self.pool(updates, received, buffers)
 
 
 def _never_waits() -> None:

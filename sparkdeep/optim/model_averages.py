@@ -13,8 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from sparkdeep.checks import at_least, not_negative
 from sparkdeep.errors import ConfigError
-from sparkdeep.tensors.mean import pool_buffers, weighted_mean
+from sparkdeep.tensors.mean import weighted_mean
 from sparkdeep.tensors.parameters import named_tensors, unlike, variances_of
+from sparkdeep.tensors.pooling import Pooling
 from sparkdeep.tracking.callbacks import Callback, FitInfo
 from sparkdeep.tracking.records import RoundRecord
 
@@ -188,9 +189,8 @@ def soup(models: Sequence[TorchModel], weights: Sequence[float] | None = None) -
         for name, tensor in parameters[0].items()
         if tensor.is_floating_point()
     }
-    buffers = pool_buffers(
-        [dict(model.model.named_buffers()) for model in models], shares, variances_of(models[0].model)
-    )
+    own = [dict(model.model.named_buffers()) for model in models]
+    buffers = Pooling(variance_of=variances_of(models[0].model)).pool(own, shares, own[0])
     return _with_tensors(models[0], averaged | buffers)
 
 

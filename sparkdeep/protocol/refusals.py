@@ -98,9 +98,9 @@ def check_updates(updates: Sequence[Update], hosts: Sequence[str], round_number:
 
 
 def not_finite(replica: int, host: str, round_number: int, more: str = "") -> NonFiniteError:
-    """The error of a replica whose loss or parameters are NaN or infinite."""
+    """The error of a replica of which the loss, a parameter or a buffer is NaN or infinite."""
     return NonFiniteError(
-        f"round {round_number}: the loss or the parameters of replica {replica} on {host} became NaN or infinite; "
+        f"round {round_number}: the loss, a parameter or a buffer of replica {replica} on {host} became NaN or infinite; "
         f"the mean was not touched.{more} Lower the learning rate, set clip_grad_norm=, or check the data for values "
         "that overflow.",
         round_number=round_number,

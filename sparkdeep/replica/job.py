@@ -199,12 +199,14 @@ def _averaged(
         return Reply(header=header)  # the driver sees the same headers, and refuses the round by name
     if not any(update.weight for update in updates):
         return Reply(header=header)
-    averaging = Averaging(layout=replica.layout, codec=codec_named(job.settings.codec), wide=job.wide)
+    codec = codec_named(job.settings.codec)
+    averaging = Averaging(layout=replica.layout, codec=codec, wide=job.wide, pooling=replica.pooling())
     known = replica.exchange.known
     vector, pooled = averaging.mean(
         updates,
         lambda i: exchange.body(i, averaging.body_bytes(updates[i])),
         known if averaging.codec.lossy else None,
+        replica.begun,
     )
     letter.try_send("beat")
     narrow = vector.to(replica.layout.dtype)

@@ -17,6 +17,7 @@ from sparkdeep.data.order import steps_per_epoch
 from sparkdeep.data.schema import Schema
 from sparkdeep.data.shards import Shard
 from sparkdeep.errors import CheckpointError, SparkdeepError
+from sparkdeep.models.carried import Carried, pooling_of
 from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.losses import LossFunction, single_row_norms
 from sparkdeep.models.program import Program, inner_optimizer, other_modules
@@ -29,7 +30,8 @@ from sparkdeep.replica.reading import Progress, Reader
 from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.settings.run import LocalSettings
-from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of, unlike
+from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of
+from sparkdeep.tensors.pooling import Pooling
 from sparkdeep.tensors.state_dicts import pack, pack_tensors, unpack_dict, unpack_tensors
 
 __all__ = ["Replica"]
@@ -76,7 +78,10 @@ class Replica:
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self.exchange = LocalUpdate(self.layout, settings, self._parameters)
+        self._carried = Carried(program)
         self._own_buffers: dict[str, Tensor] | None = None
+        self.begun: dict[str, Tensor] = {}
+        """The state beside the parameters that the round began with."""
         self._drift = term_of(settings.drift_correction, self._parameters)
         self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
         self._gradients = GradientWork(self.model, self._reader, self._parameters, self.layout, self._loss_of)
@@ -95,6 +100,7 @@ class Replica:
             ProtocolError: one has another shape than the model's.
         """
         fill(self.model, unpack_tensors(data) if data else {})
+        self._carried.settle()
 
     def restart(self, scheduler_steps: int) -> None:
         """Begin with a fresh optimizer and random stream, the learning-rate clock at `scheduler_steps`."""
@@ -135,7 +141,7 @@ class Replica:
             with self._random.borrowed():
                 pass  # so that a position which no generator accepts is refused here, and not in mid-round
             self.exchange.load_state_dict(state["exchange"])
-            self._own_buffers = self._checked_buffers(state["buffers"])
+            self._own_buffers = state["buffers"]
             self._clock = int(state["clock"])
             self._drift.load_state_dict(state["drift"])
         except SparkdeepError:
@@ -144,11 +150,6 @@ class Replica:
             raise CheckpointError(
                 f"the state of replica {self.number} ({len(data)} bytes) cannot be gone on from: {type(error).__name__}: {error}"
             ) from error
-
-    def _checked_buffers(self, buffers: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        if buffers is not None and (odd := unlike(buffers, self.layout.read_buffers(self.model))):
-            raise CheckpointError(f"the state of replica {self.number} holds other buffers than its model: {odd}.")
-        return buffers
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program)
@@ -166,17 +167,18 @@ class Replica:
                 ahead keeps its own, as its parameters are its own too.
         """
         self.exchange.begin()
-        if not self.layout.buffers:
-            return
         if self._own_buffers is not None:
-            self.layout.write_buffers(self.model, self._own_buffers)
+            self.begun = self._own_buffers
         elif buffers is not None:
-            self.layout.write_buffers(self.model, unpack_tensors(buffers))
+            self.begun = unpack_tensors(buffers)
+        else:
+            return
+        self._carried.write(self.begun)
 
     def load_for_scoring(self, parameters: Tensor, buffers: bytes) -> None:
         """Take over global parameters, (numel,), and buffers until the next round begins."""
         self.exchange.write(parameters)
-        self.layout.write_buffers(self.model, unpack_tensors(buffers))
+        self._carried.write(unpack_tensors(buffers))
 
     def load_inner_state(self, sections: list[str], values: Tensor) -> None:
         """Take over averaged optimizer state, shape (len(sections) * numel,)."""
@@ -283,7 +285,7 @@ class Replica:
         sections: list[str] = []
         vector, buffers, finite = self.layout.empty(0), b"", True
         if self.exchange.overlap:
-            self._own_buffers = self.layout.read_buffers(self.model)
+            self._own_buffers = self._carried.read()
             vector = self.exchange.end()
         weight, loss_sum = progress.sums()
         if weight > 0:
@@ -297,7 +299,7 @@ class Replica:
             elif not self.exchange.overlap:
                 vector = self.exchange.end() if gradient is None else gradient
             buffers = self._packed_buffers()
-            finite = math.isfinite(loss_sum) and self.exchange.finite(vector)
+            finite = math.isfinite(loss_sum) and self.exchange.finite(vector) and not self._carried.spoiled()
         update = Update(
             round=spec.round,
             rows=progress.rows,
@@ -322,9 +324,12 @@ class Replica:
         return [], []
 
     def _packed_buffers(self) -> bytes:
-        if not self.layout.buffers:
-            return _NO_BUFFERS
-        return pack_tensors(self._own_buffers or self.layout.read_buffers(self.model))
+        state = self._carried.read() if self._own_buffers is None else self._own_buffers
+        return pack_tensors(state) if state else _NO_BUFFERS
+
+    def pooling(self) -> Pooling:
+        """How replicas' state becomes one."""
+        return pooling_of(self._program)
 
     # -- validation ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sparkdeep import seams
+from sparkdeep.models.carried import Carried, pooling_of
 from sparkdeep.models.packing import pack_program
 from sparkdeep.models.program import NO_STEPS, Program
+from sparkdeep.models.spectral import has_spectral_norms, renormalized
 from sparkdeep.optim.asynchronous import OnArrival
 from sparkdeep.optim.gradient_rounds import Evaluations, GradientOuter
 from sparkdeep.optim.local_work import PostLocal
@@ -78,12 +80,13 @@ class Fit:
         warn_of_effects(self.settings)
         check_outer(self.settings, self.outer_optimizer)
         self.layout = Layout.of(self.program.model)
+        self.pooling, self._carried = pooling_of(self.program), Carried(self.program)
         generation = Generation.over(self.shards, self.local, self.settings)
         self.state = RunState(
             generation=generation,
             consumed=list(generation.consumed),
             parameters=self.layout.read(self.program.model, self.layout.empty()),
-            buffers=self.layout.read_buffers(self.program.model),
+            buffers=self._carried.read(),
             inner=self.layout.empty(0),
             rates=InnerRates(self.program),
             sync_every=self.settings.sync_every,
@@ -147,6 +150,7 @@ class Fit:
             run=self.run,
             module=self.program.model,
             layout=self.layout,
+            pooling=self.pooling,
             local=self.local,
             settings=self.settings,
             plan=self.plan,
@@ -169,9 +173,14 @@ class Fit:
             furthest=self.state.committed,
             replay={record.round: record for record in self.replay},
             evaluations=self.evaluations,
+            pooling=self.pooling,
+            renormalize=self._renormalized if has_spectral_norms(self.program.model) else None,
         )
         with closing(run_rounds(run)) as records:
             yield from records
+
+    def _renormalized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return renormalized(self.program.model, self.layout, self.state.parameters.detach(), state)
 
     @property
     def num_rounds(self) -> int | None:
@@ -230,7 +239,7 @@ class Fit:
         parameters = best.parameters if best is not None else self.state.parameters.detach()
         buffers = best.buffers if best is not None else self.state.buffers
         self.layout.write(self.program.model, parameters)
-        self.layout.write_buffers(self.program.model, buffers)
+        self._carried.write(buffers)
 
 
 def plan_of(program: Program, local: LocalSettings, schema: Any, *, steps: bool = True) -> ReplicaPlan:

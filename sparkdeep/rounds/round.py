@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import final
 
 import torch
+from torch import Tensor
 
 from sparkdeep.errors import ConfigError, NonFiniteError
 from sparkdeep.optim.gradient_rounds import searched_too_far
@@ -21,6 +23,8 @@ from sparkdeep.rounds.transport import Opening
 from sparkdeep.tracking.records import ReplicaRecord, RoundRecord
 
 __all__ = ["run_round"]
+
+_LOG = logging.getLogger("sparkdeep")
 
 
 def run_round(run: Run, opening: Opening) -> RoundRecord:
@@ -134,8 +138,22 @@ class _Step:
             state.downlink.after_step()
         # For gradients of all rows the model is in eval mode: its buffers stay as they are, and pooling would round them.
         if self._specs[0].gradient != "all":
-            state.buffers = self.result.buffers
+            state.buffers = self._state(self.result)
         state.take_inner(self.result, run.layout.dtype)
+
+    def _state(self, result: RoundResult) -> dict[str, Tensor]:
+        """What the replicas' state has become; where several counted, it is fitted to the parameters, and names without a rule are told."""
+        run = self._run
+        if sum(update.weight > 0 for update in result.updates) < 2:
+            return result.buffers
+        if not run.warned and (names := run.pooling.unknown(run.state.buffers, result.buffers)):
+            run.warned = True
+            _LOG.warning(
+                "training changes %s, of which nothing says what it becomes on several replicas: floating-point numbers take the mean, "
+                "whole numbers the maximum. Say it with buffers={name: 'mean' | 'sum' | 'max' | 'min' | 'first' | function}.",
+                ", ".join(map(repr, names[:5])),
+            )
+        return result.buffers if run.renormalize is None else run.renormalize(result.buffers)
 
     def _train(self) -> RoundResult:
         """Have the replicas do the round; what the outer step is given of it."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+from torch import Tensor
+
 from sparkdeep.optim.gradient_rounds import Evaluations
 from sparkdeep.optim.outer import OuterOptimizer
 from sparkdeep.protocol.messages import RoundSpec
@@ -16,6 +18,7 @@ from sparkdeep.rounds.transport import Replicas, Snapshot, Snapshots
 from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout
+from sparkdeep.tensors.pooling import Pooling
 from sparkdeep.tracking.records import RoundRecord
 
 __all__ = ["Run"]
@@ -55,6 +58,13 @@ class Run:
     sleep: Callable[[float], None] = field(default=time.sleep)
     evaluations: Evaluations | None = None
     """Evaluations of gradient rounds, whose outer step may ask for several per round."""
+
+    pooling: Pooling = field(default_factory=Pooling)
+    """What replicas' state beside the parameters becomes."""
+    renormalize: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """Fits state to the moved parameters; None where none depends on them."""
+    warned: bool = False
+    """Whether state without a rule was named."""
 
     def __post_init__(self) -> None:
         self.ledger = FailureLedger(max_retries=self.settings.max_retries)

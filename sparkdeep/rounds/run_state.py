@@ -230,7 +230,7 @@ class RunState:
         own = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
         if not complaint and not all(isinstance(value, Tensor) for value in weights.values()):
             complaint = "parameters that are no tensors"
-        if complaint or (odd := unlike(weights, own) or unlike(run["buffers"], self.buffers)):
+        if complaint or (odd := unlike(weights, own) or _other_kinds(run["buffers"], self.buffers)):
             raise CheckpointError(f"a checkpoint is damaged, or of another model: {complaint or odd}")
         best = Best(**run["best"]) if run["best"] is not None else None
         averaged = len(run["sections"]) * layout.numel
@@ -243,6 +243,11 @@ class RunState:
         except DataError as error:
             raise CheckpointError(f"a checkpoint is damaged: {error}") from error
         return weights, run, best, records
+
+
+def _other_kinds(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of state that is of another dtype than at first; its shape may change, and it may come and go."""
+    return [name for name in given.keys() & own.keys() if given[name].dtype != own[name].dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

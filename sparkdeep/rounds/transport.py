@@ -17,6 +17,7 @@ from sparkdeep.settings.run import LocalSettings, RunSettings
 from sparkdeep.storage.checkpoints import CheckpointDirectory, Loaded
 from sparkdeep.tensors.encoding import codec_named
 from sparkdeep.tensors.parameters import Layout, named_tensors
+from sparkdeep.tensors.pooling import Pooling
 from sparkdeep.tensors.state_dicts import pack_tensors
 from sparkdeep.tracking.records import RoundRecord
 
@@ -50,6 +51,7 @@ class FitParts:
     module: nn.Module
     """Its model holds the starting parameters."""
     layout: Layout
+    pooling: Pooling
     local: LocalSettings
     settings: RunSettings
     plan: ReplicaPlan

@@ -31,6 +31,8 @@ class Plane:
     """`Star`, or `Arrivals` of a window; in its place a stage takes `Ring` where that is chosen."""
     terms: Terms = field(default_factory=Terms)
     """When a round closes, and whom it counts."""
+    fixed_bytes: int = 0
+    """Of frozen parameters, which a replica sends once it has changed them."""
 
 
 @final

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
 from sparkdeep import seams
-from sparkdeep.errors import ProtocolError
 from sparkdeep.protocol.messages import Saved, Update, parse, to_header
 from sparkdeep.protocol.orders import Order, RoundResult, Traffic, mean_loss
 from sparkdeep.protocol.refusals import common_sections
@@ -16,11 +15,13 @@ from sparkdeep.protocol.wire import Buffer
 from sparkdeep.stages.admission import Admission
 from sparkdeep.stages.collector import Collector, Round
 from sparkdeep.stages.driver_link import DriverLink
-from sparkdeep.tensors.mean import pool_buffers
-from sparkdeep.tensors.parameters import raw_bytes, unlike
+from sparkdeep.tensors.parameters import raw_bytes
 from sparkdeep.tensors.state_dicts import pack_tensors
 
 __all__ = ["Gathering"]
+
+_ROOM_TO_GROW: Final = 16 << 20
+"""By so many bytes buffers may grow in a round."""
 
 
 @final
@@ -57,7 +58,7 @@ class Gathering:
 
     def _ask(self, replica: int, link: DriverLink) -> None:
         link.waiting = False
-        link.buffer_limit_bytes = 2 * len(self._buffers) + 4096
+        link.buffer_limit_bytes = 2 * (len(self._buffers) + self._given.plane.fixed_bytes) + _ROOM_TO_GROW
         header, bodies = self.order(replica)
         link.send("train", header, *bodies)
         taken = self._collector.take(link, self._admission)
@@ -65,8 +66,6 @@ class Gathering:
             return
         update, buffers = taken
         if update.weight > 0:
-            if odd := unlike(buffers, self._given.start.buffers):
-                raise ProtocolError(f"{link.who} sent other buffers than it was given: {str(odd)[:200]}.")
             self._received[replica] = buffers
         self._saved[replica] = parse(Saved, link.expect("saved").header)
         link.kept_round = self._given.work.round
@@ -107,7 +106,7 @@ class Gathering:
         if any(self._weights):
             mean = self._collector.result()
             buffers_of = [self._received.get(i, start.buffers) for i in range(count)]
-            pooled = pool_buffers(buffers_of, self._weights, self._given.plane.averaging.layout.variance_of)
+            pooled = self._given.plane.averaging.pool(updates, buffers_of, start.buffers)
         numel = self._given.plane.averaging.layout.numel
         return RoundResult(
             mean=mean[:numel],

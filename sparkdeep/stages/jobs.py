@@ -121,13 +121,14 @@ class JobReplicas:
         updates = [parse(Update, reply.header["update"]) for reply in replies]
         sections = check_updates(updates, hosts, work.round)
         parts = self.parts
-        averaging = Averaging(layout=parts.layout, codec=codec_named(parts.local.codec), wide=parts.wide)
+        codec = codec_named(parts.local.codec)
+        averaging = Averaging(layout=parts.layout, codec=codec, wide=parts.wide, pooling=parts.pooling)
         vector, buffers = start.parameters.to(torch.float64), start.buffers
         if any(update.weight for update in updates):
             if self.runner.exchange is not None:
                 vector, buffers = self._exchanged(replies[0], sections)
             else:
-                vector, buffers = averaging.mean(updates, lambda i: replies[i].body, start.base)
+                vector, buffers = averaging.mean(updates, lambda i: replies[i].body, start.base, start.buffers)
         self._send_states = False
         self._trained = (work.round, replies[0].header["job"])
         numel = parts.layout.numel

@@ -94,11 +94,13 @@ class SocketReplicas:
             wide=parts.wide,
             weighting=settings.shares,
             aggregator=settings.aggregator,
+            pooling=parts.pooling,
             embeddings=embeddings_of(parts.module),
         )
         self.plane = Plane(
             averaging=averaging,
             collector=Star if parts.pushed is None else partial(Arrivals, parts.pushed),
+            fixed_bytes=sum(tensor.nbytes for tensor in parts.module.parameters() if not tensor.requires_grad),
             terms=Terms(quorum=settings.quorum, grace_s=settings.quorum_grace_s, on_nonfinite=settings.on_nonfinite),
         )
 

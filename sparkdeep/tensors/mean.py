@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Combining", "OrderedSum", "Partition", "pool_buffers", "reduced_weights", "weighted_mean"]
+__all__ = ["Combining", "OrderedSum", "Partition", "reduced_weights", "weighted_mean"]
 
 
 def reduced_weights(weights: Sequence[float]) -> list[float]:
@@ -189,39 +189,6 @@ def _finish(total: Tensor, whole: float, base: Tensor | None, out: Tensor | None
         np.add(sums, base.numpy(), out=sums)
     if out is not None:
         np.copyto(out.numpy(), sums, casting="same_kind")
-
-
-def pool_buffers(
-    replicas: Sequence[Mapping[str, Tensor]], weights: Sequence[float], variance_of: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Pool the buffers of replicas: the statistics of the concatenated data where they are mean and variance.
-
-    Floating-point buffers take the weighted mean; a running variance named in `variance_of` takes
-    `sum_i w_i (var_i + (mean_i - mean)^2)`; integer and boolean buffers take the maximum. Computed in float64 and
-    rounded once to the buffer's dtype. Replicas of weight 0 are ignored.
-    """
-    counted = [(b, w) for b, w in zip(replicas, reduced_weights(weights), strict=True) if w > 0]
-    total = sum(w for _, w in counted)
-    pooled: dict[str, Tensor] = {}
-    for name, first in counted[0][0].items():
-        values = [b[name] for b, _ in counted]
-        if not (first.is_floating_point() or first.is_complex()):
-            pooled[name] = torch.stack(values).amax(0)
-            continue
-        wide = torch.complex128 if first.is_complex() else torch.float64
-        if name in variance_of:
-            means = [b[variance_of[name]].to(wide) for b, _ in counted]
-            mean = _mean(means, [w for _, w in counted], total)
-            values = [v.to(wide) + (m - mean).square() for v, m in zip(values, means, strict=True)]
-        pooled[name] = _mean([v.to(wide) for v in values], [w for _, w in counted], total).to(first.dtype)
-    return pooled
-
-
-def _mean(values: Sequence[Tensor], weights: Sequence[float], total: float) -> Tensor:
-    result = torch.zeros_like(values[0])
-    for value, weight in zip(values, weights, strict=True):
-        result += weight * value
-    return result / total
 
 
 @final

@@ -100,7 +100,7 @@ def variances_of(module: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a module's trainable parameters lie in one flat vector, and how its buffers are averaged.
+    """How a module's trainable parameters lie in one flat vector.
 
     The vector's dtype is float64 if any trainable parameter is, else float32, so every supported parameter
     (float16, bfloat16, float32, float64) is held exactly.
@@ -111,9 +111,7 @@ class Layout:
     dtype: torch.dtype
     """torch.float32 or torch.float64."""
     buffers: tuple[str, ...]
-    """Names of the buffers that are pooled each round."""
-    variance_of: Mapping[str, str]
-    """Names of running variances -> the running mean they belong to (BatchNorm and its kin)."""
+    """Names of the buffers that there are at first."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
@@ -148,7 +146,6 @@ class Layout:
             entries=tuple(entries),
             dtype=torch.float64 if wide else torch.float32,
             buffers=tuple(name for name, _ in module.named_buffers()),
-            variance_of=variances_of(module),
         )
 
     @property
@@ -184,24 +181,6 @@ class Layout:
         parameters = dict(module.named_parameters())
         for entry, view in zip(self.entries, self.views(vector), strict=True):
             parameters[entry.name].copy_(view)
-
-    def read_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        """Copies of the module's buffers, on the CPU and contiguous, by name."""
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.named_buffers()}
-
-    @torch.no_grad()
-    def write_buffers(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        """Copy `buffers` into the module's buffers of the same names.
-
-        Raises:
-            ProtocolError: the module has none of a name, or one of another shape.
-        """
-        own = dict(module.named_buffers())
-        odd = [name for name, value in buffers.items() if name not in own or own[name].shape != value.shape]
-        if odd:
-            raise ProtocolError(f"the buffers {str(odd)[:200]} are not those of {type(module).__name__}.")
-        for name, value in buffers.items():
-            own[name].copy_(value)
 
     def to_json(self) -> dict[str, Any]:
         """Names, shapes and dtypes, for fingerprints and for a checkpoint's identity."""

@@ -27,7 +27,7 @@ def pack(tree: Any) -> bytes:
     outline = _outline(tree, tensors, "state")
     text = json.dumps(outline).encode()
     tensors[_TREE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return bytes(save(tensors))
+    return pack_tensors(tensors)
 
 
 def unpack(data: bytes) -> Any:
@@ -37,7 +37,7 @@ def unpack(data: bytes) -> Any:
         CheckpointError: the bytes are damaged or were not written by `pack`.
     """
     try:
-        tensors = load(data)
+        tensors = _loaded(data)
         outline = json.loads(tensors[_TREE].numpy().tobytes())
         return _restore(outline, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
@@ -58,7 +58,7 @@ def unpack_dict(data: bytes) -> dict[str, Any]:
 
 def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
     """Named tensors as safetensors bytes; shared memory is written once for each name."""
-    return bytes(save({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}))
+    return bytes(save(dict(_stored(name, tensor) for name, tensor in tensors.items())))
 
 
 def unpack_tensors(data: bytes) -> dict[str, Tensor]:
@@ -68,9 +68,27 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
         CheckpointError: the bytes are damaged.
     """
     try:
-        return dict(load(data))
+        return _loaded(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"damaged tensors of {len(data)} bytes: {error}") from error
+
+
+_COMPLEX: Final = "\0complex128"
+"""Ends the name of a complex128 tensor, which safetensors does not know, and which is stored as pairs of float64."""
+
+
+def _stored(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    # A 0-d or non-contiguous tensor, or one that shares memory with another, is written as its own copy.
+    own = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().clone()
+    return (name + _COMPLEX, torch.view_as_real(own)) if own.dtype == torch.complex128 else (name, own)
+
+
+def _loaded(data: bytes) -> dict[str, Tensor]:
+    tensors = load(data)
+    return {
+        name.removesuffix(_COMPLEX): torch.view_as_complex(tensor) if name.endswith(_COMPLEX) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -78,8 +96,7 @@ def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return value
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        # A 0-d or non-contiguous tensor, or one that shares memory with another, is written as its own copy.
-        tensors[name] = value.detach().to("cpu").contiguous().clone()
+        tensors[name] = value
         return {"t": name}
     if isinstance(value, dict):
         return {"d": [[_key(k, path), _outline(v, tensors, f"{path}[{k!r}]")] for k, v in value.items()]}

@@ -45,7 +45,7 @@ def net():
 
 
 LAYOUT = Layout.of(net())
-BUFFERS = LAYOUT.read_buffers(net())
+BUFFERS = dict(net().named_buffers())
 
 
 def hello(replica=0, **changes):

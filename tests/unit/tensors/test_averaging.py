@@ -14,7 +14,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparkdeep.tensors.mean import OrderedSum, pool_buffers, reduced_weights
+from sparkdeep.tensors.mean import OrderedSum, reduced_weights
+from sparkdeep.tensors.pooling import Pooling
 
 
 def mean_of(vectors, weights, *, order=None, chunk=1 << 18, delay=lambda: None, window=None):
@@ -192,10 +193,10 @@ def test_variances_are_pooled_to_those_of_the_concatenated_data():
     parts = [rng.normal(size=(n, 3)) * s + m for n, s, m in [(10, 1, -2), (30, 2, 0), (24, 3, 8)]]
     replicas = [{"mean": torch.from_numpy(p.mean(0)), "var": torch.from_numpy(p.var(0))} for p in parts]
     everything = np.concatenate(parts)
-    pooled = pool_buffers(replicas, [10, 30, 24], {"var": "mean"})
+    pooled = Pooling(variance_of={"var": "mean"}).pool(replicas, [10, 30, 24], {})
     np.testing.assert_allclose(pooled["mean"].numpy(), everything.mean(0), rtol=1e-13)
     np.testing.assert_allclose(pooled["var"].numpy(), everything.var(0), rtol=1e-13)
-    naive = pool_buffers(replicas, [10, 30, 24], {})
+    naive = Pooling().pool(replicas, [10, 30, 24], {})
     assert (naive["var"].numpy() < 0.8 * everything.var(0)).all()
 
 
@@ -210,7 +211,7 @@ def test_buffers_keep_dtype_and_shape_and_whole_numbers_take_the_maximum():
         }
         for count, flag in [(3, False), (7, True), (99, True)]
     ]
-    pooled = pool_buffers(replicas, [1.0, 3.0, 0.0], {})
+    pooled = Pooling().pool(replicas, [1.0, 3.0, 0.0], {})
     assert pooled["count"].item() == 7
     assert pooled["count"].dtype == torch.int64
     assert pooled["flag"].tolist() == [True, False]
