@@ -1,6 +1,7 @@
 """The user's network and callables: built, adapted, rehearsed, scored, saved.
 
 - `building.py`: the network built, and what models of other origin bring along
+- `carried.py`: state beside the trained parameters, which rounds carry
 - `denominators.py`: what a mean loss was divided by
 - `export.py`: torch.export and ONNX
 - `generators.py`: whose turn it is with the process's random generators: fits in threads of one driver, as of a search, share them
@@ -15,5 +16,7 @@
 - `rehearsal.py`: the first rows through the model, on the driver, before anything trains
 - `saving.py`: model folders: safetensors and JSON
 - `scored_rows.py`: outputs and labels of all validation rows, for metrics that are functions of them
+- `spectral.py`: power-iteration vectors of spectral norms, found again for averaged weights
 - `validation.py`: scores of the averaged model
+- `watching.py`: what training changes beside everything that rounds carry
 """

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
 import torch
@@ -21,12 +21,17 @@ __all__ = [
     "Program",
     "inner_optimizer",
     "other_modules",
+    "parts_inside",
     "prepared",
 ]
 
 
 NO_STEPS: Final = functools.partial(torch.optim.SGD, lr=0.0)
 """The optimizer of replicas that take no steps (`work="gradient"`); the driver has the outer one, and the schedule."""
+
+
+_DEPTH: Final = 5
+"""How deep a module may lie in closures, attributes and containers of the user's callables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +106,49 @@ def _wanted(program: Program) -> Any:
     return trainable if name in {"named_parameters", "named_params"} else [parameter for _, parameter in trainable]
 
 
-def other_modules(program: Program) -> dict[str, nn.Module]:
+def other_modules(program: Program, only: str = "") -> dict[str, nn.Module]:
     """Modules that work on the model's device without being part of the model, by their place in the program.
 
-    Examples are a loss with class weights, a `preprocess` with statistics, a metric; also as parts of a partial, or as
-    owners of a method. `collate` works on the CPU.
+    Examples are a loss with class weights, a `preprocess` with statistics, a metric; also in partials, closures, attributes, lists
+    and dicts, or as owners of a method. `collate` works on the CPU.
+
+    Args:
+        program: the user's objects.
+        only: one place, such as "preprocess"; "": all.
     """
     own = {id(module) for module in program.model.modules()}
     parts = {name: getattr(program, name) for name in ("loss", "training_step", "preprocess", "augment")}
     parts |= {f"metrics[{name!r}]": metric for name, metric in (program.metrics or {}).items()}
     found: dict[str, nn.Module] = {}
-    while parts:
-        name, part = parts.popitem()
-        if isinstance(part, functools.partial):
-            parts |= {f"{name}.func": part.func, **{f"{name}.args[{i}]": arg for i, arg in enumerate(part.args)}}
-            parts |= {f"{name}[{key!r}]": value for key, value in part.keywords.items()}
-        elif isinstance(part, MethodType):
-            parts[f"{name}.__self__"] = part.__self__
-        elif isinstance(part, nn.Module) and id(part) not in own:
-            found[name] = part
+    left = [(name, part, 0) for name, part in parts.items() if name.startswith(only)]
+    while left:
+        name, part, depth = left.pop(0)
+        if isinstance(part, nn.Module):
+            if id(part) not in own:
+                own.add(id(part))
+                found[name] = part
+        elif depth < _DEPTH and id(part) not in own:
+            own.add(id(part))
+            left += [(f"{name}{at}", inner, depth + 1) for at, inner in parts_inside(part)]
     return found
+
+
+def parts_inside(part: Any) -> list[tuple[str, Any]]:
+    """What an object of the user's holds, with its place in it."""
+    if isinstance(part, functools.partial):
+        named = [(f"[{key!r}]", value) for key, value in part.keywords.items()]
+        return [(".func", part.func), *((f".args[{i}]", arg) for i, arg in enumerate(part.args)), *named]
+    if isinstance(part, MethodType):
+        return [(".__self__", part.__self__)]
+    if isinstance(part, FunctionType):
+        cells = zip(part.__code__.co_freevars, part.__closure__ or (), strict=True)
+        return [(f".{name}", cell.cell_contents) for name, cell in cells if cell != CellType()]
+    if isinstance(part, Mapping):
+        return [(f"[{key!r}]", value) for key, value in part.items()]
+    if isinstance(part, list | tuple):
+        return [(f"[{i}]", value) for i, value in enumerate(part)]
+    ours = isinstance(part, type | Tensor | ModuleType) or not hasattr(part, "__dict__")
+    return [] if ours else [(f".{name}", value) for name, value in vars(part).items()]
 
 
 def prepared(batch: Batch, program: Program, *, augment: bool) -> Batch:

@@ -203,6 +203,8 @@ class Update:
     """Part of `compute_s` spent on getting batches."""
     logged: dict[str, float] = dataclasses.field(default_factory=dict)
     """Means of what the model logged itself."""
+    changed: list[str] = dataclasses.field(default_factory=list)
+    """Attributes that the round has changed, and that nothing carries."""
 
     @classmethod
     def absent(cls, round_number: int, header: Update | None = None) -> Update:

@@ -22,12 +22,13 @@ from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.losses import LossFunction, single_row_norms
 from sparkdeep.models.program import Program, inner_optimizer, other_modules
 from sparkdeep.models.validation import Evaluator
+from sparkdeep.models.watching import AttributeWatch
 from sparkdeep.optim.drift import CONTROL, term_of
 from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec, Update
 from sparkdeep.replica.gradients import GradientWork, accumulate
 from sparkdeep.replica.reading import Progress, Reader
-from sparkdeep.replica.state import RandomState, read_inner_state, write_inner_state
+from sparkdeep.replica.state import RandomState, traveling, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of
@@ -38,6 +39,7 @@ __all__ = ["Replica"]
 
 _NOTHING = nullcontext()
 _NO_BUFFERS = pack_tensors({})
+_MOST_NAMES = 20
 
 
 class Replica:
@@ -79,6 +81,7 @@ class Replica:
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self.exchange = LocalUpdate(self.layout, settings, self._parameters)
         self._carried = Carried(program)
+        self._watch = AttributeWatch(program)
         self._own_buffers: dict[str, Tensor] | None = None
         self.begun: dict[str, Tensor] = {}
         """The state beside the parameters that the round began with."""
@@ -199,6 +202,8 @@ class Replica:
         """
         if self._settings.inner_state == "reset":
             self._optimizer.state.clear()
+        # In some rounds only, as it takes time; in which ones depends on no clock.
+        self._marks = self._watch.marks() if spec.round & (spec.round - 1) == 0 else None
         progress = Progress(self._beat)
         seams.reach("train", round_number=spec.round, replica=self.number)
         if spec.gradient:
@@ -289,7 +294,7 @@ class Replica:
             vector = self.exchange.end()
         weight, loss_sum = progress.sums()
         if weight > 0:
-            sections, state = self._traveling()
+            sections, state = traveling(self._drift, self._settings, self._optimizer, self._parameters)
             if sections:
                 vector = self.exchange.end(len(sections))
                 for i, tensors in enumerate(state):
@@ -311,17 +316,10 @@ class Replica:
             buffer_bytes=len(buffers),
             compute_s=time.perf_counter() - began,
             input_s=progress.input_s,
+            changed=[] if self._marks is None else self._watch.changed(self._marks)[:_MOST_NAMES],
             logged={name: total / rows for name, (total, rows) in self._loss.take_logged(training=True).items()},
         )
         return LocalResult(update=update, vector=vector, buffers=buffers, exchange=self.exchange, replica=self.number)
-
-    def _traveling(self) -> tuple[list[str], list[list[Tensor]]]:
-        """State that travels with the parameters, by name, one tensor a parameter."""
-        if (own := self._drift.end()) is not None:
-            return [CONTROL], [own]
-        if self._settings.inner_state == "average":
-            return read_inner_state(self._optimizer, self._parameters)
-        return [], []
 
     def _packed_buffers(self) -> bytes:
         state = self._carried.read() if self._own_buffers is None else self._own_buffers

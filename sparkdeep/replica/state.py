@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sparkdeep.errors import ProtocolError
 from sparkdeep.models.generators import GENERATORS
+from sparkdeep.optim.drift import CONTROL, DriftTerm
+from sparkdeep.settings.run import LocalSettings
 
-__all__ = ["Lent", "NumpyStream", "RandomState", "read_inner_state", "write_inner_state"]
+__all__ = ["Lent", "NumpyStream", "RandomState", "read_inner_state", "traveling", "write_inner_state"]
 
 _STATE_BYTES: Final = 625 * 4  # of an MT19937: 624 words and the place in them
 
@@ -239,6 +241,15 @@ def read_inner_state(
         ]
         for key in keys
     ]
+
+
+def traveling(
+    drift: DriftTerm, settings: LocalSettings, optimizer: torch.optim.Optimizer, parameters: list[Tensor]
+) -> tuple[list[str], list[list[Tensor]]]:
+    """State that travels with the parameters once a round was trained, by name, one tensor a parameter."""
+    if (own := drift.end()) is not None:
+        return [CONTROL], [own]
+    return read_inner_state(optimizer, parameters) if settings.inner_state == "average" else ([], [])
 
 
 @torch.no_grad()

@@ -97,6 +97,7 @@ def run_identity(
         "augment": describe(program.augment),
         # Without the fresh parameters: those of a module instance differ whenever a script builds it anew after a crash.
         "warm_start": None if warm_start is None else tensors_digest(warm_start),
+        **({"buffers": describe(program.buffers)} if program.buffers else {}),
     }
 
 

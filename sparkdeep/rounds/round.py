@@ -159,6 +159,7 @@ class _Step:
         """Have the replicas do the round; what the outer step is given of it."""
         run, state = self._run, self._run.state
         self.result = result = run.replicas.train(self._work, state.starting(base=run.base), run.ahead(self._specs[0]))
+        _check_attributes(result)
         if result.rolled_back or all(spec.skip for spec in self._specs) or self._counts_nobody(result):
             raise _NobodyCountsError
         if run.evaluations is None or not run.evaluations.records:  # a line search may try steps that are much too long
@@ -187,6 +188,23 @@ class _Step:
         """Whether an outer step would be taken without data: all were idle, or out of rows, or their rows have no weight."""
         run = self._run
         return not (run.settings.gradient or run.state.downlink or any(update.weight for update in result.updates))
+
+
+def _check_attributes(result: RoundResult) -> None:
+    """Refuse a program that keeps state where nobody sees it: it would be lost whenever a stage closes.
+
+    Raises:
+        ConfigError: with the names, and what to do.
+    """
+    for replica, update in enumerate(result.updates):
+        if update.changed:
+            first = update.changed[0]
+            raise ConfigError(
+                f"training changes {', '.join(map(repr, update.changed))} (replica {replica}, round {update.round}): numbers and tensors in "
+                "attributes are lost when a stage closes, and every replica has its own. Make each a buffer (register_buffer), return it "
+                "from get_extra_state(), or say what becomes of it: "
+                f"buffers={{{first!r}: 'max' | 'mean' | 'first' | ...}}, or 'local' where it is of no meaning between rounds."
+            )
 
 
 def _count_rolled_back(run: Run, result: RoundResult) -> None:

@@ -65,7 +65,9 @@ class Pooling:
     def unknown(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
         """Names of state that a round has changed, and of which nothing says what it becomes."""
         ruled = self.known | self.rules.keys() | self.variance_of.keys() | set(self.variance_of.values())
-        return [name for name, value in after.items() if name not in ruled and not _same(before.get(name), value)]
+        return [
+            name for name, value in sorted(after.items()) if name not in ruled and not _same(before.get(name), value)
+        ]
 
     def pool(
         self, replicas: Sequence[Mapping[str, Tensor]], weights: Sequence[float], start: Mapping[str, Tensor]

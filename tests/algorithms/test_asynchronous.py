@@ -241,7 +241,7 @@ def test_what_a_narrow_model_rounds_off_is_not_pushed(tmp_path):
     coordinator = local_coordinator()
     try:
         fit = make_fit(
-            tmp_path, program(model=model, augment=DarkFrom(5)), deal(x, y, [16]), schema_of(x, y),
+            tmp_path, program(model=model, augment=DarkFrom(5), buffers={"augment.calls": "local"}), deal(x, y, [16]), schema_of(x, y),
             coordinator=coordinator, **options_of(Asynchronous(1, 2), partial(Downpour, lr=0.02), epochs=3), rounds_per_stage=9,
         )  # fmt: skip
         seen = [fit.state.parameters.detach().clone() for _ in fit.rounds()]

@@ -66,7 +66,7 @@ def test_a_push_that_is_not_finite_ends_the_fit_and_leaves_no_trace(tmp_path):
     try:
         sizes = [24, 24]
         fit = make_fit(
-            tmp_path, program(augment=Fails(9)), deal(X[:48], Y[:48], sizes), SCHEMA, coordinator=coordinator,
+            tmp_path, program(augment=Fails(9), buffers={"augment.calls": "local"}), deal(X[:48], Y[:48], sizes), SCHEMA, coordinator=coordinator,
             **options_of(Asynchronous(1, 1), partial(Downpour, lr=0.02)),
         )  # fmt: skip
         rounds = fit.rounds()

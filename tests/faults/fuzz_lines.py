@@ -107,7 +107,7 @@ def read_frames(data):
 def star_script(replica):
     """What a replica says in a whole stage."""
     vector, buffers = raw_bytes(torch.rand(LAYOUT.numel)).tobytes(), pack_tensors(BUFFERS)
-    sums = {"rows": 2.0, "weight": 2.0, "loss": 1.0}
+    sums = {"weight": 2.0, "loss": 1.0}
     return b"".join(
         [
             frame_of("hello", hello(replica)),
@@ -116,7 +116,7 @@ def star_script(replica):
             frame_of("log", {"text": "a line"}),
             frame_of("update", update(buffers), with_checksum(vector + buffers)),
             frame_of("saved", {"bytes": 0, "seconds": 0.0}),
-            frame_of("scores", {}, pack({"sums": sums, "states": {}, "logged": {"a": [1.0, 2.0]}})),
+            frame_of("scores", {}, pack({"sums": sums, "states": {}, "seen": {}, "logged": {"a": [1.0, 2.0]}})),
             frame_of("state", {}, pack({"optimizer": torch.zeros(3)})),
             frame_of("bye"),
         ]

@@ -66,7 +66,8 @@ class Net(nn.Module):
 
 def program(trouble=None, dropout=0.0, optimizer=None):
     optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9)
-    return Program(model=Net(trouble, dropout), loss=nn.MSELoss(), optimizer=optimizer)
+    model, buffers = Net(trouble, dropout), {"calls": "local"}
+    return Program(model=model, loss=nn.MSELoss(), optimizer=optimizer, buffers=buffers)
 
 
 def opened(world, own, **options):

@@ -60,6 +60,9 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         augment: on a batch's features, in training only.
         decode: bytes -> array, for binary columns: one callable, or {column: callable}.
         collate: list of 1-d tensors -> tensor, for ragged columns: one callable, or {column: callable}.
+        buffers: pattern of names (`"codebook.*"`) -> what becomes of the replicas' buffers, extra state and attributes of these names after
+            a round: "mean" (or "ema"), "sum" of what was added, "max", "min", "first", "local" (of no meaning between rounds), or
+            `f(tensors, weights) -> tensor`. torch's own modules have theirs.
         prediction: what `transform` writes: None (the output), "argmax", "probability" or a callable.
         prediction_col: its column.
         probability_col: for classifiers, a column of probabilities as a Spark ML vector; `prediction_col` then holds the
@@ -124,6 +127,7 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         augment: Callable[[Any], Any] | None = None,
         decode: Any = None,
         collate: Any = None,
+        buffers: Mapping[str, Any] | None = None,
         prediction: Any = None,
         prediction_col: str = "prediction",
         probability_col: str | None = None,

@@ -66,6 +66,7 @@ def program_of(settings: FitSettings, warm_start: TorchModel | None) -> Program:
         preprocess=settings.preprocess,
         augment=settings.augment,
         collate=settings.collate,
+        buffers=settings.buffers,
         metrics=settings.metrics,
     )
     program = copied(given)  # the user's own objects are left as they are

@@ -85,6 +85,7 @@ class FitSettings:
     augment: Callable[[Any], Any] | None = None
     decode: Any = None
     collate: Any = None
+    buffers: Mapping[str, Any] = field(default_factory=dict)
     prediction: Any = None
     prediction_col: str = "prediction"
     probability_col: str | None = None
@@ -124,7 +125,7 @@ class FitSettings:
         rate = given.pop("learning_rate", None)
         local = LocalSettings(**{name: given.pop(name) for name in list(given) if name in _LOCAL})
         run = RunSettings(early_stopping=rule, **{name: given.pop(name) for name in list(given) if name in _RUN})
-        for name in ("model_args", "metrics"):
+        for name in ("model_args", "metrics", "buffers"):
             given[name] = dict(given.get(name) or {})
         given["callbacks"] = list(given.get("callbacks") or ())
         given["replay"] = list(given.get("replay") or ())
@@ -249,8 +250,11 @@ def digest_of(settings: FitSettings, identity: Mapping[str, Any]) -> str:
         settings: of the fit.
         identity: of its run: rows, layout of the parameters and so on.
     """
-    values = {name: value for name, value in described(settings).items() if name not in _PASSING}
-    nameless = {f.name: _code(getattr(settings, f.name)) for f in fields(settings) if f.name not in _PASSING}
+    passing = (
+        _PASSING if settings.buffers else {*_PASSING, "buffers"}
+    )  # what is not given leaves the name of a search as it was
+    values = {name: value for name, value in described(settings).items() if name not in passing}
+    nameless = {f.name: _code(getattr(settings, f.name)) for f in fields(settings) if f.name not in passing}
     whole = json.dumps([identity, values, nameless], sort_keys=True, default=str)
     return hashlib.blake2b(with_first_modules(whole).encode(), digest_size=8).hexdigest()
 

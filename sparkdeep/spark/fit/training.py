@@ -15,7 +15,7 @@ from sparkdeep import seams
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.prediction import Prediction
-from sparkdeep.models.program import Program
+from sparkdeep.models.program import Program, other_modules
 from sparkdeep.models.registry import reference_of
 from sparkdeep.rounds.fit import Fit, new_run_id, plan_of
 from sparkdeep.settings.run import RunSettings
@@ -184,7 +184,8 @@ def _model(
         schema=schema,
         written=prediction,
         history=history,
-        preprocess=settings.preprocess,
+        # One with state is given back as training has left it.
+        preprocess=program.preprocess if other_modules(program, "preprocess") else settings.preprocess,
         collate=settings.collate,
         decode=settings.decode,
         reference=reference_of(settings.model, settings.model_args),

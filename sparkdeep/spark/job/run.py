@@ -39,7 +39,16 @@ from sparkdeep.tracking.callbacks import Callback
 
 __all__ = ["Job", "run_job", "spark_uri"]
 
-_SECTION_ARGUMENTS = ("model", "model_args", "loss", "optimizer", "lr_scheduler", "outer_optimizer", "metrics")
+_SECTION_ARGUMENTS = (
+    "model",
+    "model_args",
+    "loss",
+    "optimizer",
+    "lr_scheduler",
+    "outer_optimizer",
+    "metrics",
+    "buffers",
+)
 _PLACES = {"model_args": "[model] args", "metrics": "metrics = [...] at the top"}
 _CALLABLES = ("callbacks", "collate", "decode", "augment", "prediction", "preprocess", "training_step")
 _RELOADED = ("collate", "decode", "prediction", "preprocess")

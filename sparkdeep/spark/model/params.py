@@ -51,6 +51,7 @@ ESTIMATOR_PARAMS: Final[Mapping[str, str]] = {
     "augment": "on a batch's features, in training only",
     "decode": "bytes -> array for binary columns: a callable, or {column: callable}",
     "collate": "list of 1-d tensors -> tensor for ragged columns: a callable, or {column: callable}",
+    "buffers": "pattern of names -> what replicas' buffers become: 'mean', 'sum', 'max', 'min', 'first', 'local' or a function",
     "num_workers": "replicas; one barrier task each",
     "batch_size": "rows per batch and replica",
     "accumulate_batches": "batches per local step",

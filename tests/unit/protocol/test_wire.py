@@ -330,6 +330,7 @@ def update(**changes):
         "compute_s": 0.1,
         "input_s": 0.0,
         "logged": {"accuracy": 0.5},
+        "changed": [],
     }
     return {**header, **changes}
 

@@ -47,10 +47,8 @@ class Net(nn.Module):
         frozen = nn.Linear(3, 6).requires_grad_(False)
         self.layers = nn.Sequential(frozen, nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)).to(dtype)
         self.trouble = trouble
-        self.calls = 0
 
     def forward(self, x):
-        self.calls += 1
         marked = bool((x[:, 0] > 100).any())
         if self.training and marked and self.trouble == "raise":
             raise LookupError("the mark came up")
