@@ -9,6 +9,7 @@
 - `lightning_module.py`: a Lightning module without a Trainer
 - `lightning_optimizer.py`: its optimizer and scheduler
 - `losses.py`: a batch through model and loss, with row weights
+- `modes.py`: train and eval mode of all modules of a program
 - `packing.py`: the user's objects on their way to replicas, without the values of the model's tensors
 - `prediction.py`: a model's output as a column
 - `program.py`: the user's objects, and what is asked of them

@@ -19,8 +19,9 @@ from sparkdeep.models.building import build_model
 from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.generators import forked
 from sparkdeep.models.losses import BroadcastWatch, LossFunction, forward
+from sparkdeep.models.modes import Modes
 from sparkdeep.models.packing import check_trained, copied
-from sparkdeep.models.program import Program, inner_optimizer, prepared
+from sparkdeep.models.program import NO_STEPS, Program, inner_optimizer, prepared
 from sparkdeep.models.validation import check_metrics, described, try_metric
 from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
 
@@ -30,9 +31,11 @@ _LOG = logging.getLogger("sparkdeep")
 
 
 def sample_batch(fields: Mapping[str, Any], schema: Schema, program: Program) -> Batch:
-    """A few ingested rows as the model will see them, after `preprocess`."""
+    """A few ingested rows as the model will see them, after a copy of `preprocess` in eval mode."""
     dtype = float_dtype_of(program.model)
-    return prepared(make_batch(fields, schema, float_dtype=dtype, collate=program.collate), program, augment=False)
+    own = copied(Program(model=nn.Identity(), loss=None, optimizer=NO_STEPS, preprocess=program.preprocess))
+    Modes(own).eval()
+    return prepared(make_batch(fields, schema, float_dtype=dtype, collate=program.collate), own, augment=False)
 
 
 def materialize(module: nn.Module, batch: Batch, seed: int) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparkdeep.data.batches import Batch
 from sparkdeep.models.denominators import BatchLoss, Count, number_of
+from sparkdeep.models.modes import Modes
 from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec
 from sparkdeep.replica.reading import Progress, Reader
@@ -60,7 +61,7 @@ class GradientWork:
     statistics that they have, and leave them as they are.
 
     Args:
-        model: its parameters are not changed.
+        modes: of the program, whose parameters are not changed.
         reader: of the shard.
         parameters: the trainable ones, in the layout's order.
         layout: of the model.
@@ -69,13 +70,13 @@ class GradientWork:
 
     def __init__(
         self,
-        model: nn.Module,
+        modes: Modes,
         reader: Reader,
         parameters: list[Tensor],
         layout: Layout,
         loss_of: Callable[[Batch], BatchLoss],
     ) -> None:
-        self._model = model
+        self._modes = modes
         self._reader = reader
         self._parameters = parameters
         self._layout = layout
@@ -92,7 +93,7 @@ class GradientWork:
         """
         total = torch.zeros(self._layout.numel, dtype=torch.float64, device=self._parameters[0].device)
         views = self._layout.views(total)
-        self._model.train(spec.gradient == "batches")
+        (self._modes.train if spec.gradient == "batches" else self._modes.eval)()
         counted = 0.0
         for step in self._steps(spec, own):
             between(progress.steps / max(1, spec.num_steps))

@@ -20,6 +20,7 @@ from sparkdeep.errors import CheckpointError, SparkdeepError
 from sparkdeep.models.carried import Carried, pooling_of
 from sparkdeep.models.denominators import BatchLoss
 from sparkdeep.models.losses import LossFunction, single_row_norms
+from sparkdeep.models.modes import Modes
 from sparkdeep.models.program import Program, inner_optimizer, other_modules
 from sparkdeep.models.validation import Evaluator
 from sparkdeep.models.watching import AttributeWatch
@@ -80,6 +81,7 @@ class Replica:
         self._random = RandomState(settings.seed + number, device)
         self._parameters: list[Tensor] = [p for _, p in self.model.named_parameters() if p.requires_grad]
         self.exchange = LocalUpdate(self.layout, settings, self._parameters)
+        self._modes = Modes(program)
         self._carried = Carried(program)
         self._watch = AttributeWatch(program)
         self._own_buffers: dict[str, Tensor] | None = None
@@ -87,7 +89,7 @@ class Replica:
         """The state beside the parameters that the round began with."""
         self._drift = term_of(settings.drift_correction, self._parameters)
         self._reader = Reader(program, settings, schema, shard, device=device, float_dtype=float_dtype_of(self.model))
-        self._gradients = GradientWork(self.model, self._reader, self._parameters, self.layout, self._loss_of)
+        self._gradients = GradientWork(self._modes, self._reader, self._parameters, self.layout, self._loss_of)
         self.train_rows = shard.info.rows["train"]
         self.steps_per_epoch = steps_per_epoch(
             self.train_rows, batch_size=settings.batch_size, accumulate_batches=settings.accumulate_batches
@@ -211,7 +213,7 @@ class Replica:
                 began = time.perf_counter()
                 gradient = self._gradients.mean(spec, self.steps_per_epoch, progress, between)
             return self._result(spec, progress, began, gradient)
-        self.model.train()
+        self._modes.train()
         self._drift.begin()
         with self._random.installed():
             began = time.perf_counter()  # replicas of one process take turns, and that is no work
@@ -334,7 +336,7 @@ class Replica:
     def evaluate(self) -> dict[str, Any]:
         """Score the model as it is on this shard's validation rows, in eval mode; as `state_dicts.pack` takes it."""
         evaluator = Evaluator(self._loss, self._program.metrics or {}, has_step=self._program.training_step is not None)
-        self.model.eval()
+        self._modes.eval()
         progress = Progress(self._beat)
         with torch.no_grad(), self._random.borrowed():
             for batch in self._reader.validation():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,20 @@ from torch.nn.parameter import is_lazy
 
 from sparkdeep.errors import ConfigError, ProtocolError
 
-__all__ = ["Entry", "Layout", "fill", "float_dtype_of", "named_tensors", "raw_bytes", "unlike", "variances_of"]
+__all__ = [
+    "Entry",
+    "Layout",
+    "content_mark",
+    "fill",
+    "float_dtype_of",
+    "named_tensors",
+    "raw_bytes",
+    "unlike",
+    "variances_of",
+]
+
+
+_ROW: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,23 @@ def float_dtype_of(module: nn.Module) -> torch.dtype:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes; nothing is copied."""
     return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+
+
+def content_mark(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...]:
+    """What differs once an element of the tensors does, however it was written: sums over all of their memory, some 5 GB/s.
+
+    No digest: contents that were made to have the same sums would be taken for the same.
+    """
+    marks: list[Any] = []
+    for name, tensor in tensors:
+        own = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
+        data = own.view(torch.uint8)
+        data = data.clone() if data.storage_offset() % 8 else data
+        words = data[: data.numel() // (8 * _ROW) * 8 * _ROW].view(torch.int64).view(-1, _ROW)
+        rest = bytes(data[words.numel() * 8 :].numpy())
+        sums = [side @ (2 * torch.arange(len(side)) + 1) for side in (words.sum(1), words.sum(0))]
+        marks.append((name, str(tensor.dtype), tuple(tensor.shape), int(sums[0]), int(sums[1]), rest))
+    return tuple(marks)
 
 
 def unlike(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

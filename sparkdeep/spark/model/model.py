@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from sparkdeep.spark.model.scoring import ZERO_ROWS, Scorer, prediction_udf, zer
 from sparkdeep.spark.session.access import access_to
 from sparkdeep.spark.session.parcels import carried
 from sparkdeep.spark.session.types import column_types, selectable
-from sparkdeep.tensors.parameters import float_dtype_of, named_tensors
+from sparkdeep.tensors.parameters import content_mark, float_dtype_of, named_tensors
 from sparkdeep.tensors.state_dicts import pack_tensors
 from sparkdeep.tracking.callbacks import StartUp
 from sparkdeep.tracking.records import RoundRecord
@@ -243,12 +244,13 @@ class TorchModel(Model, MLWritable, MLReadable):
 
     def _ship(self, spark: SparkSession, task: _Task) -> Any:
         """The model as a broadcast: made once per session, and again after a change; each executor fetches it once."""
-        tensors = [(id(t), 0 if t.is_inference() else t._version) for _, t in named_tensors(self.model)]
         columns = task.columns
+        program, tensors = pack_program(self._program(columns.renamed)), dict(named_tensors(self.model))
         state = (
             access_to(spark).session,
-            id(self.model),
-            tensors,
+            # By content: an attribute, a write past torch's count of changes, a new preprocess make it another model.
+            hashlib.blake2b(program, digest_size=16).digest(),
+            content_mark(tensors.items()),
             columns.schema,
             task.prediction,
             task.batch_size,
@@ -256,8 +258,8 @@ class TorchModel(Model, MLWritable, MLReadable):
         if self._shipped.state != state:
             scorer = Scorer(
                 uid=f"{self.uid}-{secrets.token_hex(8)}",
-                program=pack_program(self._program(columns.renamed)),
-                tensors=pack_tensors(dict(named_tensors(self.model))),
+                program=program,
+                tensors=pack_tensors(tensors),
                 schema=columns.schema,
                 prediction=cloudpickle.dumps(task.prediction),
                 decode=cloudpickle.dumps(by_column(self._callables["decode"], columns.renamed)),

@@ -22,6 +22,7 @@ from sparkdeep.data.batches import Batch, make_batch
 from sparkdeep.data.columns import Faults, read_fields
 from sparkdeep.data.schema import Schema
 from sparkdeep.models.losses import forward
+from sparkdeep.models.modes import Modes
 from sparkdeep.models.packing import unpack_program
 from sparkdeep.models.prediction import Prediction, check_rows, to_arrow
 from sparkdeep.models.program import Program, other_modules, prepared
@@ -79,7 +80,7 @@ class _Loaded:
                 tensor.copy_(values[name])
         self.module: nn.Module = self.program.model.to(self.device).eval()
         for module in other_modules(self.program).values():
-            module.to(self.device)
+            module.to(self.device).eval()
         self.schema = _of_features(scorer.schema)
         self.columns = list(scorer.columns)
         self.batch_size = scorer.batch_size
@@ -212,6 +213,6 @@ def zero_batch(program: Program, schema: Schema, float_dtype: torch.dtype, *, ra
 
 def zero_output(program: Program, schema: Schema, float_dtype: torch.dtype) -> Any:
     """The output for rows of zeros: its shape and dtype, without asking for a row of data."""
-    batch = prepared(zero_batch(program, schema, float_dtype), program, augment=False)
-    with torch.inference_mode():
-        return forward(program.model.eval(), batch.features)
+    with Modes(program).scoring(), torch.inference_mode():
+        batch = prepared(zero_batch(program, schema, float_dtype), program, augment=False)
+        return forward(program.model, batch.features)
