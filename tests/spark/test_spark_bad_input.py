@@ -108,6 +108,7 @@ class StandIn:
         values = {key.replace("_", "."): value for key, value in conf.items()}
         get = types.SimpleNamespace(get=values.get)
         self.sparkContext = types.SimpleNamespace(getConf=lambda: get, master="yarn")
+        self.conf = types.SimpleNamespace(get=lambda key, default=None: None)
 
 
 @pytest.mark.fault(rows=[32], phases="PF")
@@ -125,6 +126,21 @@ def test_sessions_that_cannot_run_barrier_stages_are_refused():
         "spark.python.worker.killOnIdleTimeout=true",
         "Set it to false",
     )
+    session = {"spark.sql.execution.pyspark.udf.killOnIdleTimeout": "true"}
+    refused(
+        PreflightError,
+        lambda: check_session(StandIn(**session)),
+        "spark.sql.execution.pyspark.udf.killOnIdleTimeout=true",
+        "Set it to false",
+    )
+    both = {
+        "spark.python.worker.killOnIdleTimeout": "true",
+        "spark.sql.execution.pyspark.udf.killOnIdleTimeout": "false",
+    }
+    check_session(StandIn(**both))
+    one = StandIn()
+    one.conf.get = lambda key, default=None: session.get(key, default)  # as spark.conf.set() has it
+    refused(PreflightError, lambda: check_session(one), "spark.sql.execution.pyspark.udf.killOnIdleTimeout=true")
     check_session(StandIn())
 
 

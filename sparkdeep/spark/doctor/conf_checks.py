@@ -60,6 +60,9 @@ def check_conf(
     return findings
 
 
+_SESSION_KILLS = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
+
+
 def _dynamic_allocation(conf: Conf) -> Finding:
     if conf.true("spark.dynamicAllocation.enabled"):
         return Finding(
@@ -73,13 +76,14 @@ def _dynamic_allocation(conf: Conf) -> Finding:
 
 def _idle_workers(conf: Conf) -> Finding:
     name = "Python workers"
-    if conf.true("spark.python.worker.killOnIdleTimeout"):
-        return Finding(
-            name=name,
-            level="fail",
-            seen="spark.python.worker.killOnIdleTimeout=true: Spark would kill a replica that trains silently.",
-            change="set spark.python.worker.killOnIdleTimeout=false.",
-        )
+    for key in (_SESSION_KILLS, "spark.python.worker.killOnIdleTimeout"):
+        if conf.true(key):
+            return Finding(
+                name=name,
+                level="fail",
+                seen=f"{key}=true: Spark would kill a replica that trains silently.",
+                change=f"set {key}=false.",
+            )
     if not conf.true("spark.python.worker.reuse", "true"):
         return Finding(
             name=name,
@@ -310,7 +314,11 @@ def _tmpfs(conf: Conf) -> Finding:
 
 _CHECKS: Final[tuple[tuple[str, tuple[str, ...], Callable[[Conf], Finding]], ...]] = (
     ("dynamic allocation", ("spark.dynamicAllocation.enabled",), _dynamic_allocation),
-    ("Python workers", ("spark.python.worker.killOnIdleTimeout", "spark.python.worker.reuse"), _idle_workers),
+    (
+        "Python workers",
+        (_SESSION_KILLS, "spark.python.worker.killOnIdleTimeout", "spark.python.worker.reuse"),
+        _idle_workers,
+    ),
     ("cores", ("spark.executor.cores", "spark.task.cpus"), _cores),
     ("GPU scheduling", ("spark.executor.resource.gpu.amount", "spark.task.resource.gpu.amount"), _gpus),
     ("memory overhead", ("spark.executor.memory", "spark.executor.memoryOverhead"), _memory),

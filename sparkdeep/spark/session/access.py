@@ -78,6 +78,7 @@ class _Classic:
     connect = False
 
     def __init__(self, spark: SparkSession) -> None:
+        self._spark = spark
         self._context = spark.sparkContext
 
     @property
@@ -93,7 +94,8 @@ class _Classic:
         return str(self._context.master)
 
     def conf(self, name: str, default: str | None = None) -> str | None:
-        value = self._context.getConf().get(name, default)
+        value: Any = self._spark.conf.get(name, None)  # what was set in the session, spark.conf.set(), counts first
+        value = self._context.getConf().get(name, default) if value is None else value
         return None if value is None else str(value)
 
     def start(self, work: Callable[[], None], *, tag: str, description: str) -> threading.Thread:

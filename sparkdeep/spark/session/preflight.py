@@ -16,6 +16,10 @@ from sparkdeep.spark.session.access import access_to
 __all__ = ["check_session", "check_slots", "is_local", "task_profile"]
 
 
+_KILLS_IDLE_WORKERS = ("spark.sql.execution.pyspark.udf.killOnIdleTimeout", "spark.python.worker.killOnIdleTimeout")
+"""Of the two the session's counts, where it is set (Spark 4.1)."""
+
+
 def check_session(spark: SparkSession) -> None:
     """Refuse a session in which barrier stages cannot run, or whose versions were never tried.
 
@@ -39,10 +43,12 @@ def check_session(spark: SparkSession) -> None:
             "spark.dynamicAllocation.enabled=true: Spark runs no barrier stage with dynamic allocation. Start the application "
             "with spark.dynamicAllocation.enabled=false and a fixed spark.executor.instances."
         )
-    if str(access.conf("spark.python.worker.killOnIdleTimeout", "false")).lower() == "true":
-        raise PreflightError(
-            "spark.python.worker.killOnIdleTimeout=true: Spark would kill a replica that trains silently. Set it to false."
-        )
+    for key in _KILLS_IDLE_WORKERS:
+        value = access.conf(key)
+        if str(value).strip().lower() == "true":
+            raise PreflightError(f"{key}=true: Spark would kill a replica that trains silently. Set it to false.")
+        if value is not None:
+            break
 
 
 def is_local(spark: SparkSession) -> bool:
@@ -60,7 +66,8 @@ def task_profile(spark: SparkSession, cpus_per_worker: int | None, gpus_per_work
     if cpus_per_worker is None and gpus_per_worker is None:
         return None
     access = access_to(spark)
-    own_cpus = int(access.conf("spark.task.cpus") or 1)
+    amount = float(access.conf("spark.task.cpus") or 1)
+    own_cpus = int(amount) if amount.is_integer() else amount  # Spark 4.3 takes fractions
     own_gpus = float(access.conf("spark.task.resource.gpu.amount") or 0)
     if cpus_per_worker in {None, own_cpus} and gpus_per_worker in {None, own_gpus}:
         return None

@@ -60,6 +60,12 @@ def test_good_properties_have_no_finding():
         ),
         ({"spark.dynamicAllocation.enabled": "TRUE "}, "dynamic allocation", "fail", "spark.executor.instances"),
         ({"spark.python.worker.killOnIdleTimeout": "true"}, "Python workers", "fail", "killOnIdleTimeout=false"),
+        (
+            {"spark.sql.execution.pyspark.udf.killOnIdleTimeout": "true"},
+            "Python workers",
+            "fail",
+            "pyspark.udf.killOnIdleTimeout=false",
+        ),
         ({"spark.python.worker.reuse": "false"}, "Python workers", "warn", "spark.python.worker.reuse=true"),
         ({"spark.executor.memoryOverhead": "900m"}, "memory overhead", "fail", "spark.executor.memoryOverhead=1792m"),
         ({"spark.executor.memoryOverhead": "1200"}, "memory overhead", "warn", "spark.executor.memoryOverhead=1792m"),
