@@ -8,6 +8,7 @@
 - `keras.py`: a Keras model as a torch module
 - `lightning_module.py`: a Lightning module without a Trainer
 - `lightning_optimizer.py`: its optimizer and scheduler
+- `likeness.py`: what tells two programs apart that look alike by name
 - `losses.py`: a batch through model and loss, with row weights
 - `modes.py`: train and eval mode of all modules of a program
 - `packing.py`: the user's objects on their way to replicas, without the values of the model's tensors

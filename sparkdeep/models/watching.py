@@ -16,7 +16,7 @@ from sparkdeep.models.carried import declared_rule, prefixed_modules
 from sparkdeep.models.program import Program, parts_inside
 from sparkdeep.tensors.parameters import named_tensors
 
-__all__ = ["AttributeWatch"]
+__all__ = ["AttributeWatch", "is_installed"]
 
 Marks: TypeAlias = "dict[str, tuple[Any, ...]]"
 
@@ -44,7 +44,7 @@ class AttributeWatch:
         self._modules = [
             (prefix, module)
             for prefix, module in prefixed_modules(program)
-            if type(module).get_extra_state is nn.Module.get_extra_state and not _is_installed(type(module))
+            if type(module).get_extra_state is nn.Module.get_extra_state and not is_installed(type(module))
         ]
         self._carried = {id(t) for _, m in prefixed_modules(program) for _, t in named_tensors(m)}
 
@@ -73,7 +73,7 @@ class AttributeWatch:
 
 def _held(place: str, part: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
     """The values that a callable holds itself, beside modules."""
-    if isinstance(part, nn.Module) or id(part) in seen or depth > _DEPTH or _is_installed(type(part)):
+    if isinstance(part, nn.Module) or id(part) in seen or depth > _DEPTH or is_installed(type(part)):
         return
     seen.add(id(part))
     for at, value in parts_inside(part):
@@ -83,12 +83,11 @@ def _held(place: str, part: Any, seen: set[int], depth: int) -> Iterator[tuple[s
             yield from _held(f"{place}{at}", value, seen, depth + 1)
 
 
-def _is_installed(cls: type) -> bool:
-    """Whether a class is of an installed package, and not the user's own."""
-    module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
-    if cls.__module__.partition(".")[0] in {"torch", "sparkdeep"}:
+def is_installed(what: Any) -> bool:
+    """Whether a class or function is of an installed package, and not the user's own."""
+    if what.__module__ is None or what.__module__.partition(".")[0] in {"torch", "sparkdeep", "builtins"}:
         return True
+    file = getattr(sys.modules.get(what.__module__), "__file__", None)
     return file is not None and any(root in Path(file).resolve().parents for root in _INSTALLED)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparkdeep.models.likeness import details_of
 from sparkdeep.models.program import Program
 from sparkdeep.protocol.messages import ShardFacts
 from sparkdeep.settings.run import LocalSettings, RunSettings
@@ -97,7 +98,8 @@ def run_identity(
         "augment": describe(program.augment),
         # Without the fresh parameters: those of a module instance differ whenever a script builds it anew after a crash.
         "warm_start": None if warm_start is None else tensors_digest(warm_start),
-        **({"buffers": describe(program.buffers)} if program.buffers else {}),
+        "buffers": describe(program.buffers or {}),
+        "details": details_of(program),
     }
 
 

@@ -42,7 +42,7 @@ from sparkdeep.storage.manifest import (
     plain_json,
     read_bounded,
 )
-from sparkdeep.storage.own_names import without_modules
+from sparkdeep.storage.own_names import SAID_LATER, without_modules
 from sparkdeep.storage.store import JSON, Bytes, Store, check_name
 
 __all__ = ["CheckpointDirectory", "Loaded"]
@@ -292,7 +292,9 @@ class CheckpointDirectory:
         )
 
     def _differences(self, commit: Commit) -> list[str]:
-        return flat_differences(without_modules(commit.identity), without_modules(self._identity))
+        # What the version that wrote it did not say is not compared.
+        own = {key: value for key, value in self._identity.items() if key in commit.identity or key not in SAID_LATER}
+        return flat_differences(without_modules(commit.identity), without_modules(own))
 
     def _prune(self, lease: Lease, newest: int) -> None:
         fences = lease.all_fences()

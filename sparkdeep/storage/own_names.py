@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["name_of", "with_first_modules", "without_modules"]
+__all__ = ["SAID_LATER", "name_of", "with_first_modules", "without_modules"]
 
 _OURS: Final = re.compile(r"sparkdeep(?:\.\w+)*:(\w+(?:\.\w+)*)")
 _IN_JSON: Final = re.compile(r'"sparkdeep:(\w+)')
@@ -29,6 +29,10 @@ _FIRST_MODULES: Final = {
 def name_of(value: Any) -> str:
     """A class or function as "module:qualified.name", and one of ours as "sparkdeep:qualified.name"."""
     return _shortened(f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}")
+
+
+SAID_LATER: Final = frozenset({"buffers", "details"})
+"""Keys of a run's identity that the first version's checkpoints do not have."""
 
 
 def without_modules(value: Any) -> Any:

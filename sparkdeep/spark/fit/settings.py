@@ -23,7 +23,7 @@ from sparkdeep.rounds.identity import describe
 from sparkdeep.settings.contradictions import check_outer, check_together
 from sparkdeep.settings.run import EarlyStopping, LocalSettings, RunSettings
 from sparkdeep.stages.coordinator import parse_ports
-from sparkdeep.storage.own_names import with_first_modules
+from sparkdeep.storage.own_names import SAID_LATER, with_first_modules
 from sparkdeep.storage.store import shown_uri
 from sparkdeep.tracking.callbacks import Callback
 from sparkdeep.tracking.records import RoundRecord
@@ -255,6 +255,7 @@ def digest_of(settings: FitSettings, identity: Mapping[str, Any]) -> str:
     )  # what is not given leaves the name of a search as it was
     values = {name: value for name, value in described(settings).items() if name not in passing}
     nameless = {f.name: _code(getattr(settings, f.name)) for f in fields(settings) if f.name not in passing}
+    identity = {key: value for key, value in identity.items() if key not in SAID_LATER}
     whole = json.dumps([identity, values, nameless], sort_keys=True, default=str)
     return hashlib.blake2b(with_first_modules(whole).encode(), digest_size=8).hexdigest()
 
