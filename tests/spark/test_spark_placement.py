@@ -106,7 +106,12 @@ def gone(before, within_s=10.0, *, left=0):
 def test_a_spawned_replica_trains_to_the_same_bits_and_ends_with_the_stage(blobs, with_state, capsys):
     before = children()
     seen = []
-    options = {**WITH_STATE, "model": ChattyDropped, "callbacks": [lambda r: seen.append(children() - before)]}
+    options = {
+        **WITH_STATE,
+        "model": ChattyDropped,
+        "buffers": {"said": "local"},
+        "callbacks": [lambda r: seen.append(children() - before)],
+    }
     spawned = estimator(worker_process="spawn", **options).fit(blobs)
     assert len(seen[0]) == 2
     assert same_bits(weights(spawned), weights(with_state))

@@ -54,7 +54,7 @@ def test_grouping_rounds_in_stages_changes_no_bit(blobs, with_state):
 
 
 def test_what_a_replica_prints_reaches_the_driver(blobs, capsys):
-    estimator(model=Chatty).fit(blobs)
+    estimator(model=Chatty, buffers={"said": "local"}).fit(blobs)
     printed = capsys.readouterr().out
     for replica in (0, 1):
         assert f"[replica {replica}] hello from process" in printed
