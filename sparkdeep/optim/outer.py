@@ -32,6 +32,7 @@ __all__ = [
     "SlowMo",
     "TorchOuter",
     "driven",
+    "has_modes",
 ]
 
 # From so many elements on, copying is worth torch's several threads; below it, they would spin beside the replicas of this
@@ -87,6 +88,11 @@ class Assign(OuterOptimizer):
             raise ValueError(f"plain averaging has no state, got keys {sorted(state)}")
 
 
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether it has `train()` and `eval()`, as schedule-free ones have."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def driven(factory: Callable[..., Optimizer], parameters: Tensor, gradient: Tensor, layout: Layout) -> Optimizer:
     """An optimizer of the global parameters, seen in their shapes, whose `.grad` are views of `gradient`.
 
@@ -101,6 +107,11 @@ def driven(factory: Callable[..., Optimizer], parameters: Tensor, gradient: Tens
         raise ConfigError(
             f"outer_optimizer returned {type(optimizer).__name__}; it must be a callable that takes parameters "
             "and returns a torch.optim.Optimizer, such as partial(torch.optim.SGD, lr=0.7, momentum=0.9)."
+        )
+    if has_modes(optimizer):
+        raise ConfigError(
+            f"outer_optimizer={type(optimizer).__name__} takes gradients at other parameters than those that it gives, and replicas start "
+            "each round from the latter. Use it as optimizer=, or another outer optimizer."
         )
     return optimizer
 

@@ -29,7 +29,7 @@ from sparkdeep.optim.schedule import stretches
 from sparkdeep.protocol.messages import RoundSpec, Update
 from sparkdeep.replica.gradients import GradientWork, accumulate
 from sparkdeep.replica.reading import Progress, Reader
-from sparkdeep.replica.state import RandomState, traveling, write_inner_state
+from sparkdeep.replica.state import RandomState, begin_anew, group_settings, set_mode, traveling, write_inner_state
 from sparkdeep.replica.update import LocalResult, LocalUpdate
 from sparkdeep.settings.run import LocalSettings
 from sparkdeep.tensors.parameters import Layout, fill, float_dtype_of
@@ -158,6 +158,8 @@ class Replica:
 
     def _start_optimizer(self, scheduler_steps: int) -> None:
         self._optimizer, self._scheduler = inner_optimizer(self._program)
+        self._fresh = group_settings(self._optimizer)
+        set_mode(self._optimizer, "eval")  # between rounds the parameters are those that score
         self._clock = scheduler_steps
         for _ in range(scheduler_steps if self._scheduler is not None else 0):
             self._scheduler.step()
@@ -203,7 +205,7 @@ class Replica:
                 made; raises to give up.
         """
         if self._settings.inner_state == "reset":
-            self._optimizer.state.clear()
+            begin_anew(self._optimizer, self._fresh)
         # In some rounds only, as it takes time; in which ones depends on no clock.
         self._marks = self._watch.marks() if spec.round & (spec.round - 1) == 0 else None
         progress = Progress(self._beat)
@@ -214,6 +216,7 @@ class Replica:
                 gradient = self._gradients.mean(spec, self.steps_per_epoch, progress, between)
             return self._result(spec, progress, began, gradient)
         self._modes.train()
+        set_mode(self._optimizer, "train")
         self._drift.begin()
         with self._random.installed():
             began = time.perf_counter()  # replicas of one process take turns, and that is no work
@@ -229,6 +232,7 @@ class Replica:
             self._clock += progress.steps
             if not spec.own_clock:
                 self._keep_time(spec.num_steps - progress.steps)
+        set_mode(self._optimizer, "eval")
         between(1.0)  # not while the generators are held: it may wait for other replicas of this process
         return self._result(spec, progress, began)
 

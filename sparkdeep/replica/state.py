@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, cast, final
+from typing import Any, Final, Literal, cast, final
 
 import numpy as np
 import torch
@@ -17,7 +18,17 @@ from sparkdeep.models.generators import GENERATORS
 from sparkdeep.optim.drift import CONTROL, DriftTerm
 from sparkdeep.settings.run import LocalSettings
 
-__all__ = ["Lent", "NumpyStream", "RandomState", "read_inner_state", "traveling", "write_inner_state"]
+__all__ = [
+    "Lent",
+    "NumpyStream",
+    "RandomState",
+    "begin_anew",
+    "group_settings",
+    "read_inner_state",
+    "set_mode",
+    "traveling",
+    "write_inner_state",
+]
 
 _STATE_BYTES: Final = 625 * 4  # of an MT19937: 624 words and the place in them
 
@@ -241,6 +252,48 @@ def read_inner_state(
         ]
         for key in keys
     ]
+
+
+# What a learning-rate scheduler may have changed, and goes on to change.
+_CLOCKED: Final = {
+    "params",
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "betas",
+    "momentum",
+    "base_momentum",
+    "max_momentum",
+}
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the groups of a fresh optimizer hold, but for parameters and what follows a schedule: counters, for one."""
+    groups = optimizer.param_groups
+    return [{key: copy.deepcopy(value) for key, value in group.items() if key not in _CLOCKED} for group in groups]
+
+
+def begin_anew(optimizer: torch.optim.Optimizer, fresh: Sequence[Mapping[str, Any]]) -> None:
+    """Forget all that the optimizer has gathered; its rates stay on their schedule.
+
+    Args:
+        optimizer: at rest.
+        fresh: `group_settings` of it when it was made.
+    """
+    optimizer.state.clear()
+    for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+        group.update(copy.deepcopy(dict(settings)))
+
+
+def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
+    """Tell a schedule-free optimizer whether gradients are taken at its parameters, or they are scored (Defazio et al., 2024).
+
+    Such ones train at other parameters than the averages that they give; others have no modes.
+    """
+    function = getattr(optimizer, mode, None)
+    if callable(function):
+        function()
 
 
 def traveling(

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.program import Program, inner_optimizer
 from sparkdeep.optim.drift import Scaffold
-from sparkdeep.optim.outer import DelayedNesterov, Downpour
+from sparkdeep.optim.outer import DelayedNesterov, Downpour, has_modes
 from sparkdeep.rounds.inner_rates import InnerRates
 from sparkdeep.settings.run import LocalSettings, RunSettings
 
@@ -41,9 +41,14 @@ def check_inner_optimizer(program: Program, local: LocalSettings, run: RunSettin
         made = made.func
     if made is DelayedNesterov and run.asynchronous is not None:
         _check_delay(outer, run)
-    if not isinstance(local.drift_correction, Scaffold) and made is not Downpour:
+    if not isinstance(local.drift_correction, Scaffold) and made is not Downpour and run.asynchronous is None:
         return
     optimizer, _ = inner_optimizer(program)
+    if has_modes(optimizer) and run.asynchronous is not None:
+        raise ConfigError(
+            f"asynchronous= with the optimizer {type(optimizer).__name__}, which trains at other parameters than it gives: what is pushed in "
+            "the middle of a round would be neither. Use plain SGD, or synchronous rounds."
+        )
     odd = _unlike_plain_sgd(optimizer)
     if odd is not None and made is Downpour:
         _LOG.warning(
