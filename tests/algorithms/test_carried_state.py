@@ -11,7 +11,7 @@ import pytest
 import torch
 from plain_loop import epoch_batches
 from torch import nn
-from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
+from torch.ao.quantization import FakeQuantize, MinMaxObserver, MovingAverageMinMaxObserver, PerChannelMinMaxObserver
 from torch.nn.utils import parametrizations
 from twin import deal, flat, run, schema_of
 
@@ -163,9 +163,10 @@ CASES = {
 
 
 def fit(tmp_path, make, sizes, *, loss=nn.MSELoss, step=None, preprocess=None, buffers=None, x=X, y=Y, **settings):
+    narrow = settings.pop("float32", False)
     program = Program(
-        model=seeded(make) if callable(make) else make,
-        loss=None if step else loss().double(),
+        model=seeded(make).float() if narrow else seeded(make),
+        loss=None if step else loss() if narrow else loss().double(),
         training_step=step_of(step) if step else None,
         preprocess=preprocess().double() if preprocess else None,
         optimizer=settings.pop("optimizer", SGD),
@@ -334,6 +335,20 @@ def test_observers_of_torch_keep_the_smallest_and_the_largest(tmp_path):
     assert (float(model[0].min_val), float(model[0].max_val)) == (X.min(), X.max())
     moving, _, _ = fit(tmp_path, observed(MovingAverageMinMaxObserver), [32, 32])
     assert X.min() < float(moving[0].min_val) < 0 < float(moving[0].max_val) < X.max()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_observers_by_channel_and_fake_quantization_have_rules_too(tmp_path):
+    channels = lambda: nn.Sequential(PerChannelMinMaxObserver(ch_axis=1, dtype=torch.quint8), nn.Linear(4, 1))  # noqa: E731
+    model, _, _ = fit(tmp_path, channels, [32, 32], rounds_per_stage=1)
+    np.testing.assert_array_equal(model[0].min_val.numpy(), X.min(0))
+    np.testing.assert_array_equal(model[0].max_val.numpy(), X.max(0))
+    faked = lambda: nn.Sequential(FakeQuantize(MinMaxObserver, quant_min=0, quant_max=255), nn.Linear(4, 1))  # noqa: E731
+    model, _, own = fit(tmp_path, faked, [32, 32], x=X.astype(np.float32), y=Y.astype(np.float32), float32=True)
+    fake = model[0]
+    assert (float(fake.activation_post_process.min_val), float(fake.fake_quant_enabled)) == (np.float32(X.min()), 1.0)
+    assert 0 < float(fake.scale) < 0.1
+    assert own.pooling.rules["0.scale"] == own.pooling.rules["0.zero_point"] == "first"
 
 
 class Spoiled(nn.Module):
