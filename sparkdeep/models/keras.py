@@ -114,15 +114,23 @@ class KerasNetwork(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> KerasNetwork:
         build, arguments = self.__reduce__()
         copied: KerasNetwork = build(*arguments)
-        here, there = self.state_dict(), copied.state_dict()
+        self.check_rebuilt(copied)
+        copied.load_state_dict(self.state_dict())
+        memo[id(self)] = copied
+        return copied
+
+    def check_rebuilt(self, other: KerasNetwork) -> None:
+        """Refuse a network that is another one once it is built again from its configuration.
+
+        Raises:
+            ConfigError: with the numbers of variables.
+        """
+        here, there = self.state_dict(), other.state_dict()
         if [(n, t.shape) for n, t in here.items()] != [(n, t.shape) for n, t in there.items()]:
             raise ConfigError(
                 f"{type(self.network).__name__} cannot be built again from its get_config(): {len(here)} variables became "
                 f"{len(there)}, or others. Return every argument of its layers from get_config()."
             )
-        copied.load_state_dict(here)
-        memo[id(self)] = copied
-        return copied
 
 
 def _named_variables(network: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.models.keras import KerasNetwork, choose_keras_backend
 from sparkdeep.models.program import Program
-from sparkdeep.tensors.parameters import named_tensors
+from sparkdeep.tensors.parameters import fill, named_tensors
 
 __all__ = ["check_trained", "copied", "pack_program", "unpack_program"]
 
@@ -137,8 +137,9 @@ class _Unpickler(pickle.Unpickler):
 
     def program(self) -> Program:
         parts, marks = self.load()
+        tensors = dict(named_tensors(parts["model"]))
         for name, (attributes, hooks, after) in marks.items():
-            own = self._tensor(name)
+            own = tensors[name]
             vars(own).update(attributes)
             for hook in hooks:
                 own.register_hook(hook)
@@ -179,14 +180,19 @@ def copied(program: Program) -> Program:
         PreflightError, ConfigError: as of `pack_program`, but for lazy parameters, which stay lazy.
     """
     named = dict(named_tensors(program.model))
+    left = {name: tensor for name, tensor in named.items() if not is_lazy(tensor)}
 
     def tensor(name: str) -> Tensor:
         own = _Shape.of(named[name]).empty()
-        if not is_lazy(own):
-            own.data.copy_(named[name].detach())
+        if name in left:
+            own.data.copy_(left.pop(name).detach())
         return own
 
-    return _Unpickler(_dumped(program), tensor).program()
+    own = _Unpickler(_dumped(program), tensor).program()
+    if isinstance(program.model, KerasNetwork):
+        program.model.check_rebuilt(cast("KerasNetwork", own.model))
+    fill(own.model, left)  # those of a model that makes its own tensors, as one of Keras does
+    return own
 
 
 def _dumped(program: Program) -> bytes:

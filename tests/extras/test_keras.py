@@ -49,7 +49,7 @@ def network(keras, dropout=0.0, momentum=0.5, trainable=True):
 
 
 def fit(tmp_path, model, x, y, sizes, **options):
-    program = Program(model=build_model(model, {}, 0), loss=nn.CrossEntropyLoss(), optimizer=SGD)
+    program = copied(Program(model=build_model(model, {}, 0), loss=nn.CrossEntropyLoss(), optimizer=SGD))
     options = {"epochs": 3, "batch_size": 16, "sync_every": 2, **options}
     return run(tmp_path, program, deal(x, y, sizes), schema_of(x, y), **options)
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_refused_by_name(keras):
     forgetful = Forgetful(5)
     forgetful(torch.zeros(1, 8))
     with pytest.raises(ConfigError, match="cannot be built again from its get_config"):
-        build_model(forgetful, {}, 0)
+        copied(Program(model=build_model(forgetful, {}, 0), loss=None, optimizer=SGD))
     two = build_model(two_towers(), {}, 0)
     with pytest.raises(ConfigError, match=r"names the inputs \['nummers'\]"):
         two(nummers=torch.zeros(1, 8))
