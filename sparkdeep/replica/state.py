@@ -231,20 +231,18 @@ def read_inner_state(
     Args:
         optimizer: the replica's.
         parameters: the trainable parameters, in layout order.
-        keys: the names to read; None: every name that some parameter has.
+        keys: the names to read; None: every name under which each parameter that has it keeps a tensor of its own shape. (Adafactor's
+            factors have the shape of a weight of one row or column only.)
 
     Returns:
         The names (such as `exp_avg`, `momentum_buffer`), sorted, and for each name one tensor a parameter; zeros
         where a parameter has no state (it was never used).
     """
     if keys is None:
-        found = {
-            key
-            for p in parameters
-            for key, value in optimizer.state.get(p, {}).items()
-            if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point() and p.dim() > 0
-        }
-        keys = sorted(found)
+        states = [(p, optimizer.state.get(p, {})) for p in parameters]
+        kept = [(key, value, p) for p, state in states for key, value in state.items() if value is not None]
+        found = {key for key, value, p in kept if _is_like(value, p) and p.dim() > 0}
+        keys = sorted(found - {key for key, value, p in kept if not _is_like(value, p)})
     return keys, [
         [
             value if isinstance(value := optimizer.state.get(p, {}).get(key), Tensor) else torch.zeros_like(p)
@@ -266,6 +264,10 @@ _CLOCKED: Final = {
     "base_momentum",
     "max_momentum",
 }
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -112,6 +112,11 @@ def stepped(factory, *, seed=0):
         (lambda p: torch.optim.AdamW(p, lr=0.1), ["exp_avg", "exp_avg_sq"]),
         (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
         (lambda p: torch.optim.Adagrad(p, lr=0.1), ["sum"]),
+        (lambda p: torch.optim.Adafactor(p, lr=0.1), ["variance"]),
+        (
+            lambda p: torch.optim.SGD([{"params": p[:2], "momentum": 0.9}, {"params": p[2:]}], lr=0.1),
+            ["momentum_buffer"],
+        ),
     ],
 )
 def test_state_of_a_parameters_shape_is_found_by_name_and_counters_are_not(factory, names):
