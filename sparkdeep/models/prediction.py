@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.losses import logits_of
 
-__all__ = ["Prediction", "check_choice", "check_rows", "to_arrow"]
+__all__ = ["Prediction", "Scores", "check_choice", "check_rows", "check_scores", "scores_for", "to_arrow"]
 
 Written = Tensor | Mapping[str, Tensor]
 
 Choice = str | Callable[[Any], Tensor] | None
+Scores = Literal["logits", "probability"]
+_ENOUGH = 4
+"""Different numbers from which on something is told by their values."""
 _CHOICES = ("argmax", "probability")
 _SQL = {"float32": "float", "float64": "double", "int64": "bigint", "bool": "boolean"}
+
+
+def scores_for(loss: Any) -> Scores | None:
+    """What a network's numbers are, by the loss that takes them; None where it does not tell."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    if isinstance(loss, nn.BCELoss) or loss is F.binary_cross_entropy:
+        return "probability"
+    # Of log-probabilities, which NLLLoss takes, the softmax is the probabilities too.
+    kinds = nn.BCEWithLogitsLoss | nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiLabelSoftMarginLoss | nn.MultiMarginLoss
+    functions = {F.binary_cross_entropy_with_logits, F.cross_entropy, F.nll_loss}
+    return "logits" if isinstance(loss, kinds) or loss in functions else None
+
+
+def check_scores(value: Any) -> Scores | None:
+    """A stored word for what a network's numbers are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value not in {None, "logits", "probability"}:
+        raise ValueError(f"scores={value!r}")
+    return cast("Scores | None", value)
 
 
 def check_choice(choice: Any, vectors: Sequence[str] = ()) -> None:
@@ -63,9 +91,18 @@ class Prediction:
     cannot be written. With `vectors` a struct of prediction and vectors."""
     vectors: tuple[str, ...] = ()
     """Which of "probability" and "raw_prediction" are written too."""
+    scores: Scores | None = None
+    """What the network's numbers are: "logits", or "probability" after its own sigmoid or softmax; None: as logits."""
 
     @classmethod
-    def of(cls, choice: Choice, output: Any, rows: int | None = None, vectors: Sequence[str] = ()) -> Prediction:
+    def of(
+        cls,
+        choice: Choice,
+        output: Any,
+        rows: int | None = None,
+        vectors: Sequence[str] = (),
+        scores: Scores | None = None,
+    ) -> Prediction:
         """The prediction for a model with outputs like `output`.
 
         Args:
@@ -73,35 +110,60 @@ class Prediction:
             output: of the model, for some batch.
             rows: how many rows that batch has; None: not known, and therefore not compared.
             vectors: what else is to be written for a classifier.
+            scores: what the output's numbers are, where the loss has told it.
 
         Raises:
             ConfigError: the output is not a tensor with one row per input row, and no callable makes it one; or, with
-                `vectors`, it cannot be class scores.
+                `vectors`, it cannot be class scores; or it could be logits and probabilities alike.
         """
         check_choice(choice, vectors)
+        if scores is None and (choice in _CHOICES or vectors):
+            scores = _told_by_values(logits_of(output), choice, vectors)
         if vectors:
-            scores = class_scores(output, choice)
+            found = class_scores(output, choice, scores)
             if rows is not None:
-                check_rows(scores, rows)
+                check_rows(found, rows)
             members = "".join(f", {name}: array<double>" for name in vectors)
-            return cls(choice=choice, sql_type=f"struct<prediction: double{members}>", vectors=tuple(vectors))
-        values = chosen(output, choice)
+            sql = f"struct<prediction: double{members}>"
+            return cls(choice=choice, sql_type=sql, vectors=tuple(vectors), scores=scores)
+        values = chosen(output, choice, scores)
         if rows is not None:
             check_rows(values, rows)
         sql = _SQL[_dtype_of(values)]
         for _ in range(values.dim() - 1):
             sql = f"array<{sql}>"
-        return cls(choice=choice, sql_type=sql)
+        return cls(choice=choice, sql_type=sql, scores=scores)
 
     def apply(self, output: Any) -> Written:
         """The values to write, (B,) or (B, ...); with `vectors` by name: (B,), and (B, classes) for each vector."""
-        return (
-            classified(class_scores(output, self.choice), self.vectors) if self.vectors else chosen(output, self.choice)
-        )
+        if self.vectors:
+            return classified(class_scores(output, self.choice, self.scores), self.vectors)
+        return chosen(output, self.choice, self.scores)
 
 
-def class_scores(output: Any, choice: Choice) -> Tensor:
-    """The scores of the classes, (B, classes), or of one logit a row, (B,).
+def _told_by_values(output: Any, choice: Choice, vectors: Sequence[str]) -> Scores:
+    """What the numbers of some rows are: rows of probabilities add up to 1, and logits do not keep between 0 and 1.
+
+    Raises:
+        ConfigError: one number a row, and all of them between 0 and 1.
+    """
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.numel() == 0 or callable(choice):
+        return "logits"
+    inside = bool(((output >= 0) & (output <= 1)).all())
+    if output.dim() == 2 and output.shape[1] > 1:
+        ones = torch.ones(len(output), dtype=output.dtype, device=output.device)
+        return "probability" if inside and torch.allclose(output.sum(1), ones, atol=1e-3) else "logits"
+    if not inside or output.unique().numel() < _ENOUGH:
+        return "logits"
+    asked = " and ".join(f"{name}_col" for name in vectors) or f"prediction={choice!r}"
+    raise ConfigError(
+        f"{asked}: the outputs for the first rows lie between 0 and 1, and could be probabilities or logits. Use nn.BCELoss() or "
+        "nn.BCEWithLogitsLoss(), which tell it, or say it: prediction=lambda output: (output > 0.5).long(), for one."
+    )
+
+
+def class_scores(output: Any, choice: Choice, known: Scores | None = None) -> Tensor:
+    """The scores of the classes before softmax, (B, classes), or of one logit a row, (B,).
 
     Raises:
         ConfigError: the output, or what `choice` makes of it, cannot be that.
@@ -113,6 +175,8 @@ def class_scores(output: Any, choice: Choice) -> Tensor:
             "probability_col and raw_prediction_col need the scores of the classes before softmax, (rows, classes) in "
             "floating point, or one logit a row. Pass prediction=lambda output: ... that picks them, or unset both."
         )
+    if known == "probability":
+        return scores.logit() if scores.dim() == 1 else scores.log()
     return scores
 
 
@@ -123,7 +187,7 @@ def classified(scores: Tensor, vectors: Sequence[str]) -> dict[str, Tensor]:
     return {"prediction": raw.argmax(1).double(), **{name: values[name] for name in vectors}}
 
 
-def chosen(output: Any, choice: Choice) -> Tensor:
+def chosen(output: Any, choice: Choice, scores: Scores | None = None) -> Tensor:
     """Apply `choice` to a batch's output; a trailing dimension of one number per row is dropped."""
     whole = output
     output = choice(output) if callable(choice) else logits_of(output)
@@ -138,10 +202,16 @@ def chosen(output: Any, choice: Choice) -> Tensor:
             f"{' of no dimension' if isinstance(output, Tensor) else ''}; transform needs a tensor with one row per input "
             "row. Pass prediction=lambda output: ... that picks one."
         )
+    if output.is_complex():
+        raise ConfigError(
+            f"the output has dtype {str(output.dtype).removeprefix('torch.')}, and a column holds real numbers: pass "
+            "prediction=lambda output: torch.view_as_real(output), or output.abs()."
+        )
     single = output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1)
     if choice == "argmax":
-        return (output.reshape(-1) > 0).long() if single else output.argmax(1)
-    if choice == "probability":
+        between = 0.5 if scores == "probability" else 0.0
+        return (output.reshape(-1) > between).long() if single else output.argmax(1)
+    if choice == "probability" and scores != "probability":
         return output.reshape(-1).sigmoid() if single else output.softmax(1)
     return output.reshape(-1) if single else output
 

@@ -13,7 +13,7 @@ from sparkdeep.data.schema import Schema, build_schema, names_in
 from sparkdeep.errors import ConfigError
 from sparkdeep.models.building import own_parts, ready
 from sparkdeep.models.packing import copied
-from sparkdeep.models.prediction import Prediction
+from sparkdeep.models.prediction import Prediction, scores_for
 from sparkdeep.models.program import NO_STEPS, Program
 from sparkdeep.models.registry import import_factory
 from sparkdeep.models.rehearsal import build_model, float_dtype_of, materialize, rehearse, sample_batch
@@ -122,7 +122,7 @@ def _prediction(settings: FitSettings, program: Program, output: Any, rows: int)
     choice = settings.prediction
     vectors = [part for part in VECTORS if getattr(settings, f"{part}_col") is not None]
     try:
-        return Prediction.of(choice, output, rows=rows, vectors=vectors)
+        return Prediction.of(choice, output, rows=rows, vectors=vectors, scores=scores_for(program.loss))
     except ConfigError:
         if program.training_step is None or choice is not None or vectors:
             raise

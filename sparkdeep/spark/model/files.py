@@ -21,7 +21,7 @@ from torch import nn
 
 from sparkdeep.data.schema import Schema
 from sparkdeep.errors import ConfigError, ModelLoadError
-from sparkdeep.models.prediction import Prediction
+from sparkdeep.models.prediction import Prediction, check_scores
 from sparkdeep.models.registry import ModelReference, reference_of
 from sparkdeep.models.saving import read_model, read_reference, write_model
 from sparkdeep.spark.model.stored_values import from_json, to_json
@@ -79,6 +79,7 @@ class ModelWriter(MLWriter):
             "schema": model._schema.to_json(),
             "params": {name: _stored(value, name) for name, value in values.items()},
             "sql_type": None if written is None else written.sql_type,
+            "scores": model._scores,
             "callables": {name: _stored(model._callables[name], name) for name in _CALLABLES},
             "history": [record.to_dict() for record in model.history],
         }
@@ -137,6 +138,7 @@ class ModelReader(MLReader):
             params = dict(meta["params"])
             history = [RoundRecord.from_dict(record) for record in meta["history"]]
             uid, sql_type = str(meta["uid"]), meta["sql_type"]
+            scores = check_scores(meta.get("scores"))  # the first version did not write it
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelLoadError(f"the metadata of {path} are damaged: {type(error).__name__}: {error}") from error
         prediction = chosen.pop("prediction", None)
@@ -148,9 +150,11 @@ class ModelReader(MLReader):
             )
         except (ConfigError, TypeError) as error:
             raise ModelLoadError(f"the model in {path} cannot be made: {error}") from error
+        model._scores = scores
         if isinstance(sql_type, str) and prediction is None:
+            vectors = model._columns().vectors
             model._written = Prediction(
-                choice=params.get("prediction"), sql_type=sql_type, vectors=model._columns().vectors
+                choice=params.get("prediction"), sql_type=sql_type, vectors=vectors, scores=scores
             )
         model._resetUid(uid)
         if prediction is not None:

@@ -107,6 +107,7 @@ class TorchModel(Model, MLWritable, MLReadable):
         """What the fit took before its first step; None for a model that was loaded, or whose fit had nothing left to do."""
         self._schema = schema
         self._written = written
+        self._scores = None if written is None else written.scores
         self._callables: dict[str, Any] = {"preprocess": preprocess, "collate": collate, "decode": decode}
         self._reference = reference
         self._shipped = _Shipped()
@@ -231,7 +232,9 @@ class TorchModel(Model, MLWritable, MLReadable):
         if written is None or (written.choice, written.vectors) != (choice, vectors):
             check_choice(choice, vectors)
             output = zero_output(self._program(), self._schema, float_dtype_of(self.model))
-            self._written = written = Prediction.of(choice, output, rows=ZERO_ROWS, vectors=vectors)
+            self._written = written = Prediction.of(
+                choice, output, rows=ZERO_ROWS, vectors=vectors, scores=self._scores
+            )
         if not written.sql_type:
             raise ConfigError(
                 "this model's output is no tensor with one row per input row: choose what transform writes with "

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
+
 import pyarrow as pa
 import pytest
 import torch
 
 from sparkdeep.errors import ConfigError
-from sparkdeep.models.prediction import Prediction, check_choice, to_arrow
+from sparkdeep.models.prediction import Prediction, check_choice, scores_for, to_arrow
 
 OUTPUT = torch.tensor([[1.0, 3.0, 2.0], [0.5, -1.0, 0.0]])
 
@@ -141,3 +143,58 @@ def test_an_output_that_cannot_be_scores_of_classes_is_refused_with_its_shape(ou
 def test_probability_as_the_prediction_contradicts_a_column_of_its_own():
     with pytest.raises(ConfigError, match=r"prediction='probability' with probability_col.*then holds the class"):
         Prediction.of("probability", OUTPUT, vectors=("probability",))
+
+
+# -- outputs that are probabilities already ------------------------------------------------------------------------------
+
+SIGMOIDS = torch.tensor([[0.1], [0.4], [0.6], [0.9]])
+SOFTMAXES = torch.tensor([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]])
+
+
+def test_outputs_after_a_sigmoid_are_taken_as_probabilities_where_the_loss_says_so():
+    known = scores_for(torch.nn.BCELoss())
+    assert Prediction.of("argmax", SIGMOIDS, scores=known).apply(SIGMOIDS).tolist() == [0, 0, 1, 1]
+    assert Prediction.of("probability", SIGMOIDS, scores=known).apply(SIGMOIDS).tolist() == SIGMOIDS.flatten().tolist()
+    both = Prediction.of(None, SIGMOIDS, vectors=BOTH, scores=known).apply(SIGMOIDS)
+    assert both["prediction"].tolist() == [0, 0, 1, 1]
+    expected = torch.cat([1 - SIGMOIDS, SIGMOIDS], 1)
+    torch.testing.assert_close(both["probability"], expected)
+    logits = Prediction.of("argmax", SIGMOIDS, scores=scores_for(torch.nn.BCEWithLogitsLoss())).apply(SIGMOIDS)
+    assert logits.tolist() == [1, 1, 1, 1], "as logits all are positive"
+
+
+def test_rows_that_add_up_to_one_are_probabilities():
+    assert torch.equal(Prediction.of("probability", SOFTMAXES).apply(SOFTMAXES), SOFTMAXES)
+    both = Prediction.of(None, SOFTMAXES, vectors=BOTH).apply(SOFTMAXES)
+    torch.testing.assert_close(both["probability"], SOFTMAXES)
+    assert not torch.equal(Prediction.of("probability", 2 * SOFTMAXES).apply(2 * SOFTMAXES), 2 * SOFTMAXES)
+
+
+@pytest.mark.parametrize(("choice", "vectors"), [("argmax", ()), ("probability", ()), (None, BOTH)])
+def test_what_could_be_either_is_refused_with_the_remedy(choice, vectors):
+    with pytest.raises(ConfigError, match=r"could be probabilities or logits.*nn\.BCELoss\(\)"):
+        Prediction.of(choice, SIGMOIDS, vectors=vectors)
+    Prediction.of(choice, SIGMOIDS - 0.5, vectors=vectors)
+    Prediction.of(None, SIGMOIDS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "known"),
+    [
+        (torch.nn.BCELoss(), "probability"),
+        (functools.partial(torch.nn.functional.binary_cross_entropy, reduction="mean"), "probability"),
+        (torch.nn.BCEWithLogitsLoss(), "logits"),
+        (torch.nn.functional.cross_entropy, "logits"),
+        (torch.nn.NLLLoss(), "logits"),
+        (torch.nn.MSELoss(), None),
+        (lambda o, y: o.mean(), None),
+        (None, None),
+    ],
+)
+def test_the_loss_tells_what_the_outputs_are(loss, known):
+    assert scores_for(loss) == known
+
+
+def test_a_complex_output_is_refused_and_not_cut():
+    with pytest.raises(ConfigError, match=r"dtype complex64, and a column holds real numbers"):
+        Prediction.of(None, torch.ones(2, dtype=torch.complex64))
