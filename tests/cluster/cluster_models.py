@@ -110,7 +110,7 @@ def estimator(**options):
         "seed": 1,
         "progress": False,
         "retry_backoff_s": 0.1,
-        "buffers": {"augment.seen": "local"},  # `Handshake` and its like count batches, to strike in the middle
+        "buffers": {"*.seen": "local"},  # `Handshake` and its like count batches, to strike in the middle
     }
     return TorchEstimator(**{**settings, **options})
 
