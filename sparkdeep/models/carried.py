@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from sparkdeep.errors import ConfigError
+from sparkdeep.errors import ConfigError, ProtocolError
 from sparkdeep.models.keras import KerasNetwork
 from sparkdeep.models.program import Program, other_modules
 from sparkdeep.models.spectral import old_spectral_norm
@@ -118,16 +118,21 @@ class Carried:
 
         Raises:
             ConfigError: a module does not take its extra state.
+            ProtocolError: a BatchNorm's statistics are missing, or of another shape.
         """
         own = {name: (module, key, buffer) for name, module, key, buffer in self._buffers()}
         empty = {
             f"{prefix}{key}": (m, key) for prefix, m in self._modules for key, b in m._buffers.items() if b is None
         }
         for name, (module, key, buffer) in own.items():
-            if name not in state:
-                module._buffers[key] = None
-            elif (buffer.shape, buffer.dtype) == (state[name].shape, state[name].dtype):
+            alike = name in state and (buffer.shape, buffer.dtype) == (state[name].shape, state[name].dtype)
+            if alike:
                 buffer.copy_(state[name])
+            elif isinstance(module, _NormBase):  # whose buffers neither come and go nor change their shape
+                shape = tuple(state[name].shape) if name in state else None
+                raise ProtocolError(f"the buffer {name!r} came as {shape}; the model's is {tuple(buffer.shape)}.")
+            elif name not in state:
+                module._buffers[key] = None
             else:
                 module._buffers[key] = state[name].to(buffer.device, copy=True)
         for name, (module, key) in empty.items():

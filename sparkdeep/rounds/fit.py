@@ -89,6 +89,7 @@ class Fit:
             buffers=self._carried.read(),
             inner=self.layout.empty(0),
             rates=InnerRates(self.program),
+            steady=self.pooling.known,
             sync_every=self.settings.sync_every,
         )
         check_length(self.settings, generation.steps)

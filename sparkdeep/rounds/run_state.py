@@ -53,6 +53,8 @@ class RunState:
     """Steps that each of them has taken since the run began, where it keeps a clock of its own (`time_budget_s`)."""
     rates: InnerRates
     """The inner learning rate by local steps."""
+    steady: frozenset[str] | None = None
+    """Names of state that is always there, in one shape; None: all that there is at first."""
     sections: list[str] = field(default_factory=list)
     """Names of averaged optimizer state."""
     inner: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -219,6 +221,13 @@ class RunState:
         self.best, self.records = best, records
         return dict(run["outer"])
 
+    def _other_state(self, given: Mapping[str, Tensor]) -> list[str]:
+        """Names of state that cannot be this model's: buffers may come and go or change their shape, but for the steady ones."""
+        steady = self.buffers.keys() if self.steady is None else self.steady & self.buffers.keys()
+        strange = unlike({name: given[name] for name in steady if name in given}, {n: self.buffers[n] for n in steady})
+        both = given.keys() & self.buffers.keys()
+        return strange or [name for name in both if given[name].dtype != self.buffers[name].dtype]
+
     def _read(
         self, layout: Layout, files: Mapping[str, bytes]
     ) -> tuple[dict[str, Tensor], dict[str, Any], Best | None, list[RoundRecord]]:
@@ -230,7 +239,7 @@ class RunState:
         own = dict(zip([e.name for e in layout.entries], layout.views(self.parameters), strict=True))
         if not complaint and not all(isinstance(value, Tensor) for value in weights.values()):
             complaint = "parameters that are no tensors"
-        if complaint or (odd := unlike(weights, own) or _other_kinds(run["buffers"], self.buffers)):
+        if complaint or (odd := unlike(weights, own) or self._other_state(run["buffers"])):
             raise CheckpointError(f"a checkpoint is damaged, or of another model: {complaint or odd}")
         best = Best(**run["best"]) if run["best"] is not None else None
         averaged = len(run["sections"]) * layout.numel
@@ -243,11 +252,6 @@ class RunState:
         except DataError as error:
             raise CheckpointError(f"a checkpoint is damaged: {error}") from error
         return weights, run, best, records
-
-
-def _other_kinds(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Names of state that is of another dtype than at first; its shape may change, and it may come and go."""
-    return [name for name in given.keys() & own.keys() if given[name].dtype != own[name].dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
