@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transport_contract import *  # noqa: F403 (the contract's tests, collected here with this session)
 from transport_models import Wide, estimator, same_bits
 
-from sparkdeep import TorchModel
+from sparkdeep import TorchEstimator, TorchModel
 from sparkdeep.errors import ConfigError, PreflightError
 from sparkdeep.spark.session.parcels import artifact_bytes
 
@@ -73,6 +73,14 @@ def test_a_model_scores_as_its_module_does_and_is_saved_and_loaded(spark, blobs,
     assert again.transform(blobs).select("prediction").collect() == [(row.prediction,) for row in rows]
     with pytest.raises(ConfigError, match="no JVM at hand"):
         model.save("s3a://bucket/model")
+
+
+def test_an_estimator_is_saved_over_another(spark, tmp_path):
+    path = str(tmp_path / "estimator")
+    estimator(epochs=3).save(path)
+    estimator(epochs=5).write().overwrite().save(path)
+    again = TorchEstimator.load(path, allow_modules=["transport_models"])
+    assert (again.getEpochs(), again.getOrDefault("model")) == (5, estimator().getOrDefault("model"))
 
 
 @pytest.mark.fault(rows=[31, 38], phases="PF")

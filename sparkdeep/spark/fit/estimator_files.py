@@ -14,6 +14,7 @@ from sparkdeep.errors import ConfigError, ModelLoadError
 from sparkdeep.models.registry import import_factory, reference_of
 from sparkdeep.models.saving import read_model, write_model
 from sparkdeep.spark.model.stored_values import from_json, to_json
+from sparkdeep.spark.session.access import is_connect
 from sparkdeep.spark.session.hadoop import HadoopStore
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class EstimatorWriter(MLWriter):
         """Save to `path`, which must not exist without `overwrite()`."""
         self._encoded()  # what cannot be stored is refused before `overwrite` removes what lies there
         super().save(path)
+
+    def _handleOverwrite(self, path: str) -> None:  # noqa: N802 (Spark ML's name)
+        if not is_connect(self.sparkSession):
+            super()._handleOverwrite(path)
+            return
+        # Spark ML's way needs a JVM here; the server clears the folder when an empty table is written over it.
+        self.sparkSession.createDataFrame([], "value string").write.mode("overwrite").text(path)
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark ML's name)
         """Write the folder."""
