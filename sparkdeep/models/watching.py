@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final, TypeAlias, final
 
 import numpy as np
@@ -73,7 +74,8 @@ class AttributeWatch:
 
 def _held(place: str, part: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
     """The values that a callable holds itself, beside modules."""
-    if isinstance(part, nn.Module) or id(part) in seen or depth > _DEPTH or is_installed(type(part)):
+    where = part if isinstance(part, FunctionType) else type(part)
+    if isinstance(part, nn.Module) or id(part) in seen or depth > _DEPTH or is_installed(where):
         return
     seen.add(id(part))
     for at, value in parts_inside(part):
@@ -85,7 +87,7 @@ def _held(place: str, part: Any, seen: set[int], depth: int) -> Iterator[tuple[s
 
 def is_installed(what: Any) -> bool:
     """Whether a class or function is of an installed package, and not the user's own."""
-    if what.__module__ is None or what.__module__.partition(".")[0] in {"torch", "sparkdeep", "builtins"}:
+    if what.__module__ is None or what.__module__.partition(".")[0] in {"torch", "sparkdeep"}:
         return True
     file = getattr(sys.modules.get(what.__module__), "__file__", None)
     return file is not None and any(root in Path(file).resolve().parents for root in _INSTALLED)
