@@ -103,7 +103,8 @@ def _places(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.expr | as
             swapped or number or called or isinstance(child, ast.Compare | ast.If | ast.AugAssign | ast.Return)
         ):
             assert isinstance(child, ast.expr | ast.stmt)
-            if not (isinstance(child, ast.Return) and child.value is None):
+            nothing = isinstance(child, ast.Return) and (child.value is None or ast.unparse(child.value) == "None")
+            if not nothing:
                 yield child, tree
         yield from _places(child, inner)
 
