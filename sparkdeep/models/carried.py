@@ -220,10 +220,9 @@ def _known_rules(module: nn.Module) -> dict[str, Rule]:
     """What is known of the buffers of a module of torch's: name -> rule."""
     names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
     rules: dict[str, Rule] = {}
-    if names & {"MinMaxObserver", "PerChannelMinMaxObserver"} and "MovingAverageMinMaxObserver" not in names:
+    moving = names & {"MovingAverageMinMaxObserver", "MovingAveragePerChannelMinMaxObserver"}  # which take the mean
+    if names & {"MinMaxObserver", "PerChannelMinMaxObserver"} and not moving:
         rules = {"min_val": "min", "max_val": "max"}
-    if "MovingAveragePerChannelMinMaxObserver" in names:
-        rules = {}
     if "FakeQuantizeBase" in names:
         rules |= dict.fromkeys(("scale", "zero_point", "fake_quant_enabled", "observer_enabled"), "first")
     if isinstance(module, _SpectralNorm):
@@ -237,7 +236,7 @@ def pooling_of(program: Program) -> Pooling:
     """The rules of a program's state: those that were declared, then those of torch's own modules.
 
     Raises:
-        ConfigError: one that was declared is no rule, or no buffer has its name.
+        ConfigError: one that was declared is no rule.
     """
     rules: dict[str, Rule] = {}
     variance_of: dict[str, str] = {}

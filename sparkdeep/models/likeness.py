@@ -20,6 +20,7 @@ __all__ = ["details_of", "digest_of_tensor"]
 
 _MODULE_STATE: Final = frozenset(vars(nn.Module()))
 _DEPTH: Final = 8
+_MOST: Final = 50_000
 _CALLABLES: Final = ("loss", "training_step", "optimizer", "lr_scheduler", "preprocess", "augment", "collate")
 
 
@@ -49,12 +50,13 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 
 class _Look:
-    """Describes values, each object once: a second time it is said that it was met."""
+    """Describes values, to a certain depth and `_MOST` of them: objects of a user's may hold each other, or a table."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = {id(module): name for name, module in model.named_modules()}
         self._own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         self._classes: dict[type, str] = {}
+        self._left = _MOST
 
     def part(self, module: nn.Module) -> list[Any]:
         """A module without the modules in it."""
@@ -66,7 +68,8 @@ class _Look:
         """Any value of the user's."""
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        if depth > _DEPTH:
+        self._left -= 1
+        if depth > _DEPTH or self._left < 0:
             return "..."
         inner = functools.partial(self.of, depth=depth + 1)
         if isinstance(value, Tensor):

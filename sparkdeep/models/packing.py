@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, cast, final
 
 import cloudpickle
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -216,25 +217,36 @@ def _dumped(program: Program) -> bytes:
 
 def _check_memory(model: nn.Module) -> None:
     """Refuse tensors that share memory without being one tensor: each would be copied, trained and averaged on its own."""
-    spans: dict[int, list[tuple[int, int, int, str]]] = {}
+    storages: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in [*named_tensors(model), *_kept_tensors(model)]:
-        if is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
-            continue
-        start = int(tensor.storage_offset())
-        reach = (
-            start + 1 + sum(int(n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        )
-        place = start * tensor.itemsize, reach * tensor.itemsize, id(tensor), name
-        spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(place)
-    for shared in spans.values():
-        for (_, end, one, first), (begin, _, other, second) in itertools.pairwise(sorted(shared)):
-            if begin < end and one != other:
-                one_name, other_name = sorted([first, second])
+        if not is_lazy(tensor) and tensor.layout == torch.strided and tensor.numel() and tensor.device.type == "cpu":
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for shared in storages.values():
+        for (one, tensor), (other, twin) in itertools.combinations(shared, 2):
+            if tensor is not twin and _overlap(tensor, twin):
+                first, second = sorted([one, other])
                 raise ConfigError(
-                    f"{one_name!r} and {other_name!r} share memory and are two tensors: a replica would have them apart, and the last one "
+                    f"{first!r} and {second!r} share memory and are two tensors: a replica would have them apart, and the last one "
                     "written would win. Let both names stand for one Parameter, make the one from the other in forward() (as "
                     "F.linear(x, self.encoder.weight.t()) does), or .clone() what is a constant."
                 )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether an element of the one lies in the other; columns of one table that lie between each other do not."""
+    try:
+        return bool(np.shares_memory(_elements(one), _elements(other), max_work=1_000_000))  # type: ignore[arg-type]  # numpy's stubs know two values
+    except np.exceptions.TooHardError:  # for strides that no layer has
+        return True
+
+
+def _elements(tensor: Tensor) -> Any:
+    """The tensor's memory as bytes, (..., itemsize), whatever its dtype; nothing is copied."""
+    size = tensor.itemsize
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    strides = [*(int(stride) * size for stride in tensor.stride()), 1]
+    at = int(tensor.storage_offset()) * size
+    return np.lib.stride_tricks.as_strided(whole[at:], (*tensor.shape, size), strides, writeable=False)
 
 
 def _kept_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

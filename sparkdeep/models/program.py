@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -32,6 +34,8 @@ NO_STEPS: Final = functools.partial(torch.optim.SGD, lr=0.0)
 
 _DEPTH: Final = 5
 """How deep a module may lie in closures, attributes and containers of the user's callables."""
+_MOST_ITEMS: Final = 1000
+"""Items of a container that are looked at: a vocabulary holds no modules, and a million words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +124,9 @@ def other_modules(program: Program, only: str = "") -> dict[str, nn.Module]:
     parts = {name: getattr(program, name) for name in ("loss", "training_step", "preprocess", "augment")}
     parts |= {f"metrics[{name!r}]": metric for name, metric in (program.metrics or {}).items()}
     found: dict[str, nn.Module] = {}
-    left = [(name, part, 0) for name, part in parts.items() if name.startswith(only)]
+    left = deque((name, part, 0) for name, part in parts.items() if name.startswith(only))
     while left:
-        name, part, depth = left.pop(0)
+        name, part, depth = left.popleft()
         if isinstance(part, nn.Module):
             if id(part) not in own:
                 own.add(id(part))
@@ -134,7 +138,7 @@ def other_modules(program: Program, only: str = "") -> dict[str, nn.Module]:
 
 
 def parts_inside(part: Any) -> list[tuple[str, Any]]:
-    """What an object of the user's holds, with its place in it."""
+    """What an object of the user's holds, with its place in it; of long containers, the beginning."""
     if isinstance(part, functools.partial):
         named = [(f"[{key!r}]", value) for key, value in part.keywords.items()]
         return [(".func", part.func), *((f".args[{i}]", arg) for i, arg in enumerate(part.args)), *named]
@@ -144,9 +148,9 @@ def parts_inside(part: Any) -> list[tuple[str, Any]]:
         cells = zip(part.__code__.co_freevars, part.__closure__ or (), strict=True)
         return [(f".{name}", cell.cell_contents) for name, cell in cells if cell != CellType()]
     if isinstance(part, Mapping):
-        return [(f"[{key!r}]", value) for key, value in part.items()]
+        return [(f"[{key!r}]", value) for key, value in islice(part.items(), _MOST_ITEMS)]
     if isinstance(part, list | tuple):
-        return [(f"[{i}]", value) for i, value in enumerate(part)]
+        return [(f"[{i}]", value) for i, value in enumerate(part[:_MOST_ITEMS])]
     ours = isinstance(part, type | Tensor | ModuleType) or not hasattr(part, "__dict__")
     return [] if ours else [(f".{name}", value) for name, value in vars(part).items()]
 

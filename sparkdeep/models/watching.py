@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Final, TypeAlias, final
@@ -102,10 +103,10 @@ def _mark(value: Any, depth: int = 0) -> tuple[Any, ...]:
     if isinstance(value, np.ndarray):
         return ("array", value.shape, hash(value.tobytes())) if value.dtype != object else _OTHER
     if isinstance(value, Mapping | list | tuple) and depth < _DEPTH:
-        items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
-        inner = [(str(key), _mark(one, depth + 1)) for key, one in items[:_MOST_ITEMS]]
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        inner = [(str(key), _mark(one, depth + 1)) for key, one in islice(items, _MOST_ITEMS >> 4 * depth)]
         kept = [pair for pair in inner if pair[1] != _OTHER]
-        return ("items", len(items), tuple(kept)) if kept or not items else _OTHER
+        return ("items", len(value), tuple(kept)) if kept or not value else _OTHER
     return _OTHER
 
 

@@ -148,7 +148,8 @@ class ControlVariates(DriftTerm):
         for group in groups:
             rate = float(group.get("lr", 0.0))
             for parameter in group["params"]:
-                self._rates[self._places[id(parameter)]] += rate
+                if (place := self._places.get(id(parameter))) is not None:  # frozen ones may be among them
+                    self._rates[place] += rate
 
     @torch.no_grad()
     def end(self) -> list[Tensor] | None:

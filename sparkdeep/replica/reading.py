@@ -157,7 +157,7 @@ class Progress:
 
 
 def _float64(values: Sequence[Tensor | float]) -> Tensor:
-    """(values,), on the CPU: those on a device are fetched together."""
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64)
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).cpu()
+    """(values,), on the CPU: those on a device are fetched together, and may stand among numbers."""
+    fetched = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([one.reshape(()).to(torch.float64) for one in fetched]).tolist() if fetched else ())
+    return torch.tensor([next(numbers) if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)

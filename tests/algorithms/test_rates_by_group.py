@@ -119,6 +119,7 @@ def test_scaffolds_control_variate_is_the_mean_gradient_whatever_the_rates():
 def test_scaffold_keeps_the_control_variate_of_a_parameter_that_stands_still():
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1), requires_grad=False)], "lr": 1.0})  # a frozen one
     term = ControlVariates([a, b])
     term.load_state_dict({"own": [torch.full((2,), 7.0), torch.zeros(2)]})
     term.begin()

@@ -55,7 +55,8 @@ class TorchEstimator(Estimator, MLWritable, MLReadable):
         metrics: name -> `f(output, label)` or a torchmetrics Metric, scored on the validation rows. A function is given all of them at
             once, of all replicas (64 MiB a replica at most); a pair (head, metric) is of one of several outputs.
         early_stopping: an `EarlyStopping`, or its patience in validations.
-        training_step: `training_step(model, batch) -> loss`, for losses that need more than (output, label).
+        training_step: `training_step(model, batch) -> loss`, for losses that need more than (output, label). It may return
+            (sum, count), as `loss` may, where the mean is not over rows.
         preprocess: on a batch's features, in training, validation and `transform`.
         augment: on a batch's features, in training only.
         decode: bytes -> array, for binary columns: one callable, or {column: callable}.

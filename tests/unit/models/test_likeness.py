@@ -154,3 +154,15 @@ def test_another_process_says_the_same(tmp_path):
         for seed in ("1", "2", "3")
     }
     assert len(said) == 1
+
+
+def test_objects_that_hold_each_other_are_described_in_a_moment():
+    class Node:
+        def __init__(self, width):
+            self.others = [self] * width
+
+        def __call__(self, x):
+            return x
+
+    assert details(preprocess=Node(40)) == details(preprocess=Node(40))
+    assert details(preprocess=Node(40)) != details(preprocess=Node(39))

@@ -211,11 +211,24 @@ def test_one_parameter_of_two_names_and_parts_of_one_memory_that_do_not_overlap_
     whole = torch.arange(6.0)
     model.register_buffer("first", whole[:3])
     model.register_buffer("second", whole[3:])
+    table = torch.arange(8.0).reshape(4, 2)
+    model.register_buffer("cosines", table[:, 0])
+    model.register_buffer("sines", table[:, 1])
     model.register_buffer("wide", torch.ones(1).expand(4))
     own = sent(program(model)).model
     assert own.same is own.enc.weight
     assert own.again is own.dec
     assert own.wide.shape == (4,)
+    assert own.sines.shape == (4,)
+
+
+def test_every_pair_is_looked_at():
+    model, table = Views(""), torch.zeros(4, 2)
+    model.register_buffer("all", table[:, 0])
+    model.register_buffer("between", table[:, 1])
+    model.register_buffer("last", table[3, 0])
+    with pytest.raises(ConfigError, match=r"^'all' and 'last' share memory"):
+        copied(program(model))
 
 
 def test_a_tensor_class_of_its_own_is_refused_by_name(sent):

@@ -162,3 +162,11 @@ def test_parametrized_modules_travel_though_torch_refuses_to_pickle_them():
     assert [name for name, _ in twin.named_parameters()] == [name for name, _ in model.named_parameters()]
     twin(x).sum().backward()
     assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_a_callable_that_holds_a_long_list_is_looked_into_in_a_moment():
+    words = [str(i) for i in range(300_000)]
+    table = {word: i for i, word in enumerate(words)}
+    norm = nn.BatchNorm1d(2)
+    given = program(nn.Linear(2, 1), loss=None, augment=lambda x: norm(x) if words and table else x)
+    assert other_modules(given) == {"augment.norm": norm}
